@@ -1,0 +1,1 @@
+//! The EIF format: parsing, measuring, verifying.

@@ -1,0 +1,4 @@
+//! What enclaved decides, without doing any of it: no I/O, no clock, no tasks. See `daemon/ARCHITECTURE.md`.
+
+pub mod id;
+pub mod image;
