@@ -1,0 +1,299 @@
+//! The routes: everything the data plane needs to carry traffic, as one self-contained snapshot.
+//!
+//! The control process computes a snapshot and hands it over; the proxy keeps the last one on disk and serves from it
+//! alone. What is not in here the proxy does not know: no images, no health, no generations to come. And the report
+//! the proxy gives back: what it opened, what it could not open, what it carried.
+
+use crate::id::{Cid, EnclaveName};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How vsock is reached on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum VsockTransport {
+    /// The kernel's AF_VSOCK: real Nitro hosts.
+    #[default]
+    AfVsock,
+    /// "Hybrid vsock" over Unix sockets in this directory, as Firecracker, Cloud Hypervisor and vhost-device-vsock
+    /// speak it: the enclave's ports at `<dir>/<cid>.sock` (after `CONNECT <port>\n` / `OK <n>\n`), the host's at
+    /// `<dir>/<cid>.sock_<port>`.
+    Hybrid(PathBuf),
+}
+
+/// One snapshot of the routes.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Routes {
+    /// Version of this format. A proxy refuses a newer one and keeps serving what it has.
+    pub format: u32,
+    /// How vsock is reached.
+    pub vsock: VsockTransport,
+    /// What enclaves may reach.
+    pub egress: Vec<EgressRoute>,
+    /// Where HTTPS is served, if anywhere.
+    pub https: Option<HttpsListener>,
+    /// HTTPS sites, each the domains of one enclave.
+    pub sites: Vec<Site>,
+    /// Raw TCP ports.
+    pub tcp: Vec<TcpRoute>,
+}
+
+/// The [`Routes::format`] that this version writes and reads.
+pub const ROUTES_FORMAT: u32 = 1;
+
+impl Routes {
+    /// The fingerprint of the content: equal snapshots have equal revisions, on every host and in every version.
+    pub fn revision(&self) -> Revision {
+        // A struct of strings and numbers always serializes; were it not so, an empty text still gives a revision, one
+        // that no other snapshot has.
+        let text = serde_json::to_vec(self).unwrap_or_default();
+        Revision(
+            text.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+                (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+            }),
+        )
+    }
+}
+
+/// The fingerprint of a snapshot (FNV-1a, 64 bits, over its JSON), written as 16 hexadecimal digits. It tells snapshots
+/// apart; it does not authenticate them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Revision(pub u64);
+
+impl fmt::Display for Revision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+impl From<Revision> for String {
+    fn from(revision: Revision) -> Self {
+        revision.to_string()
+    }
+}
+impl TryFrom<String> for Revision {
+    type Error = std::num::ParseIntError;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        u64::from_str_radix(&text, 16).map(Self)
+    }
+}
+
+/// One endpoint that one enclave may reach: a listener for that enclave's CID only.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EgressRoute {
+    /// Whose endpoint it is (for counters and log lines).
+    pub enclave: EnclaveName,
+    /// The only peer that is served.
+    pub cid: Cid,
+    /// Where the enclave connects to, on the parent's CID 3.
+    pub vsock_port: u32,
+    /// The upstream: a DNS name or an IP address.
+    pub hostname: String,
+    /// The upstream's TCP port.
+    pub port: u16,
+    /// An address inside this list is served although the egress policy would refuse it (an upstream on the host
+    /// itself, the metadata service): listed by the operator on purpose.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_addresses: Vec<IpAddr>,
+}
+
+/// The one HTTPS listener.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HttpsListener {
+    /// Address and port; port 0 lets the kernel choose, and the report says which it was.
+    pub listen: SocketAddr,
+}
+
+/// An enclave's domains, and where their requests go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Site {
+    /// Whose site it is.
+    pub enclave: EnclaveName,
+    /// Names in SNI and Host, lower case, without port; `*.example.com` covers one label.
+    pub domains: Vec<String>,
+    /// Paths by prefix (longest wins; a prefix matches whole segments); the first entry is not special.
+    pub paths: Vec<PathRoute>,
+    /// The generation that takes new requests; `None` while none is ready (503 with Retry-After).
+    pub target: Option<Cid>,
+}
+
+/// Requests whose path begins with a prefix.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PathRoute {
+    /// Begins with `/`; `/` matches all.
+    pub prefix: String,
+    /// The vsock port inside the enclave that answers HTTP.
+    pub vsock_port: u32,
+}
+
+/// A TCP port whose bytes go to a vsock port untouched.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TcpRoute {
+    /// Whose port it is.
+    pub enclave: EnclaveName,
+    /// Where clients connect.
+    pub listen: SocketAddr,
+    /// The vsock port inside the enclave.
+    pub vsock_port: u32,
+    /// The generation that takes new connections; while `None`, they are accepted and closed at once, counted.
+    pub target: Option<Cid>,
+}
+
+/// What the control process asks the proxy over its link socket: one JSON document a line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum LinkRequest {
+    /// Apply this snapshot. Answered with [`LinkReply::Report`] once every listener was opened or failed to.
+    Publish {
+        /// The snapshot.
+        routes: Routes,
+    },
+    /// Report now.
+    Report,
+    /// Answer with [`LinkReply::Report`] when something differs from the given report sequence number, or after
+    /// 10 seconds.
+    Watch {
+        /// [`ProxyReport::sequence`] of the last report seen.
+        seen: u64,
+    },
+}
+
+/// What the proxy answers: one JSON document a line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case", deny_unknown_fields)]
+pub enum LinkReply {
+    /// The state of the proxy.
+    Report(ProxyReport),
+    /// The request was refused; nothing changed.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// The state of the proxy process.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ProxyReport {
+    /// Grows with every change of listeners, targets or of a connection count to or from zero.
+    pub sequence: u64,
+    /// The proxy's process.
+    pub pid: u32,
+    /// The snapshot being served; `None` before the first.
+    pub revision: Option<Revision>,
+    /// Every listener of that snapshot.
+    pub listeners: Vec<ListenerReport>,
+    /// Ingress connections and requests in flight, by the enclave's CID; a CID that is not here has none.
+    pub ingress_open: BTreeMap<Cid, u64>,
+    /// Counters since the process started.
+    pub traffic: Vec<TrafficReport>,
+    /// Something in the last snapshot on disk could not be used: what, and where it was put.
+    pub last_routes_error: Option<String>,
+    /// Connections that were accepted and then lost to a shortage of descriptors or memory.
+    pub accept_errors: u64,
+}
+
+/// One listener and whether it is open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenerReport {
+    /// What listens.
+    pub listener: ListenerKey,
+    /// Where, as bound (`127.0.0.1:43210`, `vsock:8000`, a path).
+    pub address: String,
+    /// Why it is not open, if it is not; it is tried again every few seconds.
+    pub error: Option<String>,
+}
+
+/// The identity of a listener over snapshots and restarts.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum ListenerKey {
+    /// An egress endpoint of one enclave.
+    Egress {
+        /// The peer it serves.
+        cid: Cid,
+        /// The parent's vsock port.
+        vsock_port: u32,
+    },
+    /// HTTPS.
+    Https {
+        /// As configured.
+        listen: SocketAddr,
+    },
+    /// A raw TCP port.
+    Tcp {
+        /// As configured.
+        listen: SocketAddr,
+    },
+}
+
+/// Counters of one use (one egress endpoint, one site, one raw port) of one enclave, since the proxy started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrafficReport {
+    /// Whose traffic.
+    pub enclave: EnclaveName,
+    /// Which way and kind.
+    pub direction: Direction,
+    /// The endpoint: `hostname:port` for egress, `https` or the listening port for ingress.
+    pub endpoint: String,
+    /// Connections (for HTTPS: requests) open now.
+    pub open: u64,
+    /// Connections (for HTTPS: requests) accepted.
+    pub total: u64,
+    /// Bytes towards the enclave.
+    pub bytes_to_enclave: u64,
+    /// Bytes from the enclave.
+    pub bytes_from_enclave: u64,
+    /// Connections or requests that failed, by reason (`dns`, `connect`, `address_refused`, `timeout`, `no_target`, …:
+    /// a fixed set, see the proxy's counters).
+    pub failed: BTreeMap<String, u64>,
+    /// HTTPS only: answers by status class (`2xx`).
+    pub status_classes: BTreeMap<String, u64>,
+}
+
+/// Which way traffic goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    /// From the enclave to an upstream.
+    Egress,
+    /// From clients over HTTPS.
+    Https,
+    /// From clients over raw TCP.
+    Tcp,
+}
+
+/// Limits that both processes know. The values are part of the contract between them.
+pub mod limits {
+    use super::Duration;
+    /// Longest line on the link socket, in bytes: a snapshot of four enclaves with hundreds of endpoints fits many times.
+    pub const LINK_LINE_BYTES: usize = 4 << 20;
+    /// How long [`super::LinkRequest::Watch`] waits for a change.
+    pub const WATCH: Duration = Duration::from_secs(10);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_revision_depends_on_content_alone_and_survives_its_text_form() {
+        let routes = Routes { format: ROUTES_FORMAT, ..Routes::default() };
+        assert_eq!(routes.revision(), routes.clone().revision());
+        let other = Routes { vsock: VsockTransport::Hybrid("/run/x".into()), ..routes.clone() };
+        assert_ne!(routes.revision(), other.revision());
+        let text = serde_json::to_string(&routes.revision()).unwrap();
+        assert_eq!(serde_json::from_str::<Revision>(&text).unwrap(), routes.revision());
+    }
+}
