@@ -1,5 +1,6 @@
 //! What enclaved decides, without doing any of it: no I/O, no clock, no tasks. See `daemon/ARCHITECTURE.md`.
 
+pub mod desired;
 pub mod egress_policy;
 pub mod id;
 pub mod image;

@@ -1,0 +1,282 @@
+//! What is wanted: the configuration after it was read and checked, without the form it was written in.
+//!
+//! These types say what the planner needs and no more; reading TOML, its defaults and its error messages live in the
+//! daemon's `config`.
+
+use crate::id::{EnclaveName, MemoryMib};
+use crate::image::ExpectedImage;
+use crate::routes::{HttpsListener, PathRoute, VsockTransport};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+/// All that is wanted of this host.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Desired {
+    /// Rules for the host as a whole.
+    pub host: HostPolicy,
+    /// How vsock is reached.
+    pub vsock: VsockTransport,
+    /// Where HTTPS is served; `None` if no enclave has domains.
+    pub https: Option<HttpsListener>,
+    /// The enclaves, at most 4.
+    pub enclaves: BTreeMap<EnclaveName, EnclaveSpec>,
+}
+
+/// Rules for the host as a whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostPolicy {
+    /// CPUs (vCPUs) that stay with the parent.
+    pub reserve_cpus: u32,
+    /// Memory that stays with the parent.
+    pub reserve_memory: MemoryMib,
+    /// How long existing connections may go on after an enclave was asked to stop.
+    pub drain: Duration,
+}
+
+impl Default for HostPolicy {
+    fn default() -> Self {
+        Self { reserve_cpus: 2, reserve_memory: MemoryMib(2048), drain: Duration::from_secs(30) }
+    }
+}
+
+/// One wanted enclave.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EnclaveSpec {
+    /// Where its image comes from, and what it must be.
+    pub image: ImageRequest,
+    /// vCPUs, whole cores: an even number where the host has SMT.
+    pub cpus: u32,
+    /// Memory.
+    pub memory: MemoryMib,
+    /// Debug mode: the console is readable and all PCRs in attestation documents are zero.
+    pub debug: bool,
+    /// How a changed image or size is brought in.
+    pub update: UpdatePolicy,
+    /// What follows when the enclave ends on its own.
+    pub restart: RestartPolicy,
+    /// How it is known to be ready and well; `None`: ready as soon as it runs.
+    pub health: Option<HealthCheck>,
+    /// What it may reach.
+    pub egress: Vec<EgressSpec>,
+    /// What reaches it.
+    pub ingress: IngressSpec,
+}
+
+/// An image as it is asked for. Two equal requests are one image; another pin or place is another.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageRequest {
+    /// Where the file is.
+    pub source: ImageSource,
+    /// What it must measure.
+    pub expected: ExpectedImage,
+}
+
+/// Where an EIF comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum ImageSource {
+    /// `s3://bucket/key`
+    S3 {
+        /// The bucket's name.
+        bucket: String,
+        /// The object's key.
+        key: String,
+    },
+    /// `file:///absolute/path`
+    File(String),
+}
+
+/// An image address that is none.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("\"{text}\" is not an image address: {reason}; allowed are s3://bucket/key and file:///absolute/path")]
+pub struct BadImageSource {
+    text: String,
+    reason: &'static str,
+}
+
+impl std::str::FromStr for ImageSource {
+    type Err = BadImageSource;
+    fn from_str(text: &str) -> Result<Self, BadImageSource> {
+        let bad = |reason| BadImageSource { text: text.escape_debug().to_string(), reason };
+        if text.len() > 2048 || text.chars().any(char::is_control) {
+            return Err(bad("it is longer than 2048 bytes or holds control characters"));
+        }
+        if let Some(rest) = text.strip_prefix("s3://") {
+            let (bucket, key) = rest.split_once('/').ok_or_else(|| bad("the key is missing"))?;
+            let in_bucket = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':');
+            if !(3..=255).contains(&bucket.len()) || !bucket.chars().all(in_bucket) {
+                return Err(bad("the bucket's name is not one"));
+            }
+            if key.is_empty() || key.ends_with('/') {
+                return Err(bad("the key is missing"));
+            }
+            return Ok(Self::S3 { bucket: bucket.to_owned(), key: key.to_owned() });
+        }
+        if let Some(path) = text.strip_prefix("file://") {
+            if !path.starts_with('/') || path.ends_with('/') {
+                return Err(bad("the path is not absolute or names a folder"));
+            }
+            return Ok(Self::File(path.to_owned()));
+        }
+        Err(bad("its scheme is unknown"))
+    }
+}
+impl TryFrom<String> for ImageSource {
+    type Error = BadImageSource;
+    fn try_from(text: String) -> Result<Self, BadImageSource> {
+        text.parse()
+    }
+}
+impl From<ImageSource> for String {
+    fn from(source: ImageSource) -> Self {
+        source.to_string()
+    }
+}
+impl fmt::Display for ImageSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::S3 { bucket, key } => write!(f, "s3://{bucket}/{key}"),
+            Self::File(path) => write!(f, "file://{path}"),
+        }
+    }
+}
+
+/// How a changed image or size is brought in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum UpdatePolicy {
+    /// Blue-green where both generations fit the host, else recreate.
+    #[default]
+    Auto,
+    /// The new generation is ready before the old one is drained; waits if both do not fit.
+    BlueGreen,
+    /// The old generation is drained and stopped before the new one starts.
+    Recreate,
+}
+
+/// What follows when an enclave ends on its own. (An enclave that ends leaves no reason: nitro-cli's process exits 0
+/// whatever happened, so there is no "on failure".)
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// It is launched again, with growing pauses.
+    #[default]
+    Always,
+    /// It stays down until `enclavectl start` or a changed configuration.
+    Never,
+}
+
+/// How an enclave is known to be ready and well.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// What is asked.
+    pub probe: Probe,
+    /// How long after the boot failures are expected.
+    pub start_period: Duration,
+    /// Pause between two probes.
+    pub interval: Duration,
+    /// How long one probe may take.
+    pub timeout: Duration,
+    /// How many failures in a row make it unhealthy.
+    pub failures: u32,
+    /// What follows when it is unhealthy, or not ready when the start period ends.
+    pub on_failure: OnUnhealthy,
+}
+
+/// What follows from bad health.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnUnhealthy {
+    /// It is shown in status, metrics and `/ready`; the enclave is left alone.
+    #[default]
+    Report,
+    /// The enclave is stopped and launched again.
+    Restart,
+}
+
+/// What a health check asks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Probe {
+    /// An HTTP GET over vsock; 200 to 399 is well.
+    Http {
+        /// The enclave's vsock port.
+        port: u32,
+        /// Path and query, beginning with `/`.
+        path: String,
+    },
+    /// A vsock connection is accepted.
+    Connect {
+        /// The enclave's vsock port.
+        port: u32,
+    },
+}
+
+/// One endpoint that an enclave may reach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EgressSpec {
+    /// The upstream: a DNS name or an IP address.
+    pub hostname: String,
+    /// Its TCP port.
+    pub port: u16,
+    /// Where the enclave connects to on CID 3.
+    pub vsock_port: u32,
+    /// The address by which programs inside the enclave know it (for its /etc/hosts).
+    pub loopback: Option<IpAddr>,
+    /// Addresses that are served although the egress policy would refuse them.
+    pub allow_addresses: Vec<IpAddr>,
+}
+
+/// What reaches an enclave.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct IngressSpec {
+    /// HTTPS: names it answers to. Empty: no HTTPS.
+    pub domains: Vec<String>,
+    /// HTTPS: paths by prefix.
+    pub paths: Vec<PathRoute>,
+    /// Raw TCP.
+    pub tcp: Vec<TcpPort>,
+}
+
+/// A raw TCP port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TcpPort {
+    /// Where clients connect.
+    pub listen: SocketAddr,
+    /// The enclave's vsock port.
+    pub vsock_port: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_address_reads_back_what_it_writes() {
+        for text in ["s3://caution-abc-images/signer.eif", "s3://b-1/a/b/c.eif", "file:///opt/x.eif"] {
+            assert_eq!(text.parse::<ImageSource>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn an_image_address_that_is_none_says_what_is_allowed() {
+        for text in [
+            "",
+            "s3://",
+            "s3://bucket",
+            "s3://bucket/",
+            "s3://b/k",
+            "file://x",
+            "ftp://a/b",
+            "s3://buc ket/k",
+            "s3://bucket/a\n",
+        ] {
+            let error = text.parse::<ImageSource>().unwrap_err().to_string();
+            assert!(error.contains("s3://bucket/key"), "{error}");
+        }
+    }
+}
