@@ -1,1 +1,3 @@
-//! skeleton
+//! The control process: effects and wiring. See `daemon/ARCHITECTURE.md`.
+
+pub mod host;

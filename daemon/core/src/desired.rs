@@ -217,7 +217,8 @@ pub enum Probe {
 }
 
 /// One endpoint that an enclave may reach.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct EgressSpec {
     /// The upstream: a DNS name or an IP address.
     pub hostname: String,

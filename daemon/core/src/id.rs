@@ -91,7 +91,7 @@ string_form!(EnclaveName, "EnclaveName", "^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")
 
 /// The number of one launch of an enclave, from 1 up. Every launch is a generation of its own: it has its own CID, its
 /// own unit, its own evidence; a number is never used twice for the same enclave.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct Generation(pub u32);
 

@@ -2,6 +2,10 @@
 
 pub mod desired;
 pub mod egress_policy;
+pub mod failure;
 pub mod id;
 pub mod image;
+pub mod ledger;
+pub mod observed;
+pub mod plan;
 pub mod routes;

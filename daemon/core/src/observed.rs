@@ -1,0 +1,145 @@
+//! What is there: the host as it was seen in one pass of the loop. Values only; looking happens in the daemon's `host`.
+//!
+//! What could not be seen is `Unknown`, never absent (invariant 2): nothing destructive may follow from it.
+
+use crate::desired::ImageRequest;
+use crate::failure::Failure;
+use crate::id::{BootId, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
+use crate::image::VerifiedImage;
+use crate::ledger::{GenerationRecord, LaunchRecord};
+use crate::routes::ProxyReport;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Something that was looked at: seen, or not to be seen just now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Observation<T> {
+    /// It is so.
+    Known(T),
+    /// It could not be found out, for this reason.
+    Unknown(Failure),
+}
+
+impl<T> Observation<T> {
+    /// The value, if it is known. Whoever calls this must do nothing destructive on `None`.
+    pub fn known(&self) -> Option<&T> {
+        match self {
+            Self::Known(value) => Some(value),
+            Self::Unknown(_) => None,
+        }
+    }
+}
+
+/// The host in one pass of the loop.
+#[derive(Debug, Clone)]
+pub struct Observed {
+    /// Which boot of the host this is.
+    pub boot_id: BootId,
+    /// Every launch the supervisor has traces of.
+    pub instances: Observation<BTreeMap<EnclaveKey, Instance>>,
+    /// The enclave resources of the host.
+    pub pool: Observation<Pool>,
+    /// The proxy process.
+    pub proxy: Observation<ProxyReport>,
+    /// Images that were verified since this process started.
+    pub images: BTreeMap<ImageRequest, VerifiedImage>,
+    /// The last probe of each generation.
+    pub health: BTreeMap<EnclaveKey, HealthReport>,
+    /// Jobs at work now.
+    pub running: BTreeSet<JobKey>,
+    /// Jobs that failed, and have not succeeded since.
+    pub failed: BTreeMap<JobKey, JobFailure>,
+}
+
+/// One launch, as its traces on the host show it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Instance {
+    /// What was to be launched, as the supervisor was told; `None` if that trace can't be read.
+    pub generation: Option<GenerationRecord>,
+    /// How far it is.
+    pub state: InstanceState,
+}
+
+/// How far a launch is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum InstanceState {
+    /// The launch helper is at work; nitro-cli may or may not have started the enclave.
+    Launching,
+    /// The enclave's process is there: same PID, same start time.
+    Running(LaunchRecord),
+    /// It is over: the launch failed, or the enclave's process is gone.
+    Ended {
+        /// When it was noticed.
+        at: Timestamp,
+        /// Why the launch failed; `None` if the enclave ran and its process is gone.
+        launch_failure: Option<Failure>,
+    },
+}
+
+/// The enclave resources of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Pool {
+    /// Somebody else hands them out (Kubernetes' device plugin): nitro-cli will say what does not fit.
+    External,
+    /// The driver's CPU pool and the hugepages.
+    Sized {
+        /// CPUs in the driver's pool, used or not.
+        cpus: u32,
+        /// Memory in hugepages, used or not.
+        memory: MemoryMib,
+        /// Memory in hugepages that nobody uses.
+        memory_free: MemoryMib,
+    },
+}
+
+/// The probes of one generation so far.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthReport {
+    /// When the last probe ended.
+    pub at: Timestamp,
+    /// What it found; `Err` says what was wrong.
+    pub result: Result<(), String>,
+    /// How many in a row had this result.
+    pub streak: u32,
+}
+
+/// What a job is about. A key runs at most once at a time.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum JobKey {
+    /// Fetch and verify an image.
+    Fetch(ImageRequest),
+    /// Ask the allocator for resources.
+    Reserve,
+    /// Start the proxy process.
+    StartProxy,
+    /// Hand a snapshot of the routes to the proxy.
+    Publish,
+    /// Launch a generation.
+    Launch(EnclaveKey),
+    /// End a generation.
+    Stop(EnclaveKey),
+    /// Remove the traces of a generation.
+    Forget(EnclaveKey),
+    /// Probe a generation's health.
+    Probe(EnclaveKey),
+}
+
+/// A job that failed, so that it is tried again with growing pauses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobFailure {
+    /// When it failed last.
+    pub at: Timestamp,
+    /// How often in a row.
+    pub count: u32,
+    /// The last reason.
+    pub failure: Failure,
+}
+
+impl Observed {
+    /// Whether nothing of this enclave is at work just now.
+    pub fn idle(&self, name: &EnclaveName) -> bool {
+        !self.running.iter().any(|job| match job {
+            JobKey::Launch(key) | JobKey::Stop(key) | JobKey::Forget(key) => key.name == *name,
+            _ => false,
+        })
+    }
+}

@@ -1,0 +1,278 @@
+//! What to do next: a pure function of what is wanted, what is there, what is remembered, and the time.
+//!
+//! Every pass of the loop makes a plan from scratch; a plan is carried out as far as it goes, and the next pass sees
+//! what came of it. A step is taken only from a ledger that is on disk: where a step cannot be repeated, the plan first
+//! records the intent and takes the step in the next pass (invariant 8).
+
+pub mod admission;
+mod enclave;
+pub mod restart;
+pub mod routing;
+
+use crate::desired::{Desired, HealthCheck, ImageRequest};
+use crate::failure::Failure;
+use crate::id::{Cid, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
+use crate::image::VerifiedImage;
+use crate::ledger::{Change, GenerationRecord, ImageOutcome, LaunchRecord, Ledger};
+use crate::observed::{JobKey, Observation, Observed};
+use crate::routes::Routes;
+use restart::Backoff;
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// What to do now, and when to look again.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Plan {
+    /// In this order.
+    pub steps: Vec<Step>,
+    /// The next point in time at which a plan would differ though nothing else changed.
+    pub wake_at: Option<Timestamp>,
+    /// What each enclave waits for, where it waits.
+    pub waits: BTreeMap<EnclaveName, String>,
+}
+
+/// One step.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Step {
+    /// Change the ledger. All changes of a plan are on disk before its first effect.
+    Record(Change),
+    /// Fetch an image and verify it.
+    Fetch(ImageRequest),
+    /// Ask the allocator for resources for all enclaves.
+    Reserve {
+        /// CPUs in all.
+        cpus: u32,
+        /// Memory in all.
+        memory: MemoryMib,
+    },
+    /// Start the proxy process.
+    StartProxy,
+    /// Hand the routes to the proxy.
+    Publish(Routes),
+    /// Launch a generation.
+    Launch(Box<Launch>),
+    /// End a generation.
+    Stop {
+        /// Which.
+        key: EnclaveKey,
+        /// Its process, as the supervisor saw it in this pass.
+        launch: LaunchRecord,
+    },
+    /// Remove the traces of a generation that is over.
+    Forget(EnclaveKey),
+    /// Probe a generation's health.
+    Probe {
+        /// Which.
+        key: EnclaveKey,
+        /// Where.
+        cid: Cid,
+        /// How.
+        check: HealthCheck,
+    },
+}
+
+/// All that is needed to launch one generation. It holds a [`VerifiedImage`]: nothing else can be launched.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Launch {
+    /// Which.
+    pub key: EnclaveKey,
+    /// Its record, as it stands in the ledger.
+    pub record: GenerationRecord,
+    /// The proven image.
+    pub image: VerifiedImage,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Record(change) => change.fmt(f),
+            Self::Fetch(request) => write!(f, "fetch and verify {}", request.source),
+            Self::Reserve { cpus, memory } => write!(f, "ask the allocator for {cpus} CPUs and {memory} in all"),
+            Self::StartProxy => f.write_str("start the proxy process"),
+            Self::Publish(routes) => write!(f, "publish routes {}", routes.revision()),
+            Self::Launch(launch) => write!(
+                f,
+                "launch {} with CID {}, {} CPUs and {}",
+                launch.key, launch.record.cid, launch.record.identity.cpus, launch.record.identity.memory
+            ),
+            Self::Stop { key, launch } => write!(f, "stop {key} (process {})", launch.process.pid),
+            Self::Forget(key) => write!(f, "remove the traces of {key}"),
+            Self::Probe { key, .. } => write!(f, "probe {key}"),
+        }
+    }
+}
+
+/// Makes the plan. Total: it gives a plan for every input.
+pub fn plan(desired: &Desired, observed: &Observed, ledger: &Ledger, now: Timestamp) -> Plan {
+    let routes = routing::routes(desired, ledger);
+    let mut planner = Planner { desired, observed, ledger, now, routes, launching: false, plan: Plan::default() };
+    planner.launching = planner.someone_is_launching();
+    if ledger.boot_id.as_ref() != Some(&observed.boot_id) {
+        planner.record(Change::Booted(observed.boot_id.clone()));
+    }
+    planner.images();
+    planner.enclaves();
+    planner.proxy();
+    planner.plan
+}
+
+/// One making of a plan.
+struct Planner<'a> {
+    desired: &'a Desired,
+    observed: &'a Observed,
+    ledger: &'a Ledger,
+    now: Timestamp,
+    /// The routes that this ledger asks for.
+    routes: Routes,
+    /// Somebody is between the decision to launch and the word of nitro-cli. Launches are serial: there is one
+    /// heartbeat port.
+    launching: bool,
+    plan: Plan,
+}
+
+impl Planner<'_> {
+    fn someone_is_launching(&self) -> bool {
+        use crate::ledger::Phase;
+        use crate::observed::InstanceState;
+        let in_ledger = self.ledger.generations().any(|(_, record)| matches!(record.phase, Phase::Launching { .. }));
+        let on_host = self
+            .observed
+            .instances
+            .known()
+            .is_some_and(|all| all.values().any(|instance| matches!(instance.state, InstanceState::Launching)));
+        in_ledger || on_host
+    }
+
+    fn record(&mut self, change: Change) {
+        self.plan.steps.push(Step::Record(change));
+    }
+
+    /// Nothing more to do before that time.
+    fn wake(&mut self, at: Timestamp) {
+        if at > self.now {
+            self.plan.wake_at = Some(self.plan.wake_at.map_or(at, |earlier| earlier.min(at)));
+        }
+    }
+
+    fn wait(&mut self, name: &EnclaveName, reason: impl Into<String>) {
+        self.plan.waits.insert(name.clone(), reason.into());
+    }
+
+    /// Takes the step, unless its job is at work, or failed just now and pauses.
+    fn job(&mut self, job: &JobKey, backoff: Backoff, step: Step) {
+        if self.observed.running.contains(job) {
+            return;
+        }
+        if let Some(failed) = self.observed.failed.get(job) {
+            let again = failed.at.plus(backoff.after(failed.count));
+            if self.now < again {
+                self.wake(again);
+                return;
+            }
+        }
+        self.plan.steps.push(step);
+    }
+
+    /// Whether the proxy serves exactly the routes that the ledger asks for.
+    fn routes_applied(&self) -> bool {
+        let revision = self.routes.revision();
+        self.observed.proxy.known().is_some_and(|report| report.revision == Some(revision))
+    }
+
+    fn proxy(&mut self) {
+        if matches!(self.observed.proxy, Observation::Unknown(_)) {
+            self.job(&JobKey::StartProxy, restart::STEP, Step::StartProxy);
+            return;
+        }
+        // Routes are made from the ledger. As long as it may lack an enclave that runs (its file was lost, the
+        // supervisor has not been heard), publishing them could cut that enclave off.
+        let complete = self
+            .observed
+            .instances
+            .known()
+            .is_some_and(|all| all.keys().all(|key| self.ledger.generation(key).is_some()));
+        if complete && !self.routes_applied() {
+            let routes = self.routes.clone();
+            self.job(&JobKey::Publish, restart::STEP, Step::Publish(routes));
+        }
+    }
+
+    fn images(&mut self) {
+        let wanted = |request: &ImageRequest| self.desired.enclaves.values().any(|spec| spec.image == *request);
+        let stale: Vec<_> = self
+            .ledger
+            .images
+            .iter()
+            .map(|record| &record.request)
+            .filter(|request| !wanted(request))
+            .cloned()
+            .collect();
+        for request in stale {
+            self.record(Change::ImageForgotten(request));
+        }
+        // What a job found is recorded here; jobs do not write the ledger.
+        for (request, image) in &self.observed.images {
+            let digest = image.digest();
+            let known =
+                matches!(self.ledger.image(request), Some(ImageOutcome::Verified { digest: d, .. }) if *d == digest);
+            if wanted(request) && !known {
+                let (request, measurements) = (request.clone(), *image.measurements());
+                self.record(Change::ImageVerified { request, digest, measurements });
+            }
+        }
+        for (job, failed) in &self.observed.failed {
+            let JobKey::Fetch(request) = job else { continue };
+            let known = match self.ledger.image(request) {
+                Some(ImageOutcome::Failed { at, .. } | ImageOutcome::Verified { at, .. }) => *at >= failed.at,
+                None => false,
+            };
+            if wanted(request) && !known {
+                self.record(Change::ImageFailed { request: request.clone(), failure: failed.failure.clone() });
+            }
+        }
+    }
+
+    /// Fetches the image unless that is under way, or failed and pauses.
+    fn fetch(&mut self, name: &EnclaveName, request: &ImageRequest) {
+        if self.observed.running.contains(&JobKey::Fetch(request.clone())) {
+            return self.wait(name, "its image is being fetched");
+        }
+        if let Some(ImageOutcome::Failed { at, count, failure }) = self.ledger.image(request) {
+            let again = at.plus(restart::IMAGE.after(*count));
+            if self.now < again {
+                self.wait(name, format!("its image could not be had and is tried again at {again}: {failure}"));
+                return self.wake(again);
+            }
+        }
+        self.wait(name, "its image is being fetched");
+        let step = Step::Fetch(request.clone());
+        if !self.plan.steps.contains(&step) {
+            self.plan.steps.push(step);
+        }
+    }
+
+    fn enclaves(&mut self) {
+        let (desired, ledger) = (self.desired, self.ledger);
+        let names: std::collections::BTreeSet<_> = desired.enclaves.keys().chain(ledger.enclaves.keys()).collect();
+        let instances = match &self.observed.instances {
+            Observation::Known(instances) => instances,
+            Observation::Unknown(failure) => {
+                for name in names {
+                    self.wait(name, format!("the host's enclaves cannot be seen: {}", failure.message));
+                }
+                return;
+            }
+        };
+        let strangers = instances.keys().map(|key| &key.name).filter(|name| !names.contains(name));
+        let strangers: std::collections::BTreeSet<_> = strangers.collect();
+        for name in names.iter().chain(&strangers) {
+            self.enclave(name, instances);
+        }
+    }
+
+    /// The failure that a lost enclave leaves behind, unless the host was rebooted, which is nobody's failure.
+    fn death(&self, text: &str) -> Option<Failure> {
+        let same_boot = self.ledger.boot_id.as_ref() == Some(&self.observed.boot_id);
+        same_boot.then(|| Failure::new(text))
+    }
+}

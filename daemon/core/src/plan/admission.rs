@@ -1,0 +1,67 @@
+//! Whether an enclave fits into the host's enclave resources, next to those that run.
+
+use crate::id::MemoryMib;
+use crate::ledger::{GenerationRecord, Ledger};
+use crate::observed::Pool;
+use std::fmt;
+
+/// Enclaves that the driver runs at the same time on one parent.
+pub const MAX_ENCLAVES: usize = 4;
+
+/// What is missing for one more enclave.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Shortage {
+    /// The driver's limit of enclaves is reached.
+    Enclaves,
+    /// The pool is too small.
+    Pool {
+        /// CPUs asked for.
+        cpus: u32,
+        /// CPUs that no enclave uses.
+        cpus_free: u32,
+        /// Memory asked for.
+        memory: MemoryMib,
+        /// Hugepage memory that nobody uses.
+        memory_free: MemoryMib,
+    },
+}
+
+impl fmt::Display for Shortage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Enclaves => write!(f, "{MAX_ENCLAVES} enclaves run already, the most a parent can run"),
+            Self::Pool { cpus, cpus_free, memory, memory_free } => write!(
+                f,
+                "it needs {cpus} CPUs and {memory}; the host's enclave pool has {cpus_free} CPUs and {memory_free} free"
+            ),
+        }
+    }
+}
+
+/// Whether that many CPUs and that much memory are free beside all generations that hold, or may hold, resources.
+///
+/// # Errors
+/// What is missing.
+pub fn fits(pool: &Pool, ledger: &Ledger, cpus: u32, memory: MemoryMib) -> Result<(), Shortage> {
+    let held: Vec<_> =
+        ledger.generations().map(|(_, record)| record).filter(|record| record.holds_resources()).collect();
+    if held.len() >= MAX_ENCLAVES {
+        return Err(Shortage::Enclaves);
+    }
+    let Pool::Sized { cpus: pool_cpus, memory: pool_memory, memory_free } = pool else { return Ok(()) };
+    let cpus_held = held.iter().fold(0_u32, |sum, record| sum.saturating_add(record.identity.cpus));
+    let memory_held = held.iter().fold(0_u64, |sum, record| sum.saturating_add(memory_of(record).0));
+    let cpus_free = pool_cpus.saturating_sub(cpus_held);
+    // Others may hold hugepages too; and what a launch has not taken yet is spoken for.
+    let memory_free = MemoryMib(memory_free.0.min(pool_memory.0.saturating_sub(memory_held)));
+    if cpus > cpus_free || memory > memory_free {
+        return Err(Shortage::Pool { cpus, cpus_free, memory, memory_free });
+    }
+    Ok(())
+}
+
+/// What it holds: what nitro-cli gave, which may be more than was asked for.
+fn memory_of(record: &GenerationRecord) -> MemoryMib {
+    let given = record.launch().map_or(MemoryMib(0), |launch| launch.memory);
+    record.identity.memory.max(given)
+}

@@ -1,0 +1,392 @@
+//! The plan for one enclave: first the ledger follows what is seen, then, if nothing was new, what is wanted is pursued.
+
+use super::{Launch, Planner, Step, admission, restart};
+use crate::desired::{EnclaveSpec, OnUnhealthy, RestartPolicy, UpdatePolicy};
+use crate::failure::Failure;
+use crate::id::{EnclaveKey, EnclaveName, Generation, Measurements, Timestamp};
+use crate::ledger::{Change, EnclaveRecord, GenerationRecord, Identity, ImageOutcome, Phase, StopReason};
+use crate::observed::{Instance, InstanceState, JobKey, Observation};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// How often a booting enclave is asked whether it is ready; its health check's interval may be shorter.
+const BOOT_PROBE_INTERVAL: Duration = Duration::from_millis(250);
+
+type Instances = BTreeMap<EnclaveKey, Instance>;
+
+impl Planner<'_> {
+    pub(super) fn enclave(&mut self, name: &EnclaveName, instances: &Instances) {
+        let nothing = EnclaveRecord::default();
+        let record = self.ledger.enclaves.get(name).unwrap_or(&nothing);
+        let spec = self.desired.enclaves.get(name);
+        let wanted = spec.filter(|_| record.held_since.is_none());
+        let before = self.plan.steps.len();
+        self.adopt(name, record, instances);
+        for (generation, of) in &record.generations {
+            let key = EnclaveKey { name: name.clone(), generation: *generation };
+            let last = record.generations.last_key_value().is_some_and(|(last, _)| last == generation);
+            self.follow(&key, of, instances.get(&key), wanted.is_some() && last);
+        }
+        let news = self.plan.steps[before..].iter().any(|step| matches!(step, Step::Record(_)));
+        if news {
+            // The next pass sees the ledger as it is then.
+            return;
+        }
+        self.drains(name, record);
+        let unreadable = |(key, instance): (&EnclaveKey, &Instance)| {
+            let over = matches!(instance.state, InstanceState::Ended { .. });
+            key.name == *name && !record.generations.contains_key(&key.generation) && !over
+        };
+        if instances.iter().any(unreadable) {
+            // Something of that name runs that nobody can account for: no second one beside it.
+            return;
+        }
+        match wanted {
+            Some(spec) => self.pursue(name, spec, record, instances),
+            None => self.abandon(name, spec.is_none(), record, instances),
+        }
+    }
+
+    /// Takes over what the supervisor was told to launch and the ledger does not know: the ledger was lost.
+    fn adopt(&mut self, name: &EnclaveName, record: &EnclaveRecord, instances: &Instances) {
+        for (key, instance) in instances.iter().filter(|(key, _)| key.name == *name) {
+            if record.generations.contains_key(&key.generation) {
+                continue;
+            }
+            let phase = match &instance.state {
+                InstanceState::Launching => Phase::Launching { since: self.now },
+                // It ran before this ledger began, so presumably it served: taken as ready, for otherwise its traffic
+                // would be cut for nothing; its health check goes on at once.
+                InstanceState::Running(launch) => Phase::Ready { since: self.now, launch: launch.clone() },
+                InstanceState::Ended { .. } => Phase::Ended { at: self.now },
+            };
+            match &instance.generation {
+                Some(told) => {
+                    let record = GenerationRecord { phase, ..told.clone() };
+                    self.record(Change::Adopted { key: key.clone(), record });
+                }
+                None => self.wait(
+                    name,
+                    format!("{key} was launched, but what it is cannot be read any more; it is left alone"),
+                ),
+            }
+        }
+    }
+
+    /// Lets the ledger follow what is seen of one generation. `next` says that a successor is wanted and not planned yet.
+    fn follow(&mut self, key: &EnclaveKey, record: &GenerationRecord, seen: Option<&Instance>, next: bool) {
+        let state = seen.map(|instance| &instance.state);
+        let key = key.clone();
+        match (&record.phase, state) {
+            (Phase::Planned { .. }, Some(_)) => self.record(Change::Launching(key)),
+            (Phase::Launching { .. }, Some(InstanceState::Running(launch))) => {
+                self.record(Change::Booting { key, launch: launch.clone() });
+            }
+            (Phase::Launching { .. }, Some(InstanceState::Ended { launch_failure, .. })) => {
+                let failure = launch_failure.clone().or_else(|| self.death("it ended right after its launch"));
+                self.record(Change::Ended { key, failure });
+            }
+            (
+                Phase::Booting { .. } | Phase::Ready { .. },
+                None | Some(InstanceState::Ended { launch_failure: None, .. }),
+            ) => {
+                let failure =
+                    self.death("its process is gone: the enclave crashed, powered off, or was ended from outside");
+                self.record(Change::Ended { key, failure });
+            }
+            (
+                Phase::Booting { .. } | Phase::Ready { .. },
+                Some(InstanceState::Ended { launch_failure: Some(failure), .. }),
+            ) => self.record(Change::Ended { key, failure: Some(failure.clone()) }),
+            (Phase::Draining { why, .. } | Phase::Stopping { why, .. }, None | Some(InstanceState::Ended { .. })) => {
+                let failure = why.is_failure().then(|| Failure::new(why.to_string()));
+                self.record(Change::Ended { key, failure });
+            }
+            (Phase::Stopping { .. }, Some(InstanceState::Running(launch))) => {
+                let step = Step::Stop { key: key.clone(), launch: launch.clone() };
+                self.job(&JobKey::Stop(key), restart::STEP, step);
+            }
+            // It was taken for ended and is not. It has, or will have, a successor: there must not be two.
+            (Phase::Ended { .. }, Some(InstanceState::Launching | InstanceState::Running(_))) => {
+                self.record(Change::Stopping { key, why: StopReason::Replaced });
+            }
+            (Phase::Ended { .. }, Some(InstanceState::Ended { .. })) => {
+                self.job(&JobKey::Forget(key.clone()), restart::STEP, Step::Forget(key));
+            }
+            (Phase::Ended { .. }, None) if !next => self.record(Change::Forgotten(key)),
+            // As it should be, or a launch under way that the next passes will see the end of.
+            (Phase::Planned { .. } | Phase::Ended { .. } | Phase::Launching { .. }, None)
+            | (Phase::Launching { .. } | Phase::Stopping { .. }, Some(InstanceState::Launching))
+            | (
+                Phase::Booting { .. } | Phase::Ready { .. } | Phase::Draining { .. },
+                Some(InstanceState::Launching | InstanceState::Running(_)),
+            ) => {}
+        }
+    }
+
+    /// Ends what is drained, or has drained long enough.
+    fn drains(&mut self, name: &EnclaveName, record: &EnclaveRecord) {
+        for (generation, record) in &record.generations {
+            let Phase::Draining { until, why, .. } = &record.phase else { continue };
+            let open = match &self.observed.proxy {
+                Observation::Known(report) if self.routes_applied() => report.ingress_open.get(&record.cid).copied(),
+                // It may still be sending new requests there.
+                Observation::Known(_) | Observation::Unknown(_) => Some(u64::MAX),
+            };
+            if open.unwrap_or(0) == 0 || self.now >= *until {
+                let key = EnclaveKey { name: name.clone(), generation: *generation };
+                self.record(Change::Stopping { key, why: why.clone() });
+            } else {
+                self.wait(name, format!("generation {generation} drains until {until} at the latest"));
+                self.wake(*until);
+            }
+        }
+    }
+
+    /// Ends all of an enclave that is not wanted, or is held.
+    fn abandon(&mut self, name: &EnclaveName, removed: bool, record: &EnclaveRecord, instances: &Instances) {
+        let why = if removed { StopReason::Removed } else { StopReason::Held };
+        for (generation, of) in &record.generations {
+            if of.is_current() {
+                self.end(EnclaveKey { name: name.clone(), generation: *generation }, of, &why, instances);
+            }
+        }
+        if removed && record.generations.is_empty() && self.ledger.enclaves.contains_key(name) {
+            self.record(Change::Removed(name.clone()));
+        }
+    }
+
+    /// Ends one generation, in the way its phase allows.
+    fn end(&mut self, key: EnclaveKey, record: &GenerationRecord, why: &StopReason, instances: &Instances) {
+        let launched = instances.contains_key(&key) || self.observed.running.contains(&JobKey::Launch(key.clone()));
+        let why = why.clone();
+        match &record.phase {
+            Phase::Planned { .. } => self.record(Change::Ended { key, failure: None }),
+            Phase::Launching { .. } if !launched => self.record(Change::Ended { key, failure: None }),
+            Phase::Launching { .. } | Phase::Booting { .. } => self.record(Change::Stopping { key, why }),
+            Phase::Ready { .. } => {
+                let until = self.now.plus(self.desired.host.drain);
+                self.record(Change::Draining { key, until, why });
+            }
+            Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Ended { .. } => {}
+        }
+    }
+
+    /// Brings a wanted enclave a step closer to what is wanted.
+    fn pursue(&mut self, name: &EnclaveName, spec: &EnclaveSpec, record: &EnclaveRecord, instances: &Instances) {
+        let current: Vec<_> = record.generations.iter().filter(|(_, of)| of.is_current()).collect();
+        let key = |generation: &Generation| EnclaveKey { name: name.clone(), generation: *generation };
+        let (digest, measurements) = match self.ledger.image(&spec.image) {
+            Some(ImageOutcome::Verified { digest, measurements, .. }) => (*digest, *measurements),
+            Some(ImageOutcome::Failed { .. }) | None => {
+                self.fetch(name, &spec.image);
+                // What runs goes on meanwhile.
+                for (generation, of) in &current {
+                    self.watch(&key(generation), of, spec);
+                }
+                return;
+            }
+        };
+        let target = Identity { image: digest, cpus: spec.cpus, memory: spec.memory, debug: spec.debug };
+        let Some(((newest, of), older)) = current.split_last() else {
+            return self.plan_next(name, spec, record, target, measurements);
+        };
+        for (generation, of) in older {
+            self.watch(&key(generation), of, spec);
+        }
+        if of.identity == target {
+            if matches!(of.phase, Phase::Ready { .. }) {
+                for (generation, of) in older {
+                    self.end(key(generation), of, &StopReason::Replaced, instances);
+                }
+            }
+            return self.advance(&key(newest), of, spec, instances);
+        }
+        let serves = matches!(of.phase, Phase::Ready { .. });
+        if serves && spec.update != UpdatePolicy::Recreate {
+            match self.room_for(spec) {
+                Some(Ok(())) => return self.plan_next(name, spec, record, target, measurements),
+                Some(Err(shortage)) if spec.update == UpdatePolicy::BlueGreen => {
+                    self.wait(name, format!("its update waits for room: {shortage}"));
+                    return self.watch(&key(newest), of, spec);
+                }
+                Some(Err(_)) => {}
+                None => {
+                    self.wait(name, "its update waits until the host's enclave pool can be seen");
+                    return self.watch(&key(newest), of, spec);
+                }
+            }
+        }
+        self.end(key(newest), of, &StopReason::Replaced, instances);
+    }
+
+    /// Whether one more of it fits beside all that run; `None` if that can't be seen.
+    fn room_for(&self, spec: &EnclaveSpec) -> Option<Result<(), admission::Shortage>> {
+        let pool = self.observed.pool.known()?;
+        Some(admission::fits(pool, self.ledger, spec.cpus, spec.memory))
+    }
+
+    /// Gives the next generation its number and CID.
+    fn plan_next(
+        &mut self,
+        name: &EnclaveName,
+        spec: &EnclaveSpec,
+        record: &EnclaveRecord,
+        identity: Identity,
+        measurements: Measurements,
+    ) {
+        let ending =
+            record.generations.values().any(|of| matches!(of.phase, Phase::Draining { .. } | Phase::Stopping { .. }));
+        if ending && spec.update != UpdatePolicy::BlueGreen && !record.generations.values().any(|of| of.is_current()) {
+            return self.wait(name, "its former generation is ending");
+        }
+        let mut not_before = self.now;
+        if let Some(end) = record.last_end.as_ref().filter(|end| end.identity == identity) {
+            if spec.restart == RestartPolicy::Never {
+                let text = format!("it ended and `restart = \"never\"`; `enclavectl start {name}` launches it again");
+                return self.wait(name, text);
+            }
+            not_before = end.at.plus(restart::LAUNCH.after(record.failures));
+        }
+        // Two enclaves planned in one pass must not get the same CID: the second one waits for the next pass.
+        let planned = |step: &Step| matches!(step, Step::Record(Change::Planned { .. } | Change::Adopted { .. }));
+        if self.plan.steps.iter().any(planned) {
+            return;
+        }
+        let key = EnclaveKey { name: name.clone(), generation: record.last_generation.next() };
+        let (cid, egress) = (self.ledger.free_cid(), spec.egress.clone());
+        self.record(Change::Planned { key, cid, identity, measurements, egress, not_before });
+    }
+
+    /// Brings the generation that is wanted one phase further.
+    fn advance(&mut self, key: &EnclaveKey, record: &GenerationRecord, spec: &EnclaveSpec, instances: &Instances) {
+        match &record.phase {
+            Phase::Planned { not_before, .. } => self.decide_launch(key, record, spec, *not_before),
+            Phase::Launching { .. } if !instances.contains_key(key) => self.launch(key, record, spec, instances),
+            Phase::Launching { .. } => self.wait(&key.name, "nitro-cli is starting it"),
+            Phase::Booting { .. } | Phase::Ready { .. } => self.watch(key, record, spec),
+            Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Ended { .. } => {}
+        }
+    }
+
+    /// Decides the launch once everything that must stand before it stands.
+    fn decide_launch(
+        &mut self,
+        key: &EnclaveKey,
+        record: &GenerationRecord,
+        spec: &EnclaveSpec,
+        not_before: Timestamp,
+    ) {
+        let name = &key.name;
+        if self.now < not_before {
+            self.wait(name, format!("it is launched again at {not_before}"));
+            return self.wake(not_before);
+        }
+        if self.observed.images.get(&spec.image).is_none_or(|image| image.digest() != record.identity.image) {
+            return self.fetch(name, &spec.image);
+        }
+        if !self.routes_applied() {
+            return self.wait(name, "the proxy does not serve its routes yet");
+        }
+        let closed = self.observed.proxy.known().and_then(|report| {
+            report.listeners.iter().find(|listener| {
+                listener.error.is_some()
+                    && matches!(listener.listener, crate::routes::ListenerKey::Egress { cid, .. } if cid == record.cid)
+            })
+        });
+        if let Some(listener) = closed {
+            let error = listener.error.as_deref().unwrap_or("not open");
+            return self.wait(name, format!("its egress listener {} is not open: {error}", listener.address));
+        }
+        let room = match &self.observed.pool {
+            Observation::Unknown(failure) => {
+                return self.wait(name, format!("the host's enclave pool cannot be seen: {failure}"));
+            }
+            Observation::Known(pool) => {
+                admission::fits(pool, self.ledger, record.identity.cpus, record.identity.memory)
+            }
+        };
+        if let Err(shortage) = room {
+            return self.reserve(name, &shortage);
+        }
+        if self.launching {
+            return self.wait(name, "another enclave is being launched; launches are serial");
+        }
+        self.launching = true;
+        self.record(Change::Launching(key.clone()));
+    }
+
+    /// Asks the allocator to make room for all that is wanted.
+    fn reserve(&mut self, name: &EnclaveName, shortage: &admission::Shortage) {
+        let said = self.observed.failed.get(&JobKey::Reserve).map(|failed| format!("; {}", failed.failure));
+        self.wait(name, format!("{shortage}{}", said.unwrap_or_default()));
+        let specs = self.desired.enclaves.values();
+        let cpus = specs.clone().fold(0_u32, |sum, spec| sum.saturating_add(spec.cpus));
+        let memory = specs.fold(0_u64, |sum, spec| sum.saturating_add(spec.memory.0));
+        let step = Step::Reserve { cpus, memory: crate::id::MemoryMib(memory) };
+        if !self.plan.steps.contains(&step) {
+            self.job(&JobKey::Reserve, restart::RESERVE, step);
+        }
+    }
+
+    /// Takes the decided launch. Taken again after a crash right here, for the supervisor has no trace of it.
+    fn launch(&mut self, key: &EnclaveKey, record: &GenerationRecord, spec: &EnclaveSpec, instances: &Instances) {
+        let job = JobKey::Launch(key.clone());
+        match self.observed.images.get(&spec.image) {
+            Some(image) if image.digest() == record.identity.image => {
+                let said = self.observed.failed.get(&job).map(|failed| failed.failure.to_string());
+                self.wait(&key.name, said.unwrap_or_else(|| "it is being launched".to_owned()));
+                let launch = Launch { key: key.clone(), record: record.clone(), image: image.clone() };
+                self.job(&job, restart::STEP, Step::Launch(Box::new(launch)));
+            }
+            // Decided in an earlier life of this process, and the image is not proven in this one. It was never
+            // launched, so the decision is taken back.
+            Some(_) | None => self.end(key.clone(), record, &StopReason::Replaced, instances),
+        }
+    }
+
+    /// Probes what runs, and draws the consequences.
+    fn watch(&mut self, key: &EnclaveKey, record: &GenerationRecord, spec: &EnclaveSpec) {
+        let (booting, since) = match &record.phase {
+            Phase::Booting { since, .. } => (true, *since),
+            Phase::Ready { since, .. } => (false, *since),
+            _ => return,
+        };
+        let Some(check) = &spec.health else {
+            if booting {
+                self.record(Change::Ready(key.clone()));
+            }
+            return;
+        };
+        let report = self.observed.health.get(key);
+        match report.map(|report| &report.result) {
+            Some(Ok(())) if booting => return self.record(Change::Ready(key.clone())),
+            Some(Err(error)) => {
+                let grace = since.plus(check.start_period);
+                let streak = report.map_or(0, |report| report.streak);
+                let unhealthy = if booting { self.now >= grace } else { streak >= check.failures };
+                if booting {
+                    self.wait(&key.name, format!("it is not ready yet: {error}"));
+                    self.wake(grace);
+                }
+                if unhealthy && check.on_failure == OnUnhealthy::Restart {
+                    let why = StopReason::Unhealthy { error: error.clone() };
+                    return self.record(Change::Stopping { key: key.clone(), why });
+                }
+            }
+            Some(Ok(())) => {}
+            None if booting => self.wait(&key.name, "it boots"),
+            None => {}
+        }
+        let pause = if booting { check.interval.min(BOOT_PROBE_INTERVAL) } else { check.interval };
+        let due = report.map_or(self.now, |report| report.at.plus(pause));
+        if self.now < due {
+            return self.wake(due);
+        }
+        let job = JobKey::Probe(key.clone());
+        if !self.observed.running.contains(&job) {
+            let (key, check) = (key.clone(), check.clone());
+            self.plan.steps.push(Step::Probe { key, cid: record.cid, check });
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! How long to wait before something is tried again: always a function of the ledger (or of the jobs' failures) and of
+//! the time, so that it means the same after a restart.
+
+use std::time::Duration;
+
+/// Pauses that double from `first` up to `most`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Backoff {
+    first: Duration,
+    most: Duration,
+}
+
+/// Launches. Not below one second: a launch right after an exit can fail with E29 (aws-nitro-enclaves-cli #433).
+pub const LAUNCH: Backoff = Backoff { first: Duration::from_secs(1), most: Duration::from_secs(300) };
+/// Images: a role can be minutes young, an object can appear; a host of a fleet must not hammer S3.
+pub const IMAGE: Backoff = Backoff { first: Duration::from_secs(2), most: Duration::from_secs(300) };
+/// Cheap local steps (the proxy, the supervisor).
+pub const STEP: Backoff = Backoff { first: Duration::from_millis(200), most: Duration::from_secs(15) };
+/// Asking the allocator again.
+pub const RESERVE: Backoff = Backoff { first: Duration::from_secs(5), most: Duration::from_secs(300) };
+
+impl Backoff {
+    /// The pause after that many failures in a row; none after none.
+    pub fn after(self, failures: u32) -> Duration {
+        match failures {
+            0 => Duration::ZERO,
+            n => self.first.saturating_mul(1 << (n - 1).min(20)).min(self.most),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_from_the_first_to_the_most_and_stay_there() {
+        let seconds = |n| LAUNCH.after(n).as_secs();
+        assert_eq!([0, 1, 2, 3, 9, 10, 1000, u32::MAX].map(seconds), [0, 1, 2, 4, 256, 300, 300, 300]);
+    }
+}

@@ -1,0 +1,240 @@
+//! The ports: all that the control process does to its host, as narrow traits. The reconciler and the executor know
+//! these traits alone; what stands behind them on a real host lives in the modules below (siblings that never import
+//! each other), what stands behind them in a simulation lives in the integration crate.
+//!
+//! Every method here is an [`Effect`], and every effect can fail, hang, or succeed without our learning of it: so every
+//! one is idempotent, or is asked for only after the intent is in the ledger.
+
+use enclaved_core::desired::{HealthCheck, ImageRequest};
+use enclaved_core::failure::Failure;
+use enclaved_core::id::{Cid, EnclaveKey, MemoryMib, Timestamp};
+use enclaved_core::image::VerifiedImage;
+use enclaved_core::ledger::{LaunchRecord, Ledger};
+use enclaved_core::observed::{Instance, Pool};
+use enclaved_core::plan::Launch;
+use enclaved_core::routes::{ProxyReport, Routes};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+
+/// What an effect comes to. A [`Failure`] says what was being done, why it failed and what a person can do.
+pub type Outcome<T> = Result<T, Failure>;
+
+/// Launches enclaves, ends them, and knows which there are.
+pub trait Supervisor: Send + Sync + 'static {
+    /// Every launch of which there are traces, and how far each is. `known` are the processes that the ledger knows: an
+    /// enclave whose process still runs is reported as running even if its other traces are lost.
+    fn observe(
+        &self,
+        known: &BTreeMap<EnclaveKey, LaunchRecord>,
+    ) -> impl Future<Output = Outcome<BTreeMap<EnclaveKey, Instance>>> + Send;
+
+    /// Begins to launch a generation, and returns without waiting for its boot. A generation of which there are traces
+    /// is not launched again, whatever became of it: the call then succeeds and does nothing.
+    fn launch(&self, launch: &Launch) -> impl Future<Output = Outcome<()>> + Send;
+
+    /// Asks that enclave to end, by the process that owns it (never by a PID that may be somebody else's by now).
+    /// Succeeds if it is gone already.
+    fn stop(&self, key: &EnclaveKey, launch: &LaunchRecord) -> impl Future<Output = Outcome<()>> + Send;
+
+    /// Removes the traces of a generation that is over. Refused while its enclave runs.
+    fn forget(&self, key: &EnclaveKey) -> impl Future<Output = Outcome<()>> + Send;
+
+    /// Returns as soon as a launch or an enclave may have changed its state since the last [`Self::observe`]. It carries
+    /// no facts: whoever is woken looks.
+    fn changed(&self) -> impl Future<Output = ()> + Send;
+}
+
+/// Gets images and proves them.
+pub trait ImageStore: Send + Sync + 'static {
+    /// Gets the image, from the cache if it is there, and verifies it. Only what was proven in this call is returned.
+    fn fetch(
+        &self,
+        request: &ImageRequest,
+        progress: Arc<Progress>,
+    ) -> impl Future<Output = Outcome<VerifiedImage>> + Send;
+}
+
+/// Has the host's enclave resources.
+pub trait Allocator: Send + Sync + 'static {
+    /// The resources as they are.
+    fn observe(&self) -> impl Future<Output = Outcome<Pool>> + Send;
+
+    /// Makes room for that much in all, as far as the configuration allows it to.
+    fn reserve(&self, cpus: u32, memory: MemoryMib) -> impl Future<Output = Outcome<()>> + Send;
+}
+
+/// The proxy process.
+pub trait ProxyLink: Send + Sync + 'static {
+    /// What it reports.
+    fn observe(&self) -> impl Future<Output = Outcome<ProxyReport>> + Send;
+
+    /// Starts it, unless it runs.
+    fn start(&self) -> impl Future<Output = Outcome<()>> + Send;
+
+    /// Hands it a snapshot; returns when it is on the proxy's disk and every listener was opened or failed to.
+    fn publish(&self, routes: &Routes) -> impl Future<Output = Outcome<()>> + Send;
+
+    /// Returns as soon as its report may have changed since the last [`Self::observe`], or it may be gone.
+    fn changed(&self) -> impl Future<Output = ()> + Send;
+}
+
+/// Asks enclaves how they are.
+pub trait Prober: Send + Sync + 'static {
+    /// One probe. `Ok(Err(text))`: the enclave does not answer well. `Err`: it could not be asked, for a reason that is
+    /// the host's (no descriptors left, say), so nothing is known.
+    fn probe(&self, cid: Cid, check: &HealthCheck) -> impl Future<Output = Outcome<Result<(), String>>> + Send;
+}
+
+/// Keeps the ledger.
+pub trait LedgerStore: Send + Sync + 'static {
+    /// The ledger as last saved. One that can't be read is put aside (never deleted), and the failure says where.
+    fn load(&self) -> impl Future<Output = Outcome<LoadedLedger>> + Send;
+
+    /// Returns when it is on disk (fsync, rename).
+    fn save(&self, ledger: &Ledger) -> impl Future<Output = Outcome<()>> + Send;
+}
+
+/// A ledger, and what was wrong with its file.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LoadedLedger {
+    /// The ledger; empty if there was none, or none that could be read.
+    pub ledger: Ledger,
+    /// Why the file could not be used, and where it was put.
+    pub problem: Option<Failure>,
+}
+
+/// Tells the time.
+pub trait Clock: Send + Sync + 'static {
+    /// Wall-clock time now.
+    fn now(&self) -> Timestamp;
+}
+
+/// The host: one implementation of each port. `app` names the real ones.
+pub trait Host: Send + Sync + 'static {
+    /// Launches and ends enclaves.
+    type Supervisor: Supervisor;
+    /// Gets images.
+    type Images: ImageStore;
+    /// Has resources.
+    type Allocator: Allocator;
+    /// The proxy process.
+    type Proxy: ProxyLink;
+    /// Asks enclaves.
+    type Prober: Prober;
+    /// Keeps the ledger.
+    type Ledger: LedgerStore;
+    /// Tells the time.
+    type Clock: Clock;
+
+    /// Launches and ends enclaves.
+    fn supervisor(&self) -> &Self::Supervisor;
+    /// Gets images.
+    fn images(&self) -> &Self::Images;
+    /// Has resources.
+    fn allocator(&self) -> &Self::Allocator;
+    /// The proxy process.
+    fn proxy(&self) -> &Self::Proxy;
+    /// Asks enclaves.
+    fn prober(&self) -> &Self::Prober;
+    /// Keeps the ledger.
+    fn ledger(&self) -> &Self::Ledger;
+    /// Tells the time.
+    fn clock(&self) -> &Self::Clock;
+}
+
+/// How far a fetch is; written by the image store, read by the status.
+#[derive(Debug, Default)]
+pub struct Progress {
+    done: std::sync::atomic::AtomicU64,
+    total: std::sync::atomic::AtomicU64,
+}
+
+impl Progress {
+    /// Sets how many bytes there are in all.
+    pub fn set_total(&self, bytes: u64) {
+        self.total.store(bytes, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Adds bytes that have arrived.
+    pub fn add(&self, bytes: u64) {
+        self.done.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Begins again at nothing (a retry).
+    pub fn restart(&self) {
+        self.done.store(0, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Bytes that have arrived, and bytes in all (0 while that is unknown).
+    pub fn get(&self) -> (u64, u64) {
+        use std::sync::atomic::Ordering::Relaxed;
+        (self.done.load(Relaxed), self.total.load(Relaxed))
+    }
+}
+
+/// Every method of the ports above, for the fault sweep: an effect that is missing there fails a test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[allow(missing_docs)] // The names are `<port><method>`.
+pub enum Effect {
+    SupervisorObserve,
+    SupervisorLaunch,
+    SupervisorStop,
+    SupervisorForget,
+    SupervisorChanged,
+    ImageStoreFetch,
+    AllocatorObserve,
+    AllocatorReserve,
+    ProxyLinkObserve,
+    ProxyLinkStart,
+    ProxyLinkPublish,
+    ProxyLinkChanged,
+    ProberProbe,
+    LedgerStoreLoad,
+    LedgerStoreSave,
+}
+
+impl Effect {
+    /// All of them.
+    pub const ALL: [Self; 15] = [
+        Self::SupervisorObserve,
+        Self::SupervisorLaunch,
+        Self::SupervisorStop,
+        Self::SupervisorForget,
+        Self::SupervisorChanged,
+        Self::ImageStoreFetch,
+        Self::AllocatorObserve,
+        Self::AllocatorReserve,
+        Self::ProxyLinkObserve,
+        Self::ProxyLinkStart,
+        Self::ProxyLinkPublish,
+        Self::ProxyLinkChanged,
+        Self::ProberProbe,
+        Self::LedgerStoreLoad,
+        Self::LedgerStoreSave,
+    ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reads this very file, so that a method cannot be added to a port and left out of the sweep.
+    #[test]
+    fn every_method_of_every_port_is_an_effect() {
+        let mut found = Vec::new();
+        let mut port = "";
+        for line in include_str!("host.rs").lines() {
+            if let Some(rest) = line.strip_prefix("pub trait ") {
+                port = rest.split(':').next().unwrap();
+            } else if let Some(rest) = line.strip_prefix("    fn ").filter(|_| !["Host", "Clock", ""].contains(&port)) {
+                let method = rest.split('(').next().unwrap();
+                found.push(format!("{port}{}{}", method[..1].to_uppercase(), &method[1..]).to_lowercase());
+            } else if line == "}" {
+                port = "";
+            }
+        }
+        let effects: Vec<String> = Effect::ALL.iter().map(|effect| format!("{effect:?}").to_lowercase()).collect();
+        assert_eq!(found, effects);
+    }
+}
