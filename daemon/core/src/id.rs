@@ -171,7 +171,8 @@ impl Cid {
 impl TryFrom<u32> for Cid {
     type Error = Malformed;
     fn try_from(number: u32) -> Result<Self, Malformed> {
-        Self::new(number).ok_or_else(|| Malformed::new(format!("{number} is not a CID for an enclave: 16 to 4294967294")))
+        Self::new(number)
+            .ok_or_else(|| Malformed::new(format!("{number} is not a CID for an enclave: 16 to 4294967294")))
     }
 }
 
@@ -197,9 +198,7 @@ impl JsonSchema for Cid {
 }
 
 /// An amount of memory in MiB.
-#[derive(
-    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
-)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct MemoryMib(pub u64);
 
