@@ -9,3 +9,4 @@ pub mod ledger;
 pub mod observed;
 pub mod plan;
 pub mod routes;
+pub mod status;

@@ -383,10 +383,7 @@ impl Planner<'_> {
         if self.now < due {
             return self.wake(due);
         }
-        let job = JobKey::Probe(key.clone());
-        if !self.observed.running.contains(&job) {
-            let (key, check) = (key.clone(), check.clone());
-            self.plan.steps.push(Step::Probe { key, cid: record.cid, check });
-        }
+        let step = Step::Probe { key: key.clone(), cid: record.cid, check: check.clone() };
+        self.job(&JobKey::Probe(key.clone()), restart::STEP, step);
     }
 }
