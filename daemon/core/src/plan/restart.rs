@@ -20,6 +20,11 @@ pub const STEP: Backoff = Backoff { first: Duration::from_millis(200), most: Dur
 pub const RESERVE: Backoff = Backoff { first: Duration::from_secs(5), most: Duration::from_secs(300) };
 
 impl Backoff {
+    /// Pauses that double from `first` up to `most`.
+    pub const fn new(first: Duration, most: Duration) -> Self {
+        Self { first, most }
+    }
+
     /// The pause after that many failures in a row; none after none.
     pub fn after(self, failures: u32) -> Duration {
         match failures {

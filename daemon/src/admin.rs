@@ -1,0 +1,282 @@
+//! What the control process answers: the admin API on a Unix socket (status, plan, stop, start, reload), and `/metrics`,
+//! `/live` and `/ready` on a TCP listener. HTTP/1.1 both.
+//!
+//! Who may use the admin API is decided by the mode of its socket (0660, group of the process). The TCP listener answers
+//! anybody and changes nothing.
+
+use crate::metrics::Metrics;
+use crate::reconciler::{Command, Report};
+use bytes::Bytes;
+use enclaved_core::id::EnclaveName;
+use http::{Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::json;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+/// The loop makes a pass every few seconds; one that has not for this long does not live.
+const LIVE: Duration = Duration::from_secs(60);
+/// A client has this long for the head of its request.
+const HEAD: Duration = Duration::from_secs(10);
+/// Connections at a time, over both listeners; more wait.
+const CONNECTIONS: usize = 128;
+
+/// A request to read the configuration again. Answers with its fingerprint, or why it is refused.
+pub type Reload = oneshot::Sender<Result<String, String>>;
+
+/// What the answers are made from.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// The last report of the loop.
+    pub reports: watch::Receiver<Option<Arc<Report>>>,
+    /// To the loop.
+    pub commands: mpsc::Sender<Command>,
+    /// To whoever reads configurations.
+    pub reloads: mpsc::Sender<Reload>,
+    /// All metrics.
+    pub metrics: Metrics,
+}
+
+/// A listener that could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// The admin socket.
+    #[error("opening the admin socket {path}")]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The TCP listener.
+    #[error("listening on {address} for /metrics, /live and /ready; set [metrics] listen to a free address")]
+    Metrics {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Both listeners, open.
+#[derive(Debug)]
+pub struct Admin {
+    socket: UnixListener,
+    metrics: TcpListener,
+}
+
+impl Admin {
+    /// Opens both. A socket file that nobody answers on, left by a former process, is replaced.
+    ///
+    /// # Errors
+    /// One of them could not be opened.
+    pub async fn open(socket: &Path, metrics: SocketAddr) -> Result<Self, AdminError> {
+        let at_socket = |source| AdminError::Socket { path: socket.to_owned(), source };
+        match std::fs::remove_file(socket) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(at_socket(error)),
+            Ok(()) | Err(_) => {}
+        }
+        let listener = UnixListener::bind(socket).map_err(at_socket)?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o660);
+        std::fs::set_permissions(socket, mode).map_err(at_socket)?;
+        let at_metrics = |source| AdminError::Metrics { address: metrics, source };
+        Ok(Self { socket: listener, metrics: TcpListener::bind(metrics).await.map_err(at_metrics)? })
+    }
+
+    /// Where `/metrics` is, as bound.
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics.local_addr().ok()
+    }
+
+    /// Serves until `stop`.
+    pub async fn serve(self, source: Source, stop: CancellationToken) {
+        let slots = Arc::new(Semaphore::new(CONNECTIONS));
+        let mut connections = JoinSet::new();
+        loop {
+            // The semaphore is never closed, so this waits until a slot is free.
+            let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+            let source = source.clone();
+            tokio::select! {
+                // `accept` is cancel-safe on both listeners.
+                accepted = self.socket.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        connections.spawn(async move { connection(stream, Surface::Admin, source).await; drop(slot); });
+                    }
+                    Err(error) => pause("the admin socket", &error).await,
+                },
+                accepted = self.metrics.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        connections.spawn(async move { connection(stream, Surface::Public, source).await; drop(slot); });
+                    }
+                    Err(error) => pause("the metrics listener", &error).await,
+                },
+                // Reaping loses nothing: nobody asks what became of a connection.
+                Some(_) = connections.join_next() => {}
+                // A plain wait.
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+}
+
+/// Out of descriptors, mostly: accepting again at once would only burn CPU.
+async fn pause(what: &str, error: &std::io::Error) {
+    warn!("accepting on {what} failed, going on in a second: {error}");
+    tokio::time::sleep(Duration::from_secs(1)).await;
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Surface {
+    Admin,
+    Public,
+}
+
+async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin, surface: Surface, source: Source) {
+    let service = service_fn(move |request| {
+        let source = source.clone();
+        async move { Ok::<_, Infallible>(answer(&request, surface, &source).await) }
+    });
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(16 << 10);
+    if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
+        debug!("a client of the admin API: {error}");
+    }
+}
+
+async fn answer(request: &Request<Incoming>, surface: Surface, source: &Source) -> Response<Full<Bytes>> {
+    let path = request.uri().path();
+    let read = matches!(*request.method(), Method::GET | Method::HEAD);
+    match path {
+        "/metrics" | "/live" | "/ready" if !read => problem(StatusCode::METHOD_NOT_ALLOWED, "use GET"),
+        "/metrics" => metrics(source),
+        "/live" => live(source),
+        "/ready" => ready(source),
+        "/v1/status" | "/v1/plan" if surface == Surface::Admin && read => state(path, source),
+        "/v1/reload" if surface == Surface::Admin && *request.method() == Method::POST => reload(source).await,
+        _ if surface == Surface::Admin && *request.method() == Method::POST => command(path, source).await,
+        _ => problem(StatusCode::NOT_FOUND, "there is nothing of that name"),
+    }
+}
+
+fn respond(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
+    response
+}
+
+fn json(status: StatusCode, value: &serde_json::Value) -> Response<Full<Bytes>> {
+    respond(status, "application/json", value.to_string())
+}
+
+fn problem(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
+    json(status, &json!({ "error": text }))
+}
+
+fn metrics(source: &Source) -> Response<Full<Bytes>> {
+    let report = source.reports.borrow().clone();
+    match source.metrics.render(report.as_deref()) {
+        Ok(text) => respond(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text),
+        Err(error) => problem(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+    }
+}
+
+/// The loop turns.
+fn live(source: &Source) -> Response<Full<Bytes>> {
+    let age = source.reports.borrow().as_ref().map(|report| report.made.elapsed());
+    match age {
+        Some(age) if age < LIVE => respond(StatusCode::OK, "text/plain", "live\n"),
+        Some(age) => {
+            let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
+            let text = format!("the reconcile loop has not turned for {age}\n");
+            respond(StatusCode::SERVICE_UNAVAILABLE, "text/plain", text)
+        }
+        None => respond(StatusCode::SERVICE_UNAVAILABLE, "text/plain", "the reconcile loop has not turned yet\n"),
+    }
+}
+
+/// Every wanted enclave serves.
+fn ready(source: &Source) -> Response<Full<Bytes>> {
+    let Some(report) = source.reports.borrow().clone() else {
+        return respond(StatusCode::SERVICE_UNAVAILABLE, "text/plain", "the host was not looked at yet\n");
+    };
+    let status = &report.status;
+    if status.ready {
+        return respond(StatusCode::OK, "text/plain", "ready\n");
+    }
+    let mut text = String::from("not ready\n");
+    for enclave in status.enclaves.iter().filter(|enclave| enclave.wanted && !enclave.ready) {
+        let why = enclave.waiting_for.as_deref().unwrap_or("");
+        text.push_str(&format!("{}: {} {why}\n", enclave.name, enclave.state.as_str()));
+    }
+    for problem in &status.problems {
+        text.push_str(&format!("{}: {}\n", problem.about, problem.failure));
+    }
+    respond(StatusCode::SERVICE_UNAVAILABLE, "text/plain", text)
+}
+
+fn state(path: &str, source: &Source) -> Response<Full<Bytes>> {
+    let Some(report) = source.reports.borrow().clone() else {
+        return problem(StatusCode::SERVICE_UNAVAILABLE, "the host was not looked at yet; try again in a moment");
+    };
+    let status = &report.status;
+    if path == "/v1/plan" {
+        let waits: serde_json::Map<_, _> = status
+            .enclaves
+            .iter()
+            .filter_map(|enclave| Some((enclave.name.to_string(), enclave.waiting_for.clone()?.into())))
+            .collect();
+        return json(StatusCode::OK, &json!({ "steps": status.steps, "waits": waits }));
+    }
+    match serde_json::to_vec(status) {
+        Ok(body) => respond(StatusCode::OK, "application/json", body),
+        Err(error) => problem(StatusCode::INTERNAL_SERVER_ERROR, &format!("writing the status: {error}")),
+    }
+}
+
+async fn reload(source: &Source) -> Response<Full<Bytes>> {
+    let (sender, answer) = oneshot::channel();
+    if source.reloads.send(sender).await.is_err() {
+        return problem(StatusCode::SERVICE_UNAVAILABLE, "enclaved is ending");
+    }
+    match answer.await {
+        Ok(Ok(revision)) => json(StatusCode::OK, &json!({ "revision": revision })),
+        Ok(Err(reason)) => problem(StatusCode::UNPROCESSABLE_ENTITY, &reason),
+        Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "enclaved is ending"),
+    }
+}
+
+/// `/v1/enclaves/NAME/stop` and `/v1/enclaves/NAME/start`.
+async fn command(path: &str, source: &Source) -> Response<Full<Bytes>> {
+    let parts = path.strip_prefix("/v1/enclaves/").and_then(|rest| rest.split_once('/'));
+    let (name, verb) = match parts {
+        Some((name, verb @ ("stop" | "start"))) => (name, verb),
+        Some(_) | None => return problem(StatusCode::NOT_FOUND, "there is nothing of that name"),
+    };
+    let name = match name.parse::<EnclaveName>() {
+        Ok(name) => name,
+        Err(error) => return problem(StatusCode::NOT_FOUND, &error.to_string()),
+    };
+    let (sender, answer) = oneshot::channel();
+    let command = if verb == "stop" { Command::Hold(name, sender) } else { Command::Release(name, sender) };
+    if source.commands.send(command).await.is_err() {
+        return problem(StatusCode::SERVICE_UNAVAILABLE, "enclaved is ending");
+    }
+    match answer.await {
+        Ok(Ok(())) => json(StatusCode::OK, &json!({})),
+        Ok(Err(reason)) => problem(StatusCode::UNPROCESSABLE_ENTITY, &reason),
+        Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "enclaved is ending"),
+    }
+}

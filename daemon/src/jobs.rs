@@ -1,0 +1,182 @@
+//! The jobs: slow effects, each under a key that runs at most once at a time. A job reports back by ending; the loop
+//! turns that into an observation. Deadlines live here, so that an effect that hangs becomes one that failed.
+
+use crate::host::{Allocator, Host, ImageStore, Outcome, Prober, Progress, ProxyLink, Supervisor};
+use enclaved_core::desired::ImageRequest;
+use enclaved_core::failure::Failure;
+use enclaved_core::image::VerifiedImage;
+use enclaved_core::observed::JobKey;
+use enclaved_core::plan::Step;
+use enclaved_core::status::FetchStatus;
+use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::{Id, JoinError, JoinSet};
+
+/// A local step: starting a process, a socket round trip, a few files.
+const LOCAL: Duration = Duration::from_secs(30);
+/// The allocator may compact memory and restart the stock service.
+const RESERVE: Duration = Duration::from_secs(600);
+/// A download that brings no byte for this long is given up (and tried again). Hashing a cached image of many GiB
+/// reports progress too.
+const FETCH_STALL: Duration = Duration::from_secs(120);
+/// A probe has a deadline of its own; this is the margin over it.
+const PROBE_MARGIN: Duration = Duration::from_secs(1);
+
+/// What a job came to.
+#[derive(Debug)]
+pub enum Done {
+    /// Nothing more to say than that it succeeded.
+    Ok,
+    /// A fetch.
+    Image(Box<VerifiedImage>),
+    /// A probe was made, and found this.
+    Health(Result<(), String>),
+}
+
+/// The jobs at work.
+#[derive(Debug)]
+pub struct Jobs {
+    set: JoinSet<Outcome<Done>>,
+    keys: BTreeMap<Id, JobKey>,
+    running: BTreeSet<JobKey>,
+    progress: BTreeMap<ImageRequest, Arc<Progress>>,
+}
+
+impl Jobs {
+    /// None at work.
+    pub fn new() -> Self {
+        Self { set: JoinSet::new(), keys: BTreeMap::new(), running: BTreeSet::new(), progress: BTreeMap::new() }
+    }
+
+    /// The keys at work.
+    pub fn running(&self) -> &BTreeSet<JobKey> {
+        &self.running
+    }
+
+    /// How far the downloads are.
+    pub fn fetches(&self) -> BTreeMap<ImageRequest, FetchStatus> {
+        let status = |progress: &Arc<Progress>| {
+            let (bytes, total) = progress.get();
+            FetchStatus { bytes, total }
+        };
+        self.progress.iter().map(|(request, progress)| (request.clone(), status(progress))).collect()
+    }
+
+    /// Starts the job of a step. A step whose key is at work, or that is none (a change of the ledger), starts nothing.
+    pub fn start<H: Host>(&mut self, host: &Arc<H>, step: &Step) {
+        let host = Arc::clone(host);
+        match step.clone() {
+            Step::Record(_) => {}
+            Step::Fetch(request) => {
+                let progress = Arc::new(Progress::default());
+                if self.running.contains(&JobKey::Fetch(request.clone())) {
+                    return;
+                }
+                self.progress.insert(request.clone(), Arc::clone(&progress));
+                self.spawn(JobKey::Fetch(request.clone()), async move {
+                    let fetch = host.images().fetch(&request, Arc::clone(&progress));
+                    let image = unless_stalled(&request, &progress, fetch).await?;
+                    Ok(Done::Image(Box::new(image)))
+                });
+            }
+            Step::Reserve { cpus, memory } => self.spawn(JobKey::Reserve, async move {
+                within(RESERVE, "asking the allocator for resources", host.allocator().reserve(cpus, memory)).await
+            }),
+            Step::StartProxy => self.spawn(JobKey::StartProxy, async move {
+                within(LOCAL, "starting the proxy process", host.proxy().start()).await
+            }),
+            Step::Publish(routes) => self.spawn(JobKey::Publish, async move {
+                within(LOCAL, "handing the routes to the proxy", host.proxy().publish(&routes)).await
+            }),
+            Step::Launch(launch) => self.spawn(JobKey::Launch(launch.key.clone()), async move {
+                within(LOCAL, "launching the enclave", host.supervisor().launch(&launch)).await
+            }),
+            Step::Stop { key, launch } => self.spawn(JobKey::Stop(key.clone()), async move {
+                within(LOCAL, "stopping the enclave", host.supervisor().stop(&key, &launch)).await
+            }),
+            Step::Forget(key) => self.spawn(JobKey::Forget(key.clone()), async move {
+                within(LOCAL, "removing the traces of an ended enclave", host.supervisor().forget(&key)).await
+            }),
+            Step::Probe { key, cid, check } => self.spawn(JobKey::Probe(key), async move {
+                let limit = check.timeout.saturating_add(PROBE_MARGIN);
+                match tokio::time::timeout(limit, host.prober().probe(cid, &check)).await {
+                    Ok(outcome) => outcome.map(Done::Health),
+                    Err(_) => Ok(Done::Health(Err(format!("no answer within {}", humantime::format_duration(limit))))),
+                }
+            }),
+        }
+    }
+
+    fn spawn(&mut self, key: JobKey, job: impl Future<Output = Outcome<Done>> + Send + 'static) {
+        if self.running.insert(key.clone()) {
+            let id = self.set.spawn(job).id();
+            self.keys.insert(id, key);
+        }
+    }
+
+    /// The next job that ends; pending forever while none is at work. Cancel-safe: nothing is lost if it is dropped.
+    ///
+    /// # Errors
+    /// A job panicked: a bug.
+    pub async fn ended(&mut self) -> Result<(JobKey, Outcome<Done>), JoinError> {
+        loop {
+            match self.set.join_next_with_id().await {
+                Some(Ok((id, outcome))) => {
+                    if let Some(key) = self.finish(id) {
+                        return Ok((key, outcome));
+                    }
+                }
+                Some(Err(error)) => return Err(error),
+                None => std::future::pending::<()>().await,
+            }
+        }
+    }
+
+    fn finish(&mut self, id: Id) -> Option<JobKey> {
+        let key = self.keys.remove(&id)?;
+        self.running.remove(&key);
+        if let JobKey::Fetch(request) = &key {
+            self.progress.remove(request);
+        }
+        Some(key)
+    }
+}
+
+impl Default for Jobs {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+async fn within(limit: Duration, doing: &str, effect: impl Future<Output = Outcome<()>>) -> Outcome<Done> {
+    match tokio::time::timeout(limit, effect).await {
+        Ok(outcome) => outcome.map(|()| Done::Ok),
+        Err(_) => Err(Failure::new(format!("{doing} took longer than {}", humantime::format_duration(limit)))),
+    }
+}
+
+/// Lets a fetch run as long as it makes progress.
+async fn unless_stalled(
+    request: &ImageRequest,
+    progress: &Progress,
+    fetch: impl Future<Output = Outcome<VerifiedImage>>,
+) -> Outcome<VerifiedImage> {
+    tokio::pin!(fetch);
+    let mut seen = progress.get();
+    loop {
+        match tokio::time::timeout(FETCH_STALL, &mut fetch).await {
+            Ok(outcome) => return outcome,
+            Err(_) if progress.get() == seen => {
+                let stall = humantime::format_duration(FETCH_STALL);
+                let (bytes, total) = seen;
+                return Err(Failure::new(format!(
+                    "fetching {} brought nothing for {stall} (at byte {bytes} of {total})",
+                    request.source
+                )));
+            }
+            Err(_) => seen = progress.get(),
+        }
+    }
+}

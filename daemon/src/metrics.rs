@@ -1,0 +1,365 @@
+//! Every metric of enclaved, for both processes: names, help texts, labels. The only place where a metric has a name.
+//!
+//! Counters of events grow as the events happen. What describes a state (enclaves, pool, proxy, traffic) is taken from
+//! the last report of the loop when Prometheus asks, so that a series never says something that `enclavectl status`
+//! does not.
+
+use crate::reconciler::Report;
+use enclaved_core::routes::{Direction, ListenerKey, ProxyReport, TrafficReport};
+use enclaved_core::status::{EnclaveState, EnclaveStatus, Health, Status};
+use prometheus::core::Collector;
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// All metrics of this process. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    registry: Registry,
+    /// Held while the state series are replaced and read, so that a scrape never sees half of them.
+    scrape: Mutex<()>,
+    passes: IntCounter,
+    pass_seconds: Histogram,
+    jobs: IntCounterVec,
+    ends: IntCounterVec,
+    ledger_failures: IntCounter,
+    reloads: IntCounterVec,
+    config_ok: IntGauge,
+    control_plane: IntCounterVec,
+    state: StateSeries,
+}
+
+/// The series that are replaced at every scrape.
+#[derive(Debug)]
+struct StateSeries {
+    ready: IntGauge,
+    problems: IntGauge,
+    start_time: Gauge,
+    pool_cpus: IntGaugeVec,
+    pool_memory: IntGaugeVec,
+    enclave_state: IntGaugeVec,
+    enclave_ready: IntGaugeVec,
+    enclave_since: GaugeVec,
+    enclave_generation: IntGaugeVec,
+    enclave_cpus: IntGaugeVec,
+    enclave_memory: IntGaugeVec,
+    enclave_healthy: IntGaugeVec,
+    enclave_debug: IntGaugeVec,
+    enclave_info: IntGaugeVec,
+    fetch_bytes: IntGaugeVec,
+    fetch_size: IntGaugeVec,
+    proxy_up: IntGauge,
+    proxy_current: IntGauge,
+    listener_open: IntGaugeVec,
+    accept_errors: IntCounterVec,
+    open: IntGaugeVec,
+    total: IntCounterVec,
+    bytes: IntCounterVec,
+    failures: IntCounterVec,
+    responses: IntCounterVec,
+}
+
+/// A metric was defined twice or with a bad name: a bug that any start of the process shows.
+#[derive(Debug, thiserror::Error)]
+#[error("defining the metrics failed; this is a bug")]
+pub struct MetricsError(#[from] prometheus::Error);
+
+/// Registers a metric as it is made.
+fn add<C: Collector + Clone + 'static>(
+    registry: &Registry,
+    metric: Result<C, prometheus::Error>,
+) -> Result<C, prometheus::Error> {
+    let metric = metric?;
+    registry.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+impl Metrics {
+    /// Defines all metrics.
+    ///
+    /// # Errors
+    /// A bug, see [`MetricsError`].
+    pub fn new() -> Result<Self, MetricsError> {
+        let r = Registry::new();
+        let counter = |name: &str, help: &str| add(&r, IntCounter::new(name, help));
+        let counters =
+            |name: &str, help: &str, labels: &[&str]| add(&r, IntCounterVec::new(Opts::new(name, help), labels));
+        let gauge = |name: &str, help: &str| add(&r, IntGauge::new(name, help));
+        let gauges = |name: &str, help: &str, labels: &[&str]| add(&r, IntGaugeVec::new(Opts::new(name, help), labels));
+        let enclave = &["enclave"];
+        let traffic = &["enclave", "direction", "endpoint"];
+        let state = StateSeries {
+            ready: gauge("enclaved_ready", "1 if every wanted enclave serves and nothing is degraded.")?,
+            problems: gauge("enclaved_problems", "Problems that `enclavectl status` lists.")?,
+            start_time: add(&r, Gauge::new("enclaved_start_time_seconds", "When the control process started."))?,
+            pool_cpus: gauges("enclaved_pool_cpus", "CPUs in the driver's enclave pool, used or not.", &[])?,
+            pool_memory: gauges("enclaved_pool_memory_bytes", "Hugepage memory for enclaves.", &["state"])?,
+            enclave_state: gauges(
+                "enclaved_enclave_state",
+                "1 for the state an enclave is in.",
+                &["enclave", "state"],
+            )?,
+            enclave_ready: gauges("enclaved_enclave_ready", "1 if the enclave serves.", enclave)?,
+            enclave_since: add(
+                &r,
+                GaugeVec::new(
+                    Opts::new("enclaved_enclave_state_since_seconds", "When the enclave entered its state."),
+                    enclave,
+                ),
+            )?,
+            enclave_generation: gauges("enclaved_enclave_generation", "Number of the enclave's launch.", enclave)?,
+            enclave_cpus: gauges("enclaved_enclave_cpus", "CPUs of the enclave.", enclave)?,
+            enclave_memory: gauges("enclaved_enclave_memory_bytes", "Memory of the enclave.", enclave)?,
+            enclave_healthy: gauges("enclaved_enclave_healthy", "1 if the last health probe was good.", enclave)?,
+            enclave_debug: gauges("enclaved_enclave_debug_mode", "1 if its attestation proves nothing.", enclave)?,
+            enclave_info: gauges(
+                "enclaved_enclave_info",
+                "The image an enclave runs; measurements are computed by the host, not attested.",
+                &["enclave", "image_sha256", "pcr0"],
+            )?,
+            fetch_bytes: gauges("enclaved_image_fetched_bytes", "Bytes of a download under way.", enclave)?,
+            fetch_size: gauges("enclaved_image_fetch_size_bytes", "Size of a download under way.", enclave)?,
+            proxy_up: gauge("enclaved_proxy_up", "1 if the proxy process answers.")?,
+            proxy_current: gauge("enclaved_proxy_routes_current", "1 if the proxy serves the wanted routes.")?,
+            listener_open: gauges("enclaved_proxy_listener_open", "1 if a listener is open.", &["kind", "address"])?,
+            accept_errors: counters(
+                "enclaved_proxy_accept_errors_total",
+                "Connections lost to a shortage of descriptors or memory.",
+                &[],
+            )?,
+            open: gauges("enclaved_traffic_open", "Open connections; for HTTPS, requests.", traffic)?,
+            total: counters("enclaved_traffic_total", "Accepted connections; for HTTPS, requests.", traffic)?,
+            bytes: counters(
+                "enclaved_traffic_bytes_total",
+                "Bytes carried to and from enclaves.",
+                &["enclave", "direction", "endpoint", "to"],
+            )?,
+            failures: counters(
+                "enclaved_traffic_failures_total",
+                "Connections or requests that failed.",
+                &["enclave", "direction", "endpoint", "reason"],
+            )?,
+            responses: counters(
+                "enclaved_https_responses_total",
+                "Answers over HTTPS by status class.",
+                &["enclave", "class"],
+            )?,
+        };
+        let info = gauges("enclaved_build_info", "The running version.", &["version"])?;
+        info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let buckets = vec![0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0];
+        let pass_seconds = HistogramOpts::new("enclaved_reconcile_duration_seconds", "Duration of a pass of the loop.")
+            .buckets(buckets);
+        let inner = Inner {
+            scrape: Mutex::new(()),
+            passes: counter("enclaved_reconcile_passes_total", "Passes of the reconcile loop.")?,
+            pass_seconds: add(&r, Histogram::with_opts(pass_seconds))?,
+            jobs: counters("enclaved_jobs_total", "Ended jobs.", &["job", "outcome"])?,
+            ends: counters("enclaved_enclave_ends_total", "Ends of enclaves.", &["enclave", "asked"])?,
+            ledger_failures: counter("enclaved_ledger_failures_total", "Failures to read or write the ledger.")?,
+            reloads: counters("enclaved_config_reloads_total", "Configurations read.", &["outcome"])?,
+            config_ok: gauge(
+                "enclaved_config_last_reload_successful",
+                "1 if the last configuration read is in force.",
+            )?,
+            control_plane: counters("enclaved_control_plane_reports_total", "Status reports sent.", &["outcome"])?,
+            state,
+            registry: r,
+        };
+        // Series that alerts are written on exist from the start.
+        for outcome in ["ok", "failed"] {
+            inner.reloads.with_label_values(&[outcome]).inc_by(0);
+            inner.control_plane.with_label_values(&[outcome]).inc_by(0);
+        }
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    pub(crate) fn pass(&self, took: std::time::Duration) {
+        self.inner.passes.inc();
+        self.inner.pass_seconds.observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn job(&self, job: &str, ok: bool) {
+        self.inner.jobs.with_label_values(&[job, outcome(ok)]).inc();
+    }
+
+    pub(crate) fn end(&self, enclave: &str, asked: bool) {
+        self.inner.ends.with_label_values(&[enclave, if asked { "yes" } else { "no" }]).inc();
+    }
+
+    pub(crate) fn ledger_failure(&self) {
+        self.inner.ledger_failures.inc();
+    }
+
+    pub(crate) fn reload(&self, ok: bool) {
+        self.inner.reloads.with_label_values(&[outcome(ok)]).inc();
+        self.inner.config_ok.set(i64::from(ok));
+    }
+
+    pub(crate) fn control_plane(&self, ok: bool) {
+        self.inner.control_plane.with_label_values(&[outcome(ok)]).inc();
+    }
+
+    /// The exposition of all metrics in Prometheus' text format.
+    ///
+    /// # Errors
+    /// A bug: a metric that cannot be written.
+    pub fn render(&self, report: Option<&Report>) -> Result<String, MetricsError> {
+        // A scrape that panicked left series that this one replaces.
+        let _scrape = self.inner.scrape.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(report) = report {
+            self.inner.state.set(&report.status, report.proxy.as_ref());
+        }
+        Ok(TextEncoder::new().encode_to_string(&self.inner.registry.gather())?)
+    }
+}
+
+fn outcome(ok: bool) -> &'static str {
+    if ok { "ok" } else { "failed" }
+}
+
+fn int(number: impl TryInto<i64>) -> i64 {
+    number.try_into().unwrap_or(i64::MAX)
+}
+
+/// Milliseconds are exact in a float until the year 287396.
+#[expect(clippy::cast_precision_loss, reason = "exact for all times that RFC 3339 can write")]
+fn seconds(at: enclaved_core::id::Timestamp) -> f64 {
+    at.as_millis() as f64 / 1000.0
+}
+
+impl StateSeries {
+    fn set(&self, status: &Status, proxy: Option<&ProxyReport>) {
+        self.ready.set(i64::from(status.ready));
+        self.problems.set(int(status.problems.len()));
+        self.start_time.set(seconds(status.host.started_at));
+        self.reset();
+        if let Some(cpus) = status.host.pool_cpus {
+            self.pool_cpus.with_label_values::<&str>(&[]).set(i64::from(cpus));
+        }
+        for (state, memory) in [("total", status.host.pool_memory_mib), ("free", status.host.pool_memory_free_mib)] {
+            if let Some(memory) = memory {
+                self.pool_memory.with_label_values(&[state]).set(int(memory.0 << 20));
+            }
+        }
+        for enclave in &status.enclaves {
+            self.enclave(enclave);
+        }
+        self.proxy_up.set(i64::from(status.proxy.running));
+        self.proxy_current.set(i64::from(status.proxy.current));
+        if let Some(report) = proxy {
+            self.proxy(report);
+        }
+    }
+
+    fn reset(&self) {
+        let gauges = [
+            &self.pool_cpus,
+            &self.pool_memory,
+            &self.enclave_state,
+            &self.enclave_ready,
+            &self.enclave_generation,
+            &self.enclave_cpus,
+            &self.enclave_memory,
+            &self.enclave_healthy,
+            &self.enclave_debug,
+            &self.enclave_info,
+            &self.fetch_bytes,
+            &self.fetch_size,
+            &self.listener_open,
+            &self.open,
+        ];
+        gauges.iter().for_each(|series| series.reset());
+        self.enclave_since.reset();
+        let counters = [&self.accept_errors, &self.total, &self.bytes, &self.failures, &self.responses];
+        counters.iter().for_each(|series| series.reset());
+    }
+
+    fn enclave(&self, enclave: &EnclaveStatus) {
+        let name = enclave.name.as_str();
+        for state in EnclaveState::ALL {
+            self.enclave_state.with_label_values(&[name, state.as_str()]).set(i64::from(state == enclave.state));
+        }
+        self.enclave_ready.with_label_values(&[name]).set(i64::from(enclave.ready));
+        if let Some(since) = enclave.since {
+            self.enclave_since.with_label_values(&[name]).set(seconds(since));
+        }
+        if let Some(generation) = enclave.generation {
+            self.enclave_generation.with_label_values(&[name]).set(i64::from(generation.0));
+        }
+        self.enclave_cpus.with_label_values(&[name]).set(i64::from(enclave.cpus));
+        self.enclave_memory.with_label_values(&[name]).set(int(enclave.memory_mib.0 << 20));
+        if !matches!(enclave.health, Health::None | Health::Unknown) {
+            self.enclave_healthy.with_label_values(&[name]).set(i64::from(enclave.health == Health::Healthy));
+        }
+        self.enclave_debug.with_label_values(&[name]).set(i64::from(enclave.debug));
+        if let (Some(digest), Some(pcr0)) = (enclave.image_digest, enclave.pcr0) {
+            self.enclave_info.with_label_values(&[name, &digest.to_string(), &pcr0.to_string()]).set(1);
+        }
+        if let Some(fetch) = enclave.fetch {
+            self.fetch_bytes.with_label_values(&[name]).set(int(fetch.bytes));
+            self.fetch_size.with_label_values(&[name]).set(int(fetch.total));
+        }
+    }
+
+    fn proxy(&self, report: &ProxyReport) {
+        self.accept_errors.with_label_values::<&str>(&[]).inc_by(report.accept_errors);
+        for listener in &report.listeners {
+            let kind = match listener.listener {
+                ListenerKey::Egress { .. } => "egress",
+                ListenerKey::Https { .. } => "https",
+                ListenerKey::Tcp { .. } => "tcp",
+            };
+            let open = i64::from(listener.error.is_none());
+            self.listener_open.with_label_values(&[kind, &listener.address]).set(open);
+        }
+        for traffic in &report.traffic {
+            self.traffic(traffic);
+        }
+    }
+
+    fn traffic(&self, traffic: &TrafficReport) {
+        let direction = match traffic.direction {
+            Direction::Egress => "egress",
+            Direction::Https => "https",
+            Direction::Tcp => "tcp",
+        };
+        let labels = [traffic.enclave.as_str(), direction, &traffic.endpoint];
+        let [enclave, _, endpoint] = labels;
+        self.open.with_label_values(&labels).set(int(traffic.open));
+        self.total.with_label_values(&labels).inc_by(traffic.total);
+        for (to, bytes) in [("enclave", traffic.bytes_to_enclave), ("peer", traffic.bytes_from_enclave)] {
+            self.bytes.with_label_values(&[enclave, direction, endpoint, to]).inc_by(bytes);
+        }
+        for (reason, count) in &traffic.failed {
+            self.failures.with_label_values(&[enclave, direction, endpoint, reason]).inc_by(*count);
+        }
+        for (class, count) in &traffic.status_classes {
+            self.responses.with_label_values(&[enclave, class]).inc_by(*count);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_has_the_prefix_and_counters_end_in_total() {
+        let metrics = Metrics::new().unwrap();
+        let text = metrics.render(None).unwrap();
+        for line in text.lines().filter(|line| line.starts_with("# TYPE ")) {
+            let mut words = line.split(' ').skip(2);
+            let (name, kind) = (words.next().unwrap(), words.next().unwrap());
+            assert!(name.starts_with("enclaved_"), "{name}");
+            assert_eq!(name.ends_with("_total"), kind == "counter", "{name} is a {kind}");
+        }
+    }
+}

@@ -1,0 +1,409 @@
+//! The reconcile loop: observe, plan, record, act, repeat. It owns all control state and is the only writer of the
+//! ledger. It decides nothing (that is `enclaved_core::plan`) and does nothing (that is `host`, through `jobs`).
+
+use crate::events::{Event, Events};
+use crate::host::{Allocator, Clock, Host, LedgerStore, Outcome, ProxyLink, Supervisor};
+use crate::jobs::{Done, Jobs};
+use enclaved_core::desired::{Desired, ImageRequest};
+use enclaved_core::failure::Failure;
+use enclaved_core::id::{BootId, EnclaveKey, EnclaveName, Timestamp};
+use enclaved_core::image::VerifiedImage;
+use enclaved_core::ledger::{Change, Ledger};
+use enclaved_core::observed::{HealthReport, JobFailure, JobKey, Observation, Observed};
+use enclaved_core::plan::{Plan, Step, plan, restart};
+use enclaved_core::routes::ProxyReport;
+use enclaved_core::status::{Facts, Problem, Status, status};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+/// The loop looks at the host at least this often, whether or not anything woke it.
+const TICK: Duration = Duration::from_secs(5);
+/// An observation that takes longer is unknown in this pass.
+const OBSERVE: Duration = Duration::from_secs(10);
+/// The shortest pause between two wake-ups by the same port: a port that cries all the time does not starve the rest.
+const NUDGE: Duration = Duration::from_millis(10);
+
+/// What can be asked of the loop.
+#[derive(Debug)]
+pub enum Command {
+    /// Another configuration is in force from now on.
+    Configure(Box<Desired>),
+    /// Stop that enclave and keep it stopped. Answers once that is on disk, or why not.
+    Hold(EnclaveName, oneshot::Sender<Result<(), String>>),
+    /// Start it again.
+    Release(EnclaveName, oneshot::Sender<Result<(), String>>),
+    /// End every enclave, then stop the loop (`on_stop = "terminate"`).
+    Terminate,
+}
+
+/// What the loop tells.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// For people, Prometheus and the control plane.
+    pub status: Status,
+    /// The proxy's own report, for its counters.
+    pub proxy: Option<ProxyReport>,
+    /// When it was made, by the clock that never steps.
+    pub made: tokio::time::Instant,
+}
+
+/// Why the loop ended though nobody asked it to. The process ends with it: enclaves and traffic go on, and the next
+/// process adopts them.
+#[derive(Debug, thiserror::Error)]
+pub enum LoopError {
+    /// A job panicked.
+    #[error("a job of the reconcile loop panicked; this is a bug")]
+    Job(#[source] tokio::task::JoinError),
+    /// Whoever sends commands is gone.
+    #[error("the reconcile loop lost its commands; this is a bug")]
+    CommandsClosed,
+}
+
+/// What the loop is given.
+#[derive(Debug)]
+pub struct Inputs {
+    /// What is wanted at the start.
+    pub desired: Desired,
+    /// Which boot of the host this is.
+    pub boot_id: BootId,
+    /// What can be asked of the loop.
+    pub commands: mpsc::Receiver<Command>,
+    /// What goes into the status beside what the loop knows.
+    pub facts: watch::Receiver<Facts>,
+    /// Where the status goes.
+    pub reports: watch::Sender<Option<Arc<Report>>>,
+    /// Where events go.
+    pub events: Events,
+}
+
+/// Runs the loop until `stop`.
+///
+/// # Errors
+/// A bug; see [`LoopError`].
+pub async fn run<H: Host>(host: Arc<H>, inputs: Inputs, stop: CancellationToken) -> Result<(), LoopError> {
+    let Some((ledger, problem)) = load(&*host, &inputs, &stop).await else { return Ok(()) };
+    let nudge = Arc::new(Notify::new());
+    let mut watchers = tokio::task::JoinSet::new();
+    watchers.spawn(watch_supervisor(Arc::clone(&host), Arc::clone(&nudge)));
+    watchers.spawn(watch_proxy(Arc::clone(&host), Arc::clone(&nudge)));
+    let state = Loop {
+        host,
+        boot_id: inputs.boot_id,
+        desired: inputs.desired,
+        commands: inputs.commands,
+        facts: inputs.facts,
+        reports: inputs.reports,
+        events: inputs.events,
+        ledger,
+        ledger_problem: problem,
+        jobs: Jobs::new(),
+        images: BTreeMap::new(),
+        health: BTreeMap::new(),
+        failed: BTreeMap::new(),
+        unsaved: None,
+        terminating: false,
+    };
+    state.run(&nudge, &stop).await
+}
+
+async fn watch_supervisor<H: Host>(host: Arc<H>, nudge: Arc<Notify>) {
+    loop {
+        host.supervisor().changed().await;
+        nudge.notify_one();
+        tokio::time::sleep(NUDGE).await;
+    }
+}
+
+async fn watch_proxy<H: Host>(host: Arc<H>, nudge: Arc<Notify>) {
+    loop {
+        host.proxy().changed().await;
+        nudge.notify_one();
+        tokio::time::sleep(NUDGE).await;
+    }
+}
+
+/// Loads the ledger, however long it takes: without it nothing may be done. `None` if stopped meanwhile.
+async fn load<H: Host>(host: &H, inputs: &Inputs, stop: &CancellationToken) -> Option<(Ledger, Option<Failure>)> {
+    let mut failures = 0;
+    loop {
+        let limited = tokio::time::timeout(OBSERVE, host.ledger().load());
+        let loaded = tokio::select! {
+            // Dropping it loses nothing: loading changes nothing but the name of a file that can't be used.
+            loaded = limited => loaded.unwrap_or_else(|_| Err(Failure::new("reading the ledger takes too long"))),
+            () = stop.cancelled() => return None,
+        };
+        match loaded {
+            Ok(loaded) => return Some((loaded.ledger, loaded.problem)),
+            Err(failure) => {
+                failures += 1;
+                inputs.events.emit(&Event::LedgerUnavailable { failure: &failure });
+                tokio::select! {
+                    // Both are plain waits.
+                    () = tokio::time::sleep(restart::STEP.after(failures)) => {}
+                    () = stop.cancelled() => return None,
+                }
+            }
+        }
+    }
+}
+
+struct Loop<H: Host> {
+    host: Arc<H>,
+    boot_id: BootId,
+    desired: Desired,
+    commands: mpsc::Receiver<Command>,
+    facts: watch::Receiver<Facts>,
+    reports: watch::Sender<Option<Arc<Report>>>,
+    events: Events,
+    /// As it is on disk, or is to be there before anything else happens (`unsaved`).
+    ledger: Ledger,
+    ledger_problem: Option<Failure>,
+    jobs: Jobs,
+    images: BTreeMap<ImageRequest, VerifiedImage>,
+    health: BTreeMap<EnclaveKey, HealthReport>,
+    failed: BTreeMap<JobKey, JobFailure>,
+    /// The ledger in memory is not on disk: when that was noticed, how often it failed, why.
+    unsaved: Option<JobFailure>,
+    terminating: bool,
+}
+
+impl<H: Host> Loop<H> {
+    async fn run(mut self, nudge: &Notify, stop: &CancellationToken) -> Result<(), LoopError> {
+        loop {
+            let started = tokio::time::Instant::now();
+            let observed = self.observe().await;
+            let plan = plan(&self.desired, &observed, &self.ledger, self.now());
+            let again = self.carry_out(&plan).await;
+            self.tell(&observed, &plan);
+            self.events.emit(&Event::Pass { took: started.elapsed(), steps: plan.steps.len() });
+            if self.terminating && self.ledger.enclaves.is_empty() {
+                return Ok(());
+            }
+            if stop.is_cancelled() {
+                return Ok(());
+            }
+            if again {
+                // Let others run between two passes, whatever the ports are made of.
+                tokio::task::yield_now().await;
+                continue;
+            }
+            self.wait(&plan, nudge, stop).await?;
+        }
+    }
+
+    fn now(&self) -> Timestamp {
+        self.host.clock().now()
+    }
+
+    async fn observe(&self) -> Observed {
+        let known =
+            self.ledger.generations().filter_map(|(key, record)| Some((key, record.launch()?.clone()))).collect();
+        let (instances, pool, proxy) = tokio::join!(
+            look("looking at the host's enclaves", self.host.supervisor().observe(&known)),
+            look("looking at the host's enclave resources", self.host.allocator().observe()),
+            look("asking the proxy process", self.host.proxy().observe()),
+        );
+        Observed {
+            boot_id: self.boot_id.clone(),
+            instances,
+            pool,
+            proxy,
+            images: self.images.clone(),
+            health: self.health.clone(),
+            running: self.jobs.running().clone(),
+            failed: self.failed.clone(),
+        }
+    }
+
+    /// Carries out a plan as far as it goes; `true` if the next pass should follow at once.
+    async fn carry_out(&mut self, plan: &Plan) -> bool {
+        let now = self.now();
+        let mut changed = false;
+        for step in &plan.steps {
+            if let Step::Record(change) = step {
+                self.record(change.clone(), now);
+                changed = true;
+            }
+        }
+        if (changed || self.unsaved.is_some()) && !self.save().await {
+            // No effect without its intent on disk (invariant 8).
+            return false;
+        }
+        for step in &plan.steps {
+            self.events.emit(&Event::Step { step });
+            self.jobs.start(&self.host, step);
+        }
+        changed
+    }
+
+    fn record(&mut self, change: Change, now: Timestamp) {
+        self.events.emit(&Event::Changed { change: &change, ledger: &self.ledger });
+        self.ledger.apply(change, now);
+    }
+
+    async fn save(&mut self) -> bool {
+        if let Some(failed) = &self.unsaved
+            && self.now() < failed.at.plus(restart::STEP.after(failed.count))
+        {
+            return false;
+        }
+        let outcome = match tokio::time::timeout(OBSERVE, self.host.ledger().save(&self.ledger)).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(Failure::new("writing the ledger takes too long")),
+        };
+        match outcome {
+            Ok(()) => {
+                self.unsaved = None;
+                true
+            }
+            Err(failure) => {
+                self.events.emit(&Event::LedgerUnavailable { failure: &failure });
+                let count = self.unsaved.as_ref().map_or(0, |failed| failed.count).saturating_add(1);
+                self.unsaved = Some(JobFailure { at: self.now(), count, failure });
+                false
+            }
+        }
+    }
+
+    fn tell(&self, observed: &Observed, plan: &Plan) {
+        let mut facts = self.facts.borrow().clone();
+        facts.fetches = self.jobs.fetches();
+        let ledger_problems = self.ledger_problem.iter().chain(self.unsaved.as_ref().map(|failed| &failed.failure));
+        let problem = |failure: &Failure| Problem { about: "ledger".to_owned(), failure: failure.clone() };
+        facts.problems.extend(ledger_problems.map(problem));
+        let status = status(&self.desired, observed, &self.ledger, plan, &facts, self.now());
+        let report = Report { status, proxy: observed.proxy.known().cloned(), made: tokio::time::Instant::now() };
+        self.reports.send_replace(Some(Arc::new(report)));
+    }
+
+    /// Waits until there is a reason for another pass.
+    async fn wait(&mut self, plan: &Plan, nudge: &Notify, stop: &CancellationToken) -> Result<(), LoopError> {
+        let mut pause = plan.wake_at.map_or(TICK, |at| at.since(self.now()).min(TICK));
+        if let Some(failed) = &self.unsaved {
+            pause = pause.min(failed.at.plus(restart::STEP.after(failed.count)).since(self.now()));
+        }
+        tokio::select! {
+            // `ended` is cancel-safe: a job that has ended is reported by the next call.
+            ended = self.jobs.ended() => {
+                let (key, outcome) = ended.map_err(LoopError::Job)?;
+                self.job_ended(key, outcome);
+            }
+            // `recv` is cancel-safe.
+            command = self.commands.recv() => match command {
+                Some(command) => self.obey(command).await,
+                None => return Err(LoopError::CommandsClosed),
+            },
+            // A permit that is not consumed stays.
+            () = nudge.notified() => {}
+            // A change that is not seen now is seen by the next call.
+            changed = self.facts.changed() => {
+                if changed.is_err() {
+                    return Err(LoopError::CommandsClosed);
+                }
+            }
+            // Plain waits.
+            () = tokio::time::sleep(pause) => {}
+            () = stop.cancelled() => {}
+        }
+        Ok(())
+    }
+
+    fn job_ended(&mut self, key: JobKey, outcome: Outcome<Done>) {
+        let at = self.now();
+        self.events.emit(&Event::JobEnded { job: &key, outcome: &outcome });
+        match outcome {
+            Ok(done) => {
+                self.failed.remove(&key);
+                match (key, done) {
+                    (JobKey::Fetch(request), Done::Image(image)) => {
+                        self.images.insert(request, *image);
+                    }
+                    (JobKey::Probe(key), Done::Health(result)) => {
+                        let same = self.health.get(&key).filter(|last| last.result.is_ok() == result.is_ok());
+                        let streak = same.map_or(1, |last| last.streak.saturating_add(1));
+                        self.health.insert(key, HealthReport { at, result, streak });
+                    }
+                    _ => {}
+                }
+            }
+            Err(failure) => {
+                let count = self.failed.get(&key).map_or(0, |failed| failed.count).saturating_add(1);
+                self.failed.insert(key, JobFailure { at, count, failure });
+            }
+        }
+        self.prune();
+    }
+
+    /// Forgets what is about nothing any more, so that memory stays bounded by what is configured.
+    fn prune(&mut self) {
+        let (ledger, desired) = (&self.ledger, &self.desired);
+        let wanted = |request: &ImageRequest| desired.enclaves.values().any(|spec| spec.image == *request);
+        self.images.retain(|request, _| wanted(request));
+        self.health.retain(|key, _| ledger.generation(key).is_some());
+        self.failed.retain(|job, _| match job {
+            JobKey::Fetch(request) => wanted(request),
+            JobKey::Launch(key) | JobKey::Stop(key) | JobKey::Forget(key) | JobKey::Probe(key) => {
+                ledger.generation(key).is_some()
+            }
+            JobKey::Reserve | JobKey::StartProxy | JobKey::Publish => true,
+        });
+    }
+
+    async fn obey(&mut self, command: Command) {
+        match command {
+            Command::Configure(desired) => {
+                if !self.terminating {
+                    self.desired = *desired;
+                    self.failed.remove(&JobKey::Publish);
+                    self.failed.remove(&JobKey::Reserve);
+                }
+                self.prune();
+            }
+            Command::Hold(name, reply) => {
+                let known = self.desired.enclaves.contains_key(&name) || self.ledger.enclaves.contains_key(&name);
+                let answer = if known { self.command(Change::Held(name)).await } else { Err(unknown(&name)) };
+                drop(reply.send(answer));
+            }
+            Command::Release(name, reply) => {
+                let known = self.ledger.enclaves.contains_key(&name) || self.desired.enclaves.contains_key(&name);
+                let answer = if known { self.command(Change::Released(name)).await } else { Err(unknown(&name)) };
+                drop(reply.send(answer));
+            }
+            Command::Terminate => {
+                self.terminating = true;
+                self.desired.enclaves.clear();
+            }
+        }
+    }
+
+    /// A change that an operator asked for: he is told that it holds only when it is on disk.
+    async fn command(&mut self, change: Change) -> Result<(), String> {
+        let now = self.now();
+        self.record(change, now);
+        self.unsaved = None;
+        if self.save().await {
+            return Ok(());
+        }
+        let reason = self.unsaved.as_ref().map_or_else(String::new, |failed| failed.failure.to_string());
+        Err(format!("the ledger could not be written, so this may not survive a restart: {reason}"))
+    }
+}
+
+fn unknown(name: &EnclaveName) -> String {
+    format!("there is no enclave \"{name}\"; `enclavectl status` lists them")
+}
+
+async fn look<T>(doing: &str, observation: impl Future<Output = Outcome<T>>) -> Observation<T> {
+    match tokio::time::timeout(OBSERVE, observation).await {
+        Ok(Ok(value)) => Observation::Known(value),
+        Ok(Err(failure)) => Observation::Unknown(failure),
+        Err(_) => {
+            let limit = humantime::format_duration(OBSERVE);
+            Observation::Unknown(Failure::new(format!("{doing} took longer than {limit}")))
+        }
+    }
+}
