@@ -1,0 +1,587 @@
+//! A simulated host: every port of the daemon, in memory, under paused time, with a fault for any of its effects. What
+//! must never happen on a host is checked as it happens, and kept as a violation.
+//!
+//! It models what the real effects promise, not how they do it.
+
+mod harness;
+
+pub use harness::{Harness, desired, image};
+
+use enclaved::host::{
+    Allocator, Clock, Effect, Host, ImageStore, LedgerStore, LoadedLedger, Outcome, Prober, Progress, ProxyLink,
+    Supervisor,
+};
+use enclaved_core::desired::{HealthCheck, ImageRequest};
+use enclaved_core::failure::Failure;
+use enclaved_core::id::{BootId, Cid, EnclaveKey, MemoryMib, Timestamp};
+use enclaved_core::image::VerifiedImage;
+use enclaved_core::ledger::{GenerationRecord, LaunchRecord, Ledger, ProcessIdentity};
+use enclaved_core::observed::{Instance, InstanceState, Pool};
+use enclaved_core::plan::Launch;
+use enclaved_core::routes::{ListenerKey, ListenerReport, ProxyReport, Routes};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+/// How long nitro-cli takes to launch here.
+const LAUNCH: Duration = Duration::from_secs(2);
+/// How long an enclave takes from there until it is ready.
+const BOOT: Duration = Duration::from_secs(3);
+
+/// What can go wrong with an effect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// It does nothing, and says that it failed.
+    FailBefore,
+    /// It does its work, and says that it failed.
+    FailAfter,
+    /// It does nothing, and never returns.
+    HangBefore,
+    /// It does its work, and never returns.
+    HangAfter,
+    /// The control process is killed just before it.
+    CrashBefore,
+    /// The control process is killed just after it.
+    CrashAfter,
+}
+
+impl Fault {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::FailBefore, Self::FailAfter, Self::HangBefore, Self::HangAfter, Self::CrashBefore, Self::CrashAfter];
+}
+
+/// The host.
+#[derive(Debug)]
+pub struct World {
+    state: Mutex<State>,
+    began: Instant,
+    /// Somebody killed the control process.
+    pub(crate) crashed: Notify,
+    enclaves_changed: Notify,
+    proxy_changed: Notify,
+}
+
+/// A launch on the simulated host.
+#[derive(Debug, Clone)]
+struct Launched {
+    record: GenerationRecord,
+    process: LaunchRecord,
+    up_at: Instant,
+    ended: Option<Timestamp>,
+}
+
+#[derive(Debug)]
+struct State {
+    boot_id: BootId,
+    ledger: Option<Ledger>,
+    ledger_torn: bool,
+    launched: BTreeMap<EnclaveKey, Launched>,
+    proxy: Option<u32>,
+    routes: Option<Routes>,
+    pool: (u32, u64),
+    most: (u32, u64),
+    images: BTreeMap<ImageRequest, VerifiedImage>,
+    images_away: bool,
+    open: BTreeMap<Cid, u64>,
+    next_pid: u32,
+    sequence: u64,
+    counts: BTreeMap<Effect, u32>,
+    planned: Option<(Effect, u32, Fault)>,
+    /// Chance of a fault for every effect, in 1/1000, and the random numbers for it.
+    storm: u64,
+    random: u64,
+    violations: Vec<String>,
+    launches: Vec<EnclaveKey>,
+    stops: Vec<EnclaveKey>,
+}
+
+impl State {
+    fn random(&mut self) -> u64 {
+        // xorshift64: enough to spread faults, and the same on every machine.
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+
+    fn fault(&mut self, effect: Effect) -> Option<Fault> {
+        let count = self.counts.entry(effect).or_insert(0);
+        *count += 1;
+        if let Some((of, nth, fault)) = self.planned
+            && of == effect
+            && nth == *count
+        {
+            self.planned = None;
+            return Some(fault);
+        }
+        if self.storm > 0 && self.random() % 1000 < self.storm {
+            let modes = Fault::ALL.len() as u64;
+            return usize::try_from(self.random() % modes).ok().map(|n| Fault::ALL[n]);
+        }
+        None
+    }
+
+    fn alive(&self) -> impl Iterator<Item = (&EnclaveKey, &Launched)> {
+        self.launched.iter().filter(|(_, launched)| launched.ended.is_none())
+    }
+
+    fn launch(&mut self, launch: &Launch, now: Instant, at: Timestamp) {
+        if self.launched.contains_key(&launch.key) {
+            return;
+        }
+        let mut wrong = Vec::new();
+        let (key, record) = (&launch.key, &launch.record);
+        for (other, running) in self.alive() {
+            if running.record.cid == record.cid {
+                wrong.push(format!("{key} has the CID of {other}"));
+            }
+            if running.up_at > now {
+                wrong.push(format!("{key} is launched while {other} is being launched"));
+            }
+        }
+        let cpus: u32 = self.alive().map(|(_, running)| running.record.identity.cpus).sum();
+        let memory: u64 = self.alive().map(|(_, running)| running.record.identity.memory.0).sum();
+        if cpus + record.identity.cpus > self.pool.0 || memory + record.identity.memory.0 > self.pool.1 {
+            wrong.push(format!("{key} does not fit the pool"));
+        }
+        if self.alive().filter(|(other, _)| other.name == key.name).count() > 1 {
+            wrong.push(format!("{key} is a third enclave of that name"));
+        }
+        if launch.image.digest() != record.identity.image {
+            wrong.push(format!("{key} is launched with another image than decided"));
+        }
+        let served = |port| {
+            self.routes.iter().flat_map(|routes| &routes.egress).any(|e| e.cid == record.cid && e.vsock_port == port)
+        };
+        for endpoint in record.egress.iter().filter(|endpoint| !served(endpoint.vsock_port)) {
+            wrong.push(format!("{key} is launched before its egress port {} listens", endpoint.vsock_port));
+        }
+        self.violations.append(&mut wrong);
+        self.next_pid += 1;
+        let process = LaunchRecord {
+            enclave_id: format!("i-0-enc{}", self.next_pid),
+            process: ProcessIdentity { pid: self.next_pid, start_time: u64::from(self.next_pid) },
+            cpu_ids: Vec::new(),
+            memory: record.identity.memory,
+            at,
+        };
+        self.launches.push(key.clone());
+        let launched = Launched { record: record.clone(), process, up_at: now + LAUNCH, ended: None };
+        self.launched.insert(key.clone(), launched);
+    }
+}
+
+impl World {
+    /// A host with that many enclave CPUs and that much enclave memory (MiB), and as much more as the allocator can add.
+    pub fn new(pool: (u32, u64), most: (u32, u64)) -> Arc<Self> {
+        let state = State {
+            boot_id: BootId("boot-1".to_owned()),
+            ledger: None,
+            ledger_torn: false,
+            launched: BTreeMap::new(),
+            proxy: None,
+            routes: None,
+            pool,
+            most,
+            images: BTreeMap::new(),
+            images_away: false,
+            open: BTreeMap::new(),
+            next_pid: 1000,
+            sequence: 0,
+            counts: BTreeMap::new(),
+            planned: None,
+            storm: 0,
+            random: 1,
+            violations: Vec::new(),
+            launches: Vec::new(),
+            stops: Vec::new(),
+        };
+        Arc::new(Self {
+            state: Mutex::new(state),
+            began: Instant::now(),
+            crashed: Notify::new(),
+            enclaves_changed: Notify::new(),
+            proxy_changed: Notify::new(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does one effect, or what a fault makes of it.
+    async fn effect<T>(&self, effect: Effect, act: impl FnOnce(&mut State) -> Outcome<T>) -> Outcome<T> {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let fault = self.lock().fault(effect);
+        let failed = || Failure::new(format!("{effect:?} failed on purpose"));
+        match fault {
+            None => return act(&mut self.lock()),
+            Some(Fault::FailBefore) => return Err(failed()),
+            Some(Fault::FailAfter) => return act(&mut self.lock()).and_then(|_| Err(failed())),
+            Some(Fault::HangBefore) => {}
+            Some(Fault::HangAfter) => drop(act(&mut self.lock())),
+            Some(Fault::CrashBefore) => self.crashed.notify_one(),
+            Some(Fault::CrashAfter) => {
+                drop(act(&mut self.lock()));
+                self.crashed.notify_one();
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// Has that effect fail in that way the n-th time it is asked for, counted from 1.
+    pub fn plan_fault(&self, effect: Effect, nth: u32, fault: Fault) {
+        self.lock().planned = Some((effect, nth, fault));
+    }
+
+    /// Has every effect fail with that chance (in 1/1000), in a random way.
+    pub fn storm(&self, per_mille: u64, seed: u64) {
+        let mut state = self.lock();
+        state.storm = per_mille;
+        state.random = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    }
+
+    /// A random number below `n`, from the storm's seed.
+    pub fn random(&self, n: u64) -> u64 {
+        self.lock().random() % n
+    }
+
+    /// How often each effect was asked for.
+    pub fn counts(&self) -> BTreeMap<Effect, u32> {
+        self.lock().counts.clone()
+    }
+
+    /// What happened that must never happen.
+    pub fn violations(&self) -> Vec<String> {
+        self.lock().violations.clone()
+    }
+
+    /// Every launch so far.
+    pub fn launches(&self) -> Vec<EnclaveKey> {
+        self.lock().launches.clone()
+    }
+
+    /// Every enclave that was stopped on request so far.
+    pub fn stops(&self) -> Vec<EnclaveKey> {
+        self.lock().stops.clone()
+    }
+
+    /// The enclaves that run, and their processes.
+    pub fn alive(&self) -> BTreeMap<EnclaveKey, u32> {
+        self.lock().alive().map(|(key, launched)| (key.clone(), launched.process.process.pid)).collect()
+    }
+
+    /// Whether that enclave runs the image that this request is for.
+    pub(crate) fn runs(&self, key: &EnclaveKey, request: &ImageRequest) -> bool {
+        let state = self.lock();
+        let image = state.images.get(request).map(VerifiedImage::digest);
+        state.launched.get(key).is_some_and(|launched| Some(launched.record.identity.image) == image)
+    }
+
+    /// The ledger on disk.
+    pub fn ledger(&self) -> Option<Ledger> {
+        self.lock().ledger.clone()
+    }
+
+    /// The routes that the proxy serves, if it runs.
+    pub fn routes(&self) -> Option<Routes> {
+        let state = self.lock();
+        state.proxy.and(state.routes.clone())
+    }
+
+    /// Puts an image where it can be fetched.
+    pub fn put_image(&self, request: ImageRequest, image: VerifiedImage) {
+        self.lock().images.insert(request, image);
+    }
+
+    /// Whether images can be fetched at all.
+    pub fn set_images_away(&self, away: bool) {
+        self.lock().images_away = away;
+    }
+
+    /// Connections that go on through the ingress to that CID.
+    pub fn set_open(&self, cid: Cid, connections: u64) {
+        let mut state = self.lock();
+        state.open.insert(cid, connections);
+        state.sequence += 1;
+        self.proxy_changed.notify_one();
+    }
+
+    /// An enclave dies on its own.
+    pub fn kill(&self, key: &EnclaveKey) {
+        let at = self.now();
+        if let Some(launched) = self.lock().launched.get_mut(key) {
+            launched.ended.get_or_insert(at);
+        }
+        self.enclaves_changed.notify_one();
+    }
+
+    /// The proxy process dies.
+    pub fn kill_proxy(&self) {
+        self.lock().proxy = None;
+        self.proxy_changed.notify_one();
+    }
+
+    /// The ledger's file is torn.
+    pub fn tear_ledger(&self) {
+        let mut state = self.lock();
+        state.ledger = None;
+        state.ledger_torn = true;
+    }
+
+    /// The host is rebooted: nothing but the disks stays.
+    pub fn reboot(&self) {
+        let mut state = self.lock();
+        let boot = state.next_pid;
+        state.boot_id = BootId(format!("boot-{boot}"));
+        state.launched.clear();
+        state.proxy = None;
+        state.open.clear();
+    }
+
+    pub(crate) fn boot_id(&self) -> BootId {
+        self.lock().boot_id.clone()
+    }
+}
+
+impl Supervisor for World {
+    async fn observe(&self, _: &BTreeMap<EnclaveKey, LaunchRecord>) -> Outcome<BTreeMap<EnclaveKey, Instance>> {
+        let now = Instant::now();
+        self.effect(Effect::SupervisorObserve, |state| {
+            let instance = |launched: &Launched| {
+                let generation = Some(launched.record.clone());
+                let state = match launched.ended {
+                    Some(at) => InstanceState::Ended { at, launch_failure: None },
+                    None if now < launched.up_at => InstanceState::Launching,
+                    None => InstanceState::Running(launched.process.clone()),
+                };
+                Instance { generation, state }
+            };
+            Ok(state.launched.iter().map(|(key, launched)| (key.clone(), instance(launched))).collect())
+        })
+        .await
+    }
+
+    async fn launch(&self, launch: &Launch) -> Outcome<()> {
+        let (now, at) = (Instant::now(), self.now());
+        self.effect(Effect::SupervisorLaunch, |state| {
+            state.launch(launch, now, at);
+            Ok(())
+        })
+        .await?;
+        self.enclaves_changed.notify_one();
+        Ok(())
+    }
+
+    async fn stop(&self, key: &EnclaveKey, launch: &LaunchRecord) -> Outcome<()> {
+        let at = self.now();
+        self.effect(Effect::SupervisorStop, |state| {
+            if let Some(launched) = state.launched.get_mut(key)
+                && launched.process.process == launch.process
+                && launched.ended.is_none()
+            {
+                launched.ended = Some(at);
+                state.stops.push(key.clone());
+            }
+            Ok(())
+        })
+        .await?;
+        self.enclaves_changed.notify_one();
+        Ok(())
+    }
+
+    async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {
+        self.effect(Effect::SupervisorForget, |state| {
+            if state.launched.get(key).is_some_and(|launched| launched.ended.is_none()) {
+                state.violations.push(format!("{key} is to be forgotten while it runs"));
+                return Err(Failure::new("it runs"));
+            }
+            state.launched.remove(key);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn changed(&self) {
+        // A fault here means that no wake-up comes; the loop's own tick must do.
+        if self.effect(Effect::SupervisorChanged, |_| Ok(())).await.is_ok() {
+            tokio::select! {
+                // Both only wake up.
+                () = self.enclaves_changed.notified() => {}
+                () = tokio::time::sleep(Duration::from_millis(500)) => {}
+            }
+        }
+    }
+}
+
+impl ImageStore for World {
+    async fn fetch(&self, request: &ImageRequest, progress: Arc<Progress>) -> Outcome<VerifiedImage> {
+        progress.set_total(1);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        self.effect(Effect::ImageStoreFetch, |state| {
+            let image = state.images.get(request).filter(|_| !state.images_away);
+            image.cloned().ok_or_else(|| Failure::new("there is no such image"))
+        })
+        .await
+    }
+}
+
+impl Allocator for World {
+    async fn observe(&self) -> Outcome<Pool> {
+        self.effect(Effect::AllocatorObserve, |state| {
+            let used: u64 = state.alive().map(|(_, launched)| launched.record.identity.memory.0).sum();
+            let memory_free = MemoryMib(state.pool.1.saturating_sub(used));
+            Ok(Pool::Sized { cpus: state.pool.0, memory: MemoryMib(state.pool.1), memory_free })
+        })
+        .await
+    }
+
+    async fn reserve(&self, cpus: u32, memory: MemoryMib) -> Outcome<()> {
+        self.effect(Effect::AllocatorReserve, |state| {
+            if cpus > state.most.0 || memory.0 > state.most.1 {
+                return Err(Failure::new("the host is too small"));
+            }
+            state.pool = (state.pool.0.max(cpus), state.pool.1.max(memory.0));
+            Ok(())
+        })
+        .await
+    }
+}
+
+impl ProxyLink for World {
+    async fn observe(&self) -> Outcome<ProxyReport> {
+        self.effect(Effect::ProxyLinkObserve, |state| {
+            let Some(pid) = state.proxy else { return Err(Failure::new("the proxy is not there")) };
+            let listeners = state.routes.iter().flat_map(|routes| &routes.egress).map(|egress| ListenerReport {
+                listener: ListenerKey::Egress { cid: egress.cid, vsock_port: egress.vsock_port },
+                address: format!("vsock:{}", egress.vsock_port),
+                error: None,
+            });
+            Ok(ProxyReport {
+                sequence: state.sequence,
+                pid,
+                revision: state.routes.as_ref().map(Routes::revision),
+                listeners: listeners.collect(),
+                ingress_open: state.open.clone(),
+                ..ProxyReport::default()
+            })
+        })
+        .await
+    }
+
+    async fn start(&self) -> Outcome<()> {
+        self.effect(Effect::ProxyLinkStart, |state| {
+            if state.proxy.is_none() {
+                state.next_pid += 1;
+                state.proxy = Some(state.next_pid);
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn publish(&self, routes: &Routes) -> Outcome<()> {
+        self.effect(Effect::ProxyLinkPublish, |state| {
+            if state.proxy.is_none() {
+                return Err(Failure::new("the proxy is not there"));
+            }
+            let has = |routes: &Routes, cid| routes.egress.iter().any(|egress| egress.cid == cid);
+            let cut: Vec<_> = state
+                .alive()
+                .filter(|(_, launched)| state.routes.as_ref().is_some_and(|old| has(old, launched.record.cid)))
+                .filter(|(_, launched)| !has(routes, launched.record.cid))
+                .map(|(key, _)| format!("{key} runs and is cut off from its egress"))
+                .collect();
+            state.violations.extend(cut);
+            state.routes = Some(routes.clone());
+            state.sequence += 1;
+            Ok(())
+        })
+        .await
+    }
+
+    async fn changed(&self) {
+        if self.effect(Effect::ProxyLinkChanged, |_| Ok(())).await.is_ok() {
+            tokio::select! {
+                // Both only wake up.
+                () = self.proxy_changed.notified() => {}
+                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            }
+        }
+    }
+}
+
+impl Prober for World {
+    async fn probe(&self, cid: Cid, _: &HealthCheck) -> Outcome<Result<(), String>> {
+        let now = Instant::now();
+        self.effect(Effect::ProberProbe, |state| {
+            let found = state.alive().find(|(_, launched)| launched.record.cid == cid);
+            Ok(match found {
+                Some((_, launched)) if now >= launched.up_at + BOOT => Ok(()),
+                Some(_) => Err("connection refused".to_owned()),
+                None => Err("no such enclave".to_owned()),
+            })
+        })
+        .await
+    }
+}
+
+impl LedgerStore for World {
+    async fn load(&self) -> Outcome<LoadedLedger> {
+        self.effect(Effect::LedgerStoreLoad, |state| {
+            let torn = std::mem::take(&mut state.ledger_torn);
+            let problem = torn.then(|| Failure::new("the ledger was torn and is put aside"));
+            Ok(LoadedLedger { ledger: state.ledger.clone().unwrap_or_default(), problem })
+        })
+        .await
+    }
+
+    async fn save(&self, ledger: &Ledger) -> Outcome<()> {
+        self.effect(Effect::LedgerStoreSave, |state| {
+            state.ledger = Some(ledger.clone());
+            Ok(())
+        })
+        .await
+    }
+}
+
+impl Clock for World {
+    fn now(&self) -> Timestamp {
+        Timestamp::from_millis(1_800_000_000_000).plus(self.began.elapsed())
+    }
+}
+
+impl Host for World {
+    type Supervisor = Self;
+    type Images = Self;
+    type Allocator = Self;
+    type Proxy = Self;
+    type Prober = Self;
+    type Ledger = Self;
+    type Clock = Self;
+
+    fn supervisor(&self) -> &Self {
+        self
+    }
+    fn images(&self) -> &Self {
+        self
+    }
+    fn allocator(&self) -> &Self {
+        self
+    }
+    fn proxy(&self) -> &Self {
+        self
+    }
+    fn prober(&self) -> &Self {
+        self
+    }
+    fn ledger(&self) -> &Self {
+        self
+    }
+    fn clock(&self) -> &Self {
+        self
+    }
+}

@@ -1,0 +1,294 @@
+//! The real reconcile loop on a simulated host, under paused time: every effect in every way it can fail, at every
+//! place of a launch, a death, a stop and an update; and long random storms.
+
+use enclaved::host::Effect;
+use enclaved_core::desired::Desired;
+use enclaved_core::id::EnclaveName;
+use enclaved_integration::sim::{Fault, Harness, World, desired, image};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Long enough for the longest deadline and the longest pause after it.
+const PATIENCE: Duration = Duration::from_secs(3600);
+/// An effect that is asked for all the time is broken only the first few times.
+const OCCURRENCES: u32 = 4;
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap()
+}
+
+fn name(text: &str) -> EnclaveName {
+    text.parse().unwrap()
+}
+
+/// A host on which two enclaves fit only after the allocator made room, and the second image is for updates.
+fn world() -> Arc<World> {
+    let world = World::new((2, 1024), (6, 8192));
+    for seed in [1, 2] {
+        let (request, image) = image(seed);
+        world.put_image(request, image);
+    }
+    world
+}
+
+fn two(seed: u64) -> Desired {
+    let (first, _) = image(1);
+    let (second, _) = image(seed);
+    desired(&[("signer", &second, 2, 1024), ("vault", &first, 2, 2048)])
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scenario {
+    /// Two enclaves, from nothing.
+    Launch,
+    /// One of two dies, later the proxy, later the host is rebooted.
+    Deaths,
+    /// One is held and released, then removed and brought back.
+    Stops,
+    /// One gets another image.
+    Update,
+}
+
+impl Scenario {
+    const ALL: [Self; 4] = [Self::Launch, Self::Deaths, Self::Stops, Self::Update];
+
+    /// Plays it; faults strike while it is played. Returns an error where the host does not become what is wanted.
+    async fn play(self, harness: &mut Harness, arm: impl Fn(&World)) -> Result<(), String> {
+        if self == Self::Launch {
+            arm(&harness.world);
+            harness.start().await;
+            harness.converge(PATIENCE).await?;
+            return once_each(&harness.world, 2, 0);
+        }
+        harness.start().await;
+        harness.converge(PATIENCE).await?;
+        arm(&harness.world);
+        let before = harness.world.alive();
+        match self {
+            Self::Launch => {}
+            Self::Deaths => {
+                let victim = before.keys().next().unwrap().clone();
+                harness.world.kill(&victim);
+                harness.pass(Duration::from_millis(200)).await;
+                harness.converge(PATIENCE).await?;
+                for (key, pid) in before.iter().filter(|(key, _)| **key != victim) {
+                    if harness.world.alive().get(key) != Some(pid) {
+                        return Err(format!("{key} did not outlive the death of {victim}"));
+                    }
+                }
+                let before = harness.world.alive();
+                harness.world.kill_proxy();
+                harness.pass(Duration::from_millis(200)).await;
+                harness.converge(PATIENCE).await?;
+                if harness.world.alive() != before {
+                    return Err("an enclave did not outlive the proxy".to_owned());
+                }
+                once_each(&harness.world, 3, 0)?;
+                harness.kill().await;
+                harness.world.reboot();
+                harness.start().await;
+                harness.pass(Duration::from_secs(2)).await;
+                harness.converge(PATIENCE).await?;
+            }
+            Self::Stops => {
+                harness.hold(&name("signer")).await;
+                harness.converge(PATIENCE).await?;
+                harness.release(&name("signer")).await;
+                harness.converge(PATIENCE).await?;
+                harness.configure(desired(&[("vault", &image(1).0, 2, 2048)])).await;
+                harness.pass(Duration::from_millis(200)).await;
+                harness.converge(PATIENCE).await?;
+                harness.configure(two(1)).await;
+                harness.pass(Duration::from_millis(200)).await;
+                harness.converge(PATIENCE).await?;
+                let vault = |alive: BTreeMap<_, u32>| {
+                    alive.into_iter().find(|(key, _): &(enclaved_core::id::EnclaveKey, _)| key.name.as_str() == "vault")
+                };
+                if vault(harness.world.alive()) != vault(before) {
+                    return Err("vault did not outlive what was done to signer".to_owned());
+                }
+            }
+            Self::Update => {
+                harness.configure(two(2)).await;
+                harness.pass(Duration::from_millis(200)).await;
+                harness.converge(PATIENCE).await?;
+                once_each(&harness.world, 3, 1)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// So many launches and stops, and not one more: nothing was lost, nothing doubled.
+fn once_each(world: &World, launches: usize, stops: usize) -> Result<(), String> {
+    let (launched, stopped) = (world.launches(), world.stops());
+    if launched.len() == launches && stopped.len() == stops {
+        return Ok(());
+    }
+    Err(format!("launched {launched:?} and stopped {stopped:?}, where {launches} and {stops} would do"))
+}
+
+fn check(scenario: Scenario, arm: impl Fn(&World)) -> Result<BTreeMap<Effect, u32>, String> {
+    runtime().block_on(async {
+        let mut harness = Harness::new(world(), two(1));
+        scenario.play(&mut harness, arm).await?;
+        match harness.world.violations() {
+            none if none.is_empty() => Ok(harness.world.counts()),
+            violations => Err(format!("{violations:?}")),
+        }
+    })
+}
+
+#[test]
+fn every_effect_may_fail_in_every_way_at_every_place_and_the_host_becomes_what_is_wanted() {
+    let mut swept = BTreeSet::new();
+    let (mut runs, mut failed) = (0, Vec::new());
+    for scenario in Scenario::ALL {
+        let counts = check(scenario, |_| {}).unwrap_or_else(|error| panic!("{scenario:?} without a fault: {error}"));
+        for (effect, count) in counts {
+            for nth in 1..=count.min(OCCURRENCES) {
+                for fault in Fault::ALL {
+                    // Faults are counted from where the scenario arms them; the counts begin with the world.
+                    let arm = move |world: &World| {
+                        let so_far = world.counts().get(&effect).copied().unwrap_or(0);
+                        world.plan_fault(effect, so_far + nth, fault);
+                    };
+                    runs += 1;
+                    swept.insert((effect, fault));
+                    if let Err(error) = check(scenario, arm) {
+                        failed.push(format!("{scenario:?}, {effect:?} number {nth}, {fault:?}: {error}"));
+                    }
+                }
+            }
+        }
+    }
+    let effects: BTreeSet<_> = swept.iter().map(|(effect, _)| *effect).collect();
+    println!("swept {} effects x {} fault modes in {runs} runs", effects.len(), Fault::ALL.len());
+    assert!(
+        failed.is_empty(),
+        "{} of {runs} runs failed:\n{}",
+        failed.len(),
+        failed[..failed.len().min(12)].join("\n")
+    );
+    assert_eq!(effects, BTreeSet::from(Effect::ALL), "an effect of the ports was never swept");
+    assert_eq!(swept.len(), Effect::ALL.len() * Fault::ALL.len());
+}
+
+#[test]
+fn a_torn_ledger_costs_no_enclave() {
+    runtime().block_on(async {
+        let mut harness = Harness::new(world(), two(1));
+        harness.start().await;
+        harness.converge(PATIENCE).await.unwrap();
+        let (before, routes) = (harness.world.alive(), harness.world.routes());
+        harness.kill().await;
+        harness.world.tear_ledger();
+        harness.start().await;
+        harness.pass(Duration::from_secs(1)).await;
+        harness.converge(PATIENCE).await.unwrap();
+        assert_eq!(harness.world.alive(), before);
+        assert_eq!(harness.world.routes(), routes);
+        assert_eq!(harness.world.violations(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_host_that_cannot_be_seen_keeps_every_enclave_and_every_route() {
+    runtime().block_on(async {
+        let mut harness = Harness::new(world(), two(1));
+        harness.start().await;
+        harness.converge(PATIENCE).await.unwrap();
+        let (before, routes) = (harness.world.alive(), harness.world.routes());
+        // Every effect fails, for an hour.
+        harness.world.storm(1000, 7);
+        harness.pass(PATIENCE).await;
+        assert_eq!(harness.world.alive(), before);
+        assert_eq!(harness.world.routes().or(routes.clone()), routes);
+    });
+}
+
+#[test]
+fn a_held_enclave_stays_down_over_reload_and_reboot_until_it_is_started() {
+    runtime().block_on(async {
+        let mut harness = Harness::new(world(), two(1));
+        harness.start().await;
+        harness.converge(PATIENCE).await.unwrap();
+        harness.hold(&name("signer")).await;
+        harness.converge(PATIENCE).await.unwrap();
+        harness.configure(two(1)).await;
+        harness.kill().await;
+        harness.world.reboot();
+        harness.start().await;
+        harness.pass(Duration::from_secs(60)).await;
+        harness.converge(PATIENCE).await.unwrap();
+        assert!(harness.world.alive().keys().all(|key| key.name != name("signer")));
+        harness.release(&name("signer")).await;
+        harness.converge(PATIENCE).await.unwrap();
+        assert!(harness.world.alive().keys().any(|key| key.name == name("signer")));
+    });
+}
+
+#[test]
+fn draining_waits_for_connections_but_not_for_ever() {
+    runtime().block_on(async {
+        let mut harness = Harness::new(world(), two(1));
+        harness.start().await;
+        harness.converge(PATIENCE).await.unwrap();
+        let ledger = harness.world.ledger().unwrap();
+        let (signer, record) = ledger.generations().find(|(key, _)| key.name == name("signer")).unwrap();
+        harness.world.set_open(record.cid, 3);
+        harness.hold(&signer.name).await;
+        harness.pass(Duration::from_secs(20)).await;
+        assert!(harness.world.alive().contains_key(&signer), "ended with connections open, before the deadline");
+        harness.pass(Duration::from_secs(15)).await;
+        assert!(!harness.world.alive().contains_key(&signer), "still there after the deadline");
+    });
+}
+
+/// One storm: faults everywhere, deaths, reloads, holds, reboots; then calm, and the host must become what is wanted.
+fn storm(seed: u64) -> Result<(), String> {
+    runtime().block_on(async {
+        let mut harness = Harness::new(world(), two(1));
+        harness.world.storm(20, seed);
+        harness.start().await;
+        for _ in 0..30 {
+            let pause = Duration::from_millis(harness.world.random(20_000));
+            harness.pass(pause).await;
+            match harness.world.random(8) {
+                0 => harness.configure(two(1)).await,
+                1 => harness.configure(two(2)).await,
+                2 => harness.configure(desired(&[("vault", &image(1).0, 2, 2048)])).await,
+                3 => harness.world.kill_proxy(),
+                4 => {
+                    harness.kill().await;
+                    harness.world.reboot();
+                    harness.start().await;
+                }
+                5 => harness.world.set_images_away(harness.world.random(2) == 0),
+                _ => {
+                    let alive: Vec<_> = harness.world.alive().into_keys().collect();
+                    if let Some(victim) = alive.first() {
+                        harness.world.kill(victim);
+                    }
+                }
+            }
+        }
+        harness.world.storm(0, seed);
+        harness.world.set_images_away(false);
+        harness.configure(two(1)).await;
+        harness.pass(Duration::from_secs(1)).await;
+        harness.converge(4 * PATIENCE).await?;
+        match harness.world.violations() {
+            none if none.is_empty() => Ok(()),
+            violations => Err(format!("{violations:?}")),
+        }
+    })
+}
+
+#[test]
+fn after_any_storm_the_host_becomes_what_is_wanted() {
+    let failed: Vec<_> =
+        (1..=40).filter_map(|seed| storm(seed).err().map(|error| format!("seed {seed}: {error}"))).collect();
+    assert!(failed.is_empty(), "{} of 40 storms failed:\n{}", failed.len(), failed[..failed.len().min(6)].join("\n"));
+}
