@@ -20,12 +20,14 @@ mod error;
 mod layout;
 mod metadata;
 mod report;
+mod signature;
 mod verify;
 
 pub use error::{EifError, Place};
 pub use layout::{Architecture, Limits, SectionInfo, SectionKind};
 pub use metadata::ImageMetadata;
 pub use report::EifReport;
+pub use signature::{ImageSignature, SignatureAlgorithm};
 pub use verify::{
     ExpectedImage, Found, Mismatch, Pinned, Refusal, VerifiedImage, os_image_hash, required_memory, verify,
 };
@@ -33,6 +35,7 @@ pub use verify::{
 use crate::id::{EifDigest, Measurements, Pcr};
 use layout::{Layout, Sink};
 use sha2::{Digest, Sha256, Sha384};
+use signature::SignatureSection;
 
 /// Reads an EIF as it arrives, checks its form and measures it.
 ///
@@ -94,8 +97,8 @@ impl Measurer {
     /// The report, after the file's last byte.
     ///
     /// # Errors
-    /// The error of an earlier [`update`](Self::update); or that the file ends too early, lacks a section, or that its CRC
-    /// does not match.
+    /// The error of an earlier [`update`](Self::update); or that the file ends too early, lacks a section, that its CRC
+    /// does not match, or that it is signed but not rightly.
     pub fn finish(self) -> Result<EifReport, EifError> {
         if let Some(error) = self.failed {
             return Err(error);
@@ -108,12 +111,15 @@ impl Measurer {
         }
         let missing = EifError::MissingSection { kind: SectionKind::Ramdisk, size };
         let pcr1 = self.contents.bootstrap.ok_or(missing)?;
-        let measurements = Measurements {
-            pcr0: extend(self.contents.image),
-            pcr1: extend(pcr1),
-            pcr2: extend(self.contents.application),
-            pcr8: None,
+        let pcr0 = extend(self.contents.image);
+        let (pcr8, signature) = match self.contents.signature {
+            Some(section) => {
+                let pcr8 = extend(Sha384::new_with_prefix(&section.certificate));
+                (Some(pcr8), Some(section.check(&pcr0)?))
+            }
+            None => (None, None),
         };
+        let measurements = Measurements { pcr0, pcr1: extend(pcr1), pcr2: extend(self.contents.application), pcr8 };
         Ok(EifReport {
             size,
             digest: EifDigest(self.file.finalize().into()),
@@ -122,7 +128,7 @@ impl Measurer {
             architecture: header.architecture,
             default_memory: header.default_memory,
             default_cpus: header.default_cpus,
-            signed: sections.iter().any(|section| section.kind == SectionKind::Signature),
+            signature,
             metadata: self.contents.metadata,
             sections,
         })
@@ -149,6 +155,7 @@ struct Contents {
     /// The section being read, where it must be whole to be understood. Bounded by its limit.
     kept: Vec<u8>,
     metadata: Option<ImageMetadata>,
+    signature: Option<SignatureSection>,
 }
 
 impl Sink for Contents {
@@ -161,8 +168,7 @@ impl Sink for Contents {
                     self.application.update(bytes);
                 }
             }
-            SectionKind::Metadata => self.kept.extend_from_slice(bytes),
-            SectionKind::Signature => {}
+            SectionKind::Metadata | SectionKind::Signature => self.kept.extend_from_slice(bytes),
         }
     }
 
@@ -173,7 +179,11 @@ impl Sink for Contents {
                 let json = std::mem::take(&mut self.kept);
                 self.metadata = Some(ImageMetadata::parse(json, section)?);
             }
-            SectionKind::Kernel | SectionKind::Cmdline | SectionKind::Ramdisk | SectionKind::Signature => {}
+            SectionKind::Signature => {
+                let contents = std::mem::take(&mut self.kept);
+                self.signature = Some(SignatureSection::parse(&contents, section)?);
+            }
+            SectionKind::Kernel | SectionKind::Cmdline | SectionKind::Ramdisk => {}
         }
         Ok(())
     }

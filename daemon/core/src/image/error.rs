@@ -191,6 +191,14 @@ pub enum EifError {
         /// What is wrong with them.
         reason: String,
     },
+    /// The signature can't be read, or is not one of this image.
+    #[error("the signature (at byte {offset}) is not valid: {reason}")]
+    Signature {
+        /// Where the signature's contents begin.
+        offset: u64,
+        /// What is wrong with them.
+        reason: String,
+    },
 }
 
 impl EifError {
@@ -213,7 +221,8 @@ impl EifError {
             | Self::UnknownSectionType { offset, .. }
             | Self::UnexpectedSection { offset, .. }
             | Self::RepeatedSection { offset, .. }
-            | Self::Metadata { offset, .. } => *offset,
+            | Self::Metadata { offset, .. }
+            | Self::Signature { offset, .. } => *offset,
         }
     }
 }

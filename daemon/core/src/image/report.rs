@@ -2,6 +2,7 @@
 
 use super::layout::{Architecture, SectionInfo};
 use super::metadata::ImageMetadata;
+use super::signature::ImageSignature;
 use crate::id::{EifDigest, Measurements};
 use serde::Serialize;
 
@@ -17,7 +18,7 @@ pub struct EifReport {
     pub(super) architecture: Architecture,
     pub(super) default_memory: u64,
     pub(super) default_cpus: u64,
-    pub(super) signed: bool,
+    pub(super) signature: Option<ImageSignature>,
     pub(super) metadata: Option<ImageMetadata>,
     pub(super) sections: Vec<SectionInfo>,
 }
@@ -58,9 +59,14 @@ impl EifReport {
         self.default_cpus
     }
 
-    /// Whether there is a signature section.
+    /// Whether it is signed. A signature that is there has been checked.
     pub fn signed(&self) -> bool {
-        self.signed
+        self.signature.is_some()
+    }
+
+    /// Who signed it, where it is signed.
+    pub fn signature(&self) -> Option<&ImageSignature> {
+        self.signature.as_ref()
     }
 
     /// What the image says of itself, where it does.

@@ -5,6 +5,7 @@
 use super::layout::Architecture;
 use super::metadata::ImageMetadata;
 use super::report::EifReport;
+use super::signature::ImageSignature;
 use crate::id::{EifDigest, Measurements, MemoryMib, Pcr};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -30,7 +31,7 @@ pub struct ExpectedImage {
     /// Measurement of the ramdisks after the first: the application.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pcr2: Option<Pcr>,
-    /// Measurement of the certificate that the image is signed with.
+    /// Measurement of the certificate that the image is signed with: any image signed by the holder of its key will do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pcr8: Option<Pcr>,
 }
@@ -85,6 +86,11 @@ impl VerifiedImage {
         self.report.metadata()
     }
 
+    /// Who signed it, where it is signed. The signature is right; whether the certificate has expired is a matter of the time.
+    pub fn signature(&self) -> Option<&ImageSignature> {
+        self.report.signature()
+    }
+
     /// The least memory that an enclave with this image must have.
     pub fn required_memory(&self) -> MemoryMib {
         required_memory(self.report.size)
@@ -117,7 +123,6 @@ pub fn verify(report: EifReport, expected: &ExpectedImage) -> Result<VerifiedIma
         let Some(expected) = expected.filter(|_| expected != found) else { continue };
         let found = match found {
             Some(found) => Found::Value(found.to_string()),
-            None if report.signed => Found::NotComputed,
             None => Found::NotSigned,
         };
         mismatches.push(Mismatch { what, expected: expected.to_string(), found });
@@ -205,8 +210,6 @@ pub enum Found {
     Value(String),
     /// Nothing: the image is not signed, so it has no PCR8.
     NotSigned,
-    /// The image is signed, but this version does not read signatures.
-    NotComputed,
 }
 
 impl fmt::Display for Found {
@@ -214,7 +217,6 @@ impl fmt::Display for Found {
         f.write_str(match self {
             Self::Value(value) => value,
             Self::NotSigned => "absent (the image is not signed)",
-            Self::NotComputed => "unknown (the image is signed, but signatures are not read)",
         })
     }
 }
