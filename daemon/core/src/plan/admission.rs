@@ -1,6 +1,6 @@
 //! Whether an enclave fits into the host's enclave resources, next to those that run.
 
-use crate::id::MemoryMib;
+use crate::id::{EnclaveKey, EnclaveName, MemoryMib};
 use crate::ledger::{GenerationRecord, Ledger};
 use crate::observed::Pool;
 use std::fmt;
@@ -38,22 +38,32 @@ impl fmt::Display for Shortage {
     }
 }
 
-/// Whether that many CPUs and that much memory are free beside all generations that hold, or may hold, resources.
+/// Whether that many CPUs and that much memory are free beside all generations that hold, or may hold, resources; with
+/// `instead_of`, once the generations of that enclave are gone.
 ///
 /// # Errors
 /// What is missing.
-pub fn fits(pool: &Pool, ledger: &Ledger, cpus: u32, memory: MemoryMib) -> Result<(), Shortage> {
-    let held: Vec<_> =
-        ledger.generations().map(|(_, record)| record).filter(|record| record.holds_resources()).collect();
-    if held.len() >= MAX_ENCLAVES {
+pub fn fits(
+    pool: &Pool,
+    ledger: &Ledger,
+    instead_of: Option<&EnclaveName>,
+    cpus: u32,
+    memory: MemoryMib,
+) -> Result<(), Shortage> {
+    let holders = ledger.generations().filter(|(_, record)| record.holds_resources());
+    let (leaving, staying): (Vec<_>, Vec<_>) = holders.partition(|(key, _)| Some(&key.name) == instead_of);
+    if staying.len() >= MAX_ENCLAVES {
         return Err(Shortage::Enclaves);
     }
     let Pool::Sized { cpus: pool_cpus, memory: pool_memory, memory_free } = pool else { return Ok(()) };
-    let cpus_held = held.iter().fold(0_u32, |sum, record| sum.saturating_add(record.identity.cpus));
-    let memory_held = held.iter().fold(0_u64, |sum, record| sum.saturating_add(memory_of(record).0));
+    let memory_held = |held: &[(EnclaveKey, &GenerationRecord)]| {
+        held.iter().fold(0_u64, |sum, (_, record)| sum.saturating_add(memory_of(record).0))
+    };
+    let cpus_held = staying.iter().fold(0_u32, |sum, (_, record)| sum.saturating_add(record.identity.cpus));
     let cpus_free = pool_cpus.saturating_sub(cpus_held);
     // Others may hold hugepages too; and what a launch has not taken yet is spoken for.
-    let memory_free = MemoryMib(memory_free.0.min(pool_memory.0.saturating_sub(memory_held)));
+    let free_then = memory_free.0.saturating_add(memory_held(&leaving));
+    let memory_free = MemoryMib(free_then.min(pool_memory.0.saturating_sub(memory_held(&staying))));
     if cpus > cpus_free || memory > memory_free {
         return Err(Shortage::Pool { cpus, cpus_free, memory, memory_free });
     }

@@ -3,7 +3,7 @@
 use super::{Launch, Planner, Step, admission, restart};
 use crate::desired::{EnclaveSpec, OnUnhealthy, RestartPolicy, UpdatePolicy};
 use crate::failure::Failure;
-use crate::id::{EnclaveKey, EnclaveName, Generation, Measurements, Timestamp};
+use crate::id::{EnclaveKey, EnclaveName, Generation, Measurements};
 use crate::ledger::{Change, EnclaveRecord, GenerationRecord, Identity, ImageOutcome, Phase, StopReason};
 use crate::observed::{Instance, InstanceState, JobKey, Observation};
 use std::collections::BTreeMap;
@@ -191,39 +191,51 @@ impl Planner<'_> {
         let Some(((newest, of), older)) = current.split_last() else {
             return self.plan_next(name, spec, record, target, measurements);
         };
+        let serves = matches!(of.phase, Phase::Ready { .. });
         for (generation, of) in older {
-            self.watch(&key(generation), of, spec);
+            if matches!(of.phase, Phase::Ready { .. }) && !serves {
+                self.watch(&key(generation), of, spec);
+            } else {
+                // It never served and a newer one is on its way, or the newer one serves in its place.
+                self.end(key(generation), of, &StopReason::Replaced, instances);
+            }
         }
         if of.identity == target {
-            if matches!(of.phase, Phase::Ready { .. }) {
-                for (generation, of) in older {
-                    self.end(key(generation), of, &StopReason::Replaced, instances);
-                }
-            }
             return self.advance(&key(newest), of, spec, instances);
         }
-        let serves = matches!(of.phase, Phase::Ready { .. });
         if serves && spec.update != UpdatePolicy::Recreate {
-            match self.room_for(spec) {
+            match self.room_for(spec, None) {
                 Some(Ok(())) => return self.plan_next(name, spec, record, target, measurements),
                 Some(Err(shortage)) if spec.update == UpdatePolicy::BlueGreen => {
                     self.wait(name, format!("its update waits for room: {shortage}"));
                     return self.watch(&key(newest), of, spec);
                 }
-                Some(Err(_)) => {}
-                None => {
-                    self.wait(name, "its update waits until the host's enclave pool can be seen");
-                    return self.watch(&key(newest), of, spec);
-                }
+                Some(Err(_)) | None => {}
             }
         }
-        self.end(key(newest), of, &StopReason::Replaced, instances);
+        // Nothing that works is ended for something that cannot be launched.
+        match self.room_for(spec, Some(name)) {
+            Some(Ok(())) => self.end(key(newest), of, &StopReason::Replaced, instances),
+            Some(Err(shortage)) => {
+                self.reserve(name, &shortage);
+                self.watch(&key(newest), of, spec);
+            }
+            None => {
+                self.wait(name, "its update waits until the host's enclave pool can be seen");
+                self.watch(&key(newest), of, spec);
+            }
+        }
     }
 
-    /// Whether one more of it fits beside all that run; `None` if that can't be seen.
-    fn room_for(&self, spec: &EnclaveSpec) -> Option<Result<(), admission::Shortage>> {
+    /// Whether one more of it fits beside all that run, or in the place of what runs under that name; `None` if that
+    /// can't be seen.
+    fn room_for(
+        &self,
+        spec: &EnclaveSpec,
+        instead_of: Option<&EnclaveName>,
+    ) -> Option<Result<(), admission::Shortage>> {
         let pool = self.observed.pool.known()?;
-        Some(admission::fits(pool, self.ledger, spec.cpus, spec.memory))
+        Some(admission::fits(pool, self.ledger, instead_of, spec.cpus, spec.memory))
     }
 
     /// Gives the next generation its number and CID.
@@ -261,7 +273,11 @@ impl Planner<'_> {
     /// Brings the generation that is wanted one phase further.
     fn advance(&mut self, key: &EnclaveKey, record: &GenerationRecord, spec: &EnclaveSpec, instances: &Instances) {
         match &record.phase {
-            Phase::Planned { not_before, .. } => self.decide_launch(key, record, spec, *not_before),
+            Phase::Planned { not_before, .. } if self.now < *not_before => {
+                self.wait(&key.name, format!("it is launched again at {not_before}"));
+                self.wake(*not_before);
+            }
+            Phase::Planned { .. } => self.decide_launch(key, record, spec, instances),
             Phase::Launching { .. } if !instances.contains_key(key) => self.launch(key, record, spec, instances),
             Phase::Launching { .. } => self.wait(&key.name, "nitro-cli is starting it"),
             Phase::Booting { .. } | Phase::Ready { .. } => self.watch(key, record, spec),
@@ -275,13 +291,9 @@ impl Planner<'_> {
         key: &EnclaveKey,
         record: &GenerationRecord,
         spec: &EnclaveSpec,
-        not_before: Timestamp,
+        instances: &Instances,
     ) {
         let name = &key.name;
-        if self.now < not_before {
-            self.wait(name, format!("it is launched again at {not_before}"));
-            return self.wake(not_before);
-        }
         if self.observed.images.get(&spec.image).is_none_or(|image| image.digest() != record.identity.image) {
             return self.fetch(name, &spec.image);
         }
@@ -303,10 +315,15 @@ impl Planner<'_> {
                 return self.wait(name, format!("the host's enclave pool cannot be seen: {failure}"));
             }
             Observation::Known(pool) => {
-                admission::fits(pool, self.ledger, record.identity.cpus, record.identity.memory)
+                admission::fits(pool, self.ledger, None, record.identity.cpus, record.identity.memory)
             }
         };
         if let Err(shortage) = room {
+            // The room that a blue-green update was planned with was taken by another enclave meanwhile.
+            let fits_alone = matches!(self.room_for(spec, Some(name)), Some(Ok(())));
+            if spec.update == UpdatePolicy::Auto && fits_alone {
+                self.make_way(key, instances);
+            }
             return self.reserve(name, &shortage);
         }
         if self.launching {
@@ -316,8 +333,21 @@ impl Planner<'_> {
         self.record(Change::Launching(key.clone()));
     }
 
+    /// Ends what runs under that name before this generation.
+    fn make_way(&mut self, key: &EnclaveKey, instances: &Instances) {
+        let Some(enclave) = self.ledger.enclaves.get(&key.name) else { return };
+        for (generation, of) in enclave.generations.iter().filter(|(generation, _)| **generation < key.generation) {
+            let older = EnclaveKey { name: key.name.clone(), generation: *generation };
+            self.end(older, of, &StopReason::Replaced, instances);
+        }
+    }
+
     /// Asks the allocator to make room for all that is wanted.
     fn reserve(&mut self, name: &EnclaveName, shortage: &admission::Shortage) {
+        let ending = |of: &GenerationRecord| matches!(of.phase, Phase::Draining { .. } | Phase::Stopping { .. });
+        if self.ledger.generations().any(|(_, of)| ending(of)) {
+            return self.wait(name, format!("{shortage}; a generation that is ending will give some back"));
+        }
         let said = self.observed.failed.get(&JobKey::Reserve).map(|failed| format!("; {}", failed.failure));
         self.wait(name, format!("{shortage}{}", said.unwrap_or_default()));
         let specs = self.desired.enclaves.values();
