@@ -1,5 +1,7 @@
 //! The planner, for any ledger and any observation: what it must never do, and that it comes to an end.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
 use enclaved_core::desired::Desired;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, Cid, EnclaveKey, Generation, MemoryMib, Timestamp};

@@ -1,6 +1,8 @@
 //! The real reconcile loop on a simulated host, under paused time: every effect in every way it can fail, at every
 //! place of a launch, a death, a stop and an update; and long random storms.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+
 use enclaved::host::Effect;
 use enclaved_core::desired::Desired;
 use enclaved_core::id::EnclaveName;
