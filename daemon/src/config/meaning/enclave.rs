@@ -1,0 +1,277 @@
+//! What one `[[enclave]]` means.
+
+use super::{Judge, names};
+use crate::config::form::{
+    EgressForm, EnclaveForm, FullPortForm, HealthForm, IngressForm, ListenForm, MeasurementsForm, PortForm,
+};
+use crate::config::source::{Path, quoted};
+use enclaved_core::desired::{
+    EgressSpec, EnclaveSpec, HealthCheck, ImageRequest, ImageSource, IngressSpec, Probe, TcpPort,
+};
+use enclaved_core::id::{MemoryMib, Pcr};
+use enclaved_core::image::ExpectedImage;
+use enclaved_core::routes::PathRoute;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+/// nitro-cli listens there for an enclave's first sign of life.
+const HEARTBEAT_PORT: u32 = 9000;
+/// Where Caution's attestation service listens in an enclave, and the path it is reached under.
+const CAUTION: (&str, u32) = ("/attestation", 49502);
+/// The same of its end-to-end encryption, STEVE.
+const E2E: (&str, u32) = ("/e2p", 49500);
+/// Longest path prefix, in bytes.
+const MAX_PREFIX: usize = 1024;
+
+/// Which domain is whose: where it was first listed.
+pub(super) type Domains = BTreeMap<String, Path>;
+
+impl Judge<'_> {
+    /// The enclave, unless something is wrong with it.
+    pub(super) fn enclave(&mut self, form: EnclaveForm, path: &Path, domains: &mut Domains) -> Option<EnclaveSpec> {
+        let source: Option<ImageSource> = self.parsed(&form.image, &path.key("image"));
+        let expected = self.expected(&form.measurements, &path.key("measurements"));
+        if form.debug_mode {
+            let message = "the enclave runs in debug mode: its console can be read and its attestation proves nothing";
+            self.problems.warn(self.tree, &path.key("debug_mode"), message);
+        } else if expected.is_empty() && form.measurements.is_empty() {
+            let message = "no measurement is pinned: whoever can write the image decides what runs; \
+                           `enclavectl measure FILE` prints what [enclave.measurements] should hold";
+            self.problems.warn(self.tree, path, message);
+        }
+        let health = form.health.map(|health| self.health(&health, &path.key("health")));
+        let egress = self.egress(form.egress, &path.key("egress"));
+        let ingress = self.ingress(form.ingress, &path.key("ingress"), domains);
+        Some(EnclaveSpec {
+            image: ImageRequest { source: source?, expected },
+            cpus: form.cpus,
+            memory: MemoryMib(form.memory_mib),
+            debug: form.debug_mode,
+            update: form.update,
+            restart: form.restart,
+            health: match health {
+                None => None,
+                Some(health) => Some(health?),
+            },
+            egress,
+            ingress,
+        })
+    }
+
+    fn expected(&mut self, form: &MeasurementsForm, path: &Path) -> ExpectedImage {
+        let sha256 = form.sha256.as_ref().and_then(|text| self.parsed(text, &path.key("sha256")));
+        let mut pcr = |key: &str, text: &Option<String>| {
+            let text = text.as_ref()?;
+            let pcr: Pcr = self.parsed(text, &path.key(key))?;
+            if pcr.0 == [0; 48] {
+                let message = "is zero, which is what an enclave in debug mode attests, never what an image measures: \
+                               take the value from `enclavectl measure FILE`";
+                self.refuse(&path.key(key), message);
+            }
+            Some(pcr)
+        };
+        ExpectedImage {
+            sha256,
+            pcr0: pcr("pcr0", &form.pcr0),
+            pcr1: pcr("pcr1", &form.pcr1),
+            pcr2: pcr("pcr2", &form.pcr2),
+            pcr8: pcr("pcr8", &form.pcr8),
+        }
+    }
+
+    fn health(&mut self, form: &HealthForm, path: &Path) -> Option<HealthCheck> {
+        let second = Duration::from_secs(1);
+        let tenth = Duration::from_millis(100);
+        let start_period = self.duration(&form.start_period, Duration::ZERO..=3600 * second, &path.key("start_period"));
+        let interval = self.duration(&form.interval, tenth..=3600 * second, &path.key("interval"));
+        let timeout = self.duration(&form.timeout, tenth..=60 * second, &path.key("timeout"));
+        let probe = match (&form.http, &form.connect) {
+            (Some(http), None) => {
+                let good = |byte: u8| byte.is_ascii_graphic() && byte != b'#';
+                if !http.path.starts_with('/') || !http.path.bytes().all(good) || http.path.len() > MAX_PREFIX {
+                    let message = format!(
+                        "is {}; allowed: a path, with or without a query, that begins with / and is visible ASCII",
+                        quoted(&http.path)
+                    );
+                    self.refuse(&path.key("http").key("path"), message);
+                }
+                Some(Probe::Http { port: http.port, path: http.path.clone() })
+            }
+            (None, Some(connect)) => Some(Probe::Connect { port: connect.port }),
+            (Some(_), Some(_)) => {
+                self.refuse(&path.key("connect"), "there is http too; only one of the two is allowed");
+                None
+            }
+            (None, None) => {
+                let message =
+                    "what to check is missing: http = { port = 8080, path = \"/health\" } or connect = { port = 8080 }";
+                self.refuse(path, message);
+                None
+            }
+        };
+        Some(HealthCheck {
+            probe: probe?,
+            start_period: start_period?,
+            interval: interval?,
+            timeout: timeout?,
+            failures: form.failures,
+            on_failure: form.on_failure,
+        })
+    }
+
+    fn egress(&mut self, forms: Vec<EgressForm>, path: &Path) -> Vec<EgressSpec> {
+        let mut vsock_ports = BTreeMap::new();
+        let mut loopbacks = BTreeMap::new();
+        let mut endpoints = Vec::new();
+        for (index, form) in forms.into_iter().enumerate() {
+            let path = path.index(index);
+            if !names::is_host(&form.hostname) {
+                let message = format!("is {}; allowed: a DNS name or an IP address", quoted(&form.hostname));
+                self.refuse(&path.key("hostname"), message);
+            }
+            let port_at = path.key("vsock_port");
+            if form.vsock_port == HEARTBEAT_PORT {
+                let message = format!(
+                    "is {HEARTBEAT_PORT}, on which nitro-cli waits for the enclave's first sign of life; take another"
+                );
+                self.refuse(&port_at, message);
+            } else if let Some(first) = vsock_ports.insert(form.vsock_port, port_at.clone()) {
+                let message = format!(
+                    "another endpoint of this enclave has vsock port {}, at {}",
+                    form.vsock_port,
+                    self.place_of(&first)
+                );
+                self.refuse(&port_at, message);
+            }
+            let loopback_at = path.key("loopback");
+            let loopback = form.loopback.as_ref().and_then(|text| self.ip(text, &loopback_at));
+            if let Some(address) = loopback {
+                if !address.is_loopback() {
+                    self.refuse(&loopback_at, format!("is {address}; allowed: an address in 127.0.0.0/8, or ::1"));
+                } else if let Some(first) = loopbacks.insert((address, form.port), loopback_at.clone()) {
+                    let message = format!(
+                        "another endpoint of this enclave has {} too, at {}: give each its own address",
+                        SocketAddr::new(address, form.port),
+                        self.place_of(&first)
+                    );
+                    self.refuse(&loopback_at, message);
+                }
+            }
+            let allow_at = path.key("allow_addresses");
+            let allowed = form.allow_addresses.iter().enumerate();
+            let allow_addresses: Vec<IpAddr> =
+                allowed.filter_map(|(index, text)| self.ip(text, &allow_at.index(index))).collect();
+            endpoints.push(EgressSpec {
+                hostname: form.hostname,
+                port: form.port,
+                vsock_port: form.vsock_port,
+                loopback,
+                allow_addresses,
+            });
+        }
+        endpoints
+    }
+
+    fn ingress(&mut self, form: IngressForm, path: &Path, domains: &mut Domains) -> IngressSpec {
+        let paths = self.paths(&form, path);
+        let mut own = Vec::new();
+        for (index, domain) in form.domains.iter().enumerate() {
+            let at = path.key("domains").index(index);
+            let domain = domain.to_ascii_lowercase();
+            if !names::is_domain(&domain) {
+                let message = format!(
+                    "is {}; allowed: a name as \"api.example.com\" or \"*.example.com\", without scheme and port",
+                    quoted(&domain)
+                );
+                self.refuse(&at, message);
+            } else if let Some(first) = domains.get(&domain) {
+                let message = format!("the domain {domain} is listed already, at {}", self.place_of(first));
+                self.refuse(&at, message);
+            } else {
+                domains.insert(domain.clone(), at);
+                own.push(domain);
+            }
+        }
+        let mut tcp = Vec::new();
+        for (index, port) in form.ports.into_iter().enumerate() {
+            let at = path.key("ports").index(index);
+            let everywhere = |port| SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port);
+            let (listen, vsock_port, at) = match port {
+                PortForm::Same(port) => (Some(everywhere(port)), u32::from(port), at),
+                PortForm::Full(FullPortForm { listen: ListenForm::Port(port), vsock_port }) => {
+                    (Some(everywhere(port)), vsock_port, at.key("listen"))
+                }
+                PortForm::Full(FullPortForm { listen: ListenForm::Address(text), vsock_port }) => {
+                    let at = at.key("listen");
+                    (self.socket_address(&text, &at), vsock_port, at)
+                }
+            };
+            self.listener(listen, &at);
+            tcp.extend(listen.map(|listen| TcpPort { listen, vsock_port }));
+        }
+        IngressSpec { domains: own, paths, tcp }
+    }
+
+    /// The HTTPS paths, and whether they fit the domains.
+    fn paths(&mut self, form: &IngressForm, path: &Path) -> Vec<PathRoute> {
+        let mut places: BTreeMap<String, Path> = BTreeMap::new();
+        let mut paths = Vec::new();
+        let mut add = |judge: &mut Self, prefix: &str, vsock_port, at: Path| {
+            // "/x/" and "/x" cover the same paths.
+            let prefix = match prefix.trim_end_matches('/') {
+                "" => "/",
+                trimmed => trimmed,
+            };
+            if let Some(first) = places.insert(prefix.to_owned(), at.clone()) {
+                judge.refuse(&at, format!("the path {prefix} has a port already, at {}", judge.place_of(&first)));
+            }
+            paths.push(PathRoute { prefix: prefix.to_owned(), vsock_port });
+        };
+        if let Some(port) = form.http_port {
+            add(self, "/", port, path.key("http_port"));
+        }
+        for (index, route) in form.routes.iter().enumerate() {
+            let at = path.key("routes").index(index).key("path");
+            let plain = route.path.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'?' | b'#'));
+            if !route.path.starts_with('/') || !plain || route.path.len() > MAX_PREFIX {
+                let message = format!(
+                    "is {}; allowed: a path that begins with / and is visible ASCII without ? and #",
+                    quoted(&route.path)
+                );
+                self.refuse(&at, message);
+            } else {
+                add(self, &route.path, route.vsock_port, at);
+            }
+        }
+        for (wanted, key, (prefix, port)) in [(form.caution, "caution", CAUTION), (form.e2e, "e2e", E2E)] {
+            if wanted {
+                add(self, prefix, port, path.key(key));
+            }
+        }
+        let covered = paths.iter().any(|path| path.prefix == "/");
+        if !form.domains.is_empty() && !covered {
+            let message = "http_port is missing: the vsock port inside the enclave that answers HTTP for these domains";
+            self.refuse(path, message);
+        }
+        if form.domains.is_empty() {
+            let given = [
+                ("http_port", form.http_port.is_some()),
+                ("routes", !form.routes.is_empty()),
+                ("caution", form.caution),
+                ("e2e", form.e2e),
+            ];
+            for (key, _) in given.into_iter().filter(|(_, given)| *given) {
+                self.refuse(&path.key(key), "is of use with domains only: add domains = [\"...\"], or remove it");
+            }
+        }
+        paths
+    }
+}
+
+impl MeasurementsForm {
+    fn is_empty(&self) -> bool {
+        let Self { sha256, pcr0, pcr1, pcr2, pcr8 } = self;
+        [sha256, pcr0, pcr1, pcr2, pcr8].into_iter().all(Option::is_none)
+    }
+}

@@ -1,0 +1,305 @@
+//! What configurations come to: good ones, and every way of being wrong with its exact words.
+
+use super::*;
+use enclaved_core::desired::{Probe, UpdatePolicy};
+use enclaved_core::id::MemoryMib;
+use enclaved_core::routes::VsockTransport;
+use proptest::prelude::*;
+
+mod bad;
+mod files;
+
+/// The smallest enclave.
+const SIGNER: &str = "[[enclave]]\nname = \"signer\"\nimage = \"file:///x.eif\"\ncpus = 2\nmemory_mib = 64\n";
+
+fn source(path: &str, text: impl Into<String>) -> SourceFile {
+    SourceFile { path: path.into(), text: text.into() }
+}
+
+fn parsed(text: &str) -> Result<Config, ConfigErrors> {
+    parse(&[source("t.toml", text)])
+}
+
+fn good(text: &str) -> Config {
+    parsed(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
+}
+
+/// The errors of a single file, one a line.
+fn errors(text: &str) -> String {
+    parsed(text).expect_err(text).to_string()
+}
+
+const EXAMPLE: &str = include_str!("../../../config/enclaved.toml");
+
+/// The example with everything in it switched on.
+fn whole_example() -> String {
+    let switched_on = EXAMPLE.lines().map(|line| match line.strip_prefix('#') {
+        Some(setting) if setting.starts_with(|c: char| c.is_ascii_lowercase() || c == '[') => setting,
+        _ => line,
+    });
+    switched_on.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn an_empty_file_is_a_host_without_enclaves_and_has_the_documented_defaults() {
+    let config = good("");
+    assert_eq!(config.desired, Desired::default());
+    assert_eq!(config.host.admin_socket(), Path::new("/run/enclaved/admin.sock"));
+    assert_eq!(config.metrics.listen, "127.0.0.1:9119".parse().unwrap());
+    assert_eq!(config.nitro_cli, Path::new("nitro-cli"));
+    assert_eq!(config.control_plane, None);
+    assert_eq!(config.warnings, Vec::<String>::new());
+}
+
+#[test]
+fn the_example_is_good_as_it_is_installed() {
+    assert_eq!(good(EXAMPLE).desired, Desired::default());
+}
+
+#[test]
+fn the_example_is_good_with_everything_switched_on() {
+    let config = good(&whole_example());
+    assert_eq!(config.warnings.len(), 1, "the second enclave has no measurements: {:?}", config.warnings);
+    let signer = &config.desired.enclaves[&"signer".parse().unwrap()];
+    assert_eq!(signer.memory, MemoryMib(1024));
+    assert_eq!(signer.update, UpdatePolicy::Auto);
+    assert_eq!(signer.image.source.to_string(), "s3://caution-abc-images/signer.eif");
+    assert_eq!(signer.health.as_ref().unwrap().probe, Probe::Http { port: 8082, path: "/health".into() });
+    assert_eq!(signer.egress[0].port, 443);
+    assert_eq!(signer.egress[1].allow_addresses, ["127.0.0.1".parse::<std::net::IpAddr>().unwrap()]);
+    let paths: Vec<_> = signer.ingress.paths.iter().map(|path| (path.prefix.as_str(), path.vsock_port)).collect();
+    assert_eq!(paths, [("/", 8083), ("/admin", 8084), ("/attestation", 49502), ("/e2p", 49500)]);
+    let tcp: Vec<_> = signer.ingress.tcp.iter().map(|port| (port.listen.to_string(), port.vsock_port)).collect();
+    assert_eq!(tcp, [("[::]:9100".to_owned(), 9100), ("[::]:5432".to_owned(), 15432)]);
+    assert_eq!(config.desired.https.unwrap().listen, "[::]:443".parse().unwrap());
+    assert_eq!(config.control_plane.unwrap().url, "https://control.example.com");
+    let ledger = &config.desired.enclaves[&"ledger".parse().unwrap()];
+    assert_eq!(ledger.health.as_ref().unwrap().probe, Probe::Connect { port: 9100 });
+}
+
+/// Every key below `schema`, as the instances of it that `values` holds.
+fn walk(
+    root: &serde_json::Value,
+    schema: &serde_json::Value,
+    values: &[&serde_json::Value],
+    path: &str,
+    seen: &mut u32,
+) {
+    let target = schema.get("$ref").and_then(|target| target.as_str()).map(|target| &target[1..]);
+    let schema = target.map_or(schema, |target| root.pointer(target).unwrap());
+    for variant in ["anyOf", "oneOf"].iter().filter_map(|key| schema.get(*key)?.as_array()).flatten() {
+        let fitting: Vec<_> = values.iter().copied().filter(|value| value.is_object()).collect();
+        if variant.get("properties").is_none() && variant.get("$ref").is_none() || fitting.is_empty() {
+            continue;
+        }
+        walk(root, variant, &fitting, path, seen);
+    }
+    if let Some(items) = schema.get("items") {
+        let items_of: Vec<_> = values.iter().filter_map(|value| value.as_array()).flatten().collect();
+        walk(root, items, &items_of, path, seen);
+    }
+    for (key, property) in schema.get("properties").and_then(|keys| keys.as_object()).into_iter().flatten() {
+        let path = format!("{path}.{key}");
+        let found: Vec<_> = values.iter().filter_map(|value| value.get(key)).collect();
+        assert!(!found.is_empty(), "config/enclaved.toml does not show {path}");
+        *seen += 1;
+        let of_the_host = !path.starts_with(".enclave.");
+        if let Some(default) = property.get("default").filter(|default| of_the_host && !default.is_array()) {
+            assert_eq!(found, [default], "config/enclaved.toml shows another default of {path}");
+        }
+        walk(root, property, &found, &path, seen);
+    }
+}
+
+#[test]
+fn the_example_shows_every_key_and_for_the_host_its_default() {
+    let values: serde_json::Value = toml::from_str(&whole_example()).unwrap();
+    let schema = schema();
+    let mut seen = 0;
+    walk(&schema, &schema, &[&values], "", &mut seen);
+    assert!(seen > 50, "{seen} keys");
+}
+
+#[test]
+fn every_key_of_the_schema_is_described() {
+    fn check(schema: &serde_json::Value) {
+        for (key, property) in schema.get("properties").and_then(|keys| keys.as_object()).into_iter().flatten() {
+            assert!(property.get("description").is_some(), "{key} has no description");
+        }
+    }
+    let schema = schema();
+    check(&schema);
+    schema["$defs"].as_object().unwrap().values().for_each(check);
+}
+
+/// `structure` understands a part of JSON schema only: this is that part.
+#[test]
+fn the_schema_uses_only_what_the_checker_understands() {
+    const UNDERSTOOD: [&str; 16] = [
+        "$ref",
+        "anyOf",
+        "oneOf",
+        "const",
+        "enum",
+        "type",
+        "properties",
+        "required",
+        "additionalProperties",
+        "items",
+        "minimum",
+        "maximum",
+        "maxItems",
+        "examples",
+        "description",
+        "default",
+    ];
+    // Left to `meaning` on purpose.
+    const NOT_ENFORCED: [&str; 3] = ["pattern", "format", "title"];
+    fn check(schema: &serde_json::Value) {
+        let Some(object) = schema.as_object() else { return };
+        for (key, value) in object {
+            assert!(UNDERSTOOD.contains(&key.as_str()) || NOT_ENFORCED.contains(&key.as_str()), "{key}");
+            match key.as_str() {
+                "properties" => value.as_object().unwrap().values().for_each(check),
+                "anyOf" | "oneOf" => value.as_array().unwrap().iter().for_each(check),
+                "items" => check(value),
+                "type" => assert!(value.is_string(), "{value}"),
+                "additionalProperties" => assert_eq!(value, false),
+                _ => {}
+            }
+        }
+    }
+    let mut schema = schema();
+    for definition in schema["$defs"].as_object().unwrap().values() {
+        check(definition);
+    }
+    let root = schema.as_object_mut().unwrap();
+    root.remove("$defs");
+    root.remove("$schema");
+    check(&schema);
+}
+
+#[test]
+fn the_schema_in_the_tree_is_the_one_that_is_enforced() {
+    let in_tree: serde_json::Value =
+        serde_json::from_str(include_str!("../../../config/enclaved.schema.json")).unwrap();
+    let refresh = "cargo run --bin enclavectl -- schema config > config/enclaved.schema.json";
+    assert!(in_tree == schema(), "config/enclaved.schema.json is out of date; refresh it with\n    {refresh}");
+}
+
+#[test]
+fn the_hybrid_transport_names_its_folder() {
+    let config = good("[vsock]\ntransport = { hybrid = \"/tmp/v\" }");
+    assert_eq!(config.desired.vsock, VsockTransport::Hybrid("/tmp/v".into()));
+}
+
+#[test]
+fn https_is_served_only_if_an_enclave_has_domains() {
+    assert_eq!(good(SIGNER).desired.https, None);
+    let with = format!("{SIGNER}[enclave.ingress]\ndomains = [\"LocalHost\"]\nhttp_port = 1\n");
+    let config = good(&with);
+    assert!(config.desired.https.is_some());
+    assert_eq!(config.desired.enclaves.values().next().unwrap().ingress.domains, ["localhost"]);
+}
+
+#[test]
+fn a_route_for_everything_stands_in_for_the_http_port() {
+    good(&format!("{SIGNER}[enclave.ingress]\ndomains = [\"a.b\"]\nroutes = [{{ path = \"/\", vsock_port = 80 }}]\n"));
+}
+
+#[test]
+fn a_local_control_plane_may_be_without_tls() {
+    for url in ["http://localhost:1/x", "http://127.0.0.9", "http://[::1]:8080", "https://a.example/b"] {
+        assert_eq!(good(&format!("[control_plane]\nurl = \"{url}\"")).control_plane.unwrap().url, url);
+    }
+}
+
+#[test]
+fn listeners_share_a_port_only_on_different_addresses() {
+    let two = |one: &str, other: &str| {
+        parsed(&format!(
+            "{SIGNER}[enclave.ingress]\nports = [{{ listen = {one}, vsock_port = 1 }}, {{ listen = {other}, vsock_port = 2 }}]"
+        ))
+    };
+    for (one, other) in [
+        ("\"127.0.0.1:1\"", "\"127.0.0.2:1\""),
+        ("\"127.0.0.1:1\"", "\"[::1]:1\""),
+        ("\"0.0.0.0:1\"", "\"[::1]:1\""),
+        ("1", "2"),
+        ("\"127.0.0.1:0\"", "\"127.0.0.2:0\""),
+    ] {
+        assert!(two(one, other).is_ok(), "{one} {other}");
+    }
+    for (one, other) in [
+        ("1", "1"),
+        ("1", "\"127.0.0.1:1\""),
+        ("\"[::1]:1\"", "1"),
+        ("\"0.0.0.0:1\"", "\"127.0.0.1:1\""),
+        ("\"[::ffff:127.0.0.1]:1\"", "\"127.0.0.1:1\""),
+        ("\"127.0.0.1:0\"", "\"127.0.0.1:0\""),
+    ] {
+        assert!(two(one, other).is_err(), "{one} {other}");
+    }
+}
+
+#[test]
+fn the_revision_follows_the_contents_and_not_the_place() {
+    let revision = |path: &str, text: &str| parse(&[source(path, text)]).unwrap().revision;
+    assert_eq!(revision("a", "[host]"), revision("b", "[host]"));
+    assert_ne!(revision("a", "[host]"), revision("a", "[host]\n"));
+    assert_eq!(revision("a", "").len(), 12);
+    let split = parse(&[source("a", ""), source("b", "[host]")]).unwrap().revision;
+    assert_ne!(split, revision("a", "[host]"));
+}
+
+#[test]
+fn what_is_unwise_is_a_warning_with_its_place() {
+    let pinned = format!("{SIGNER}[enclave.measurements]\npcr0 = \"{}\"", "ab".repeat(48));
+    assert_eq!(good(&pinned).warnings, Vec::<String>::new());
+    let warnings = good(SIGNER).warnings;
+    assert_eq!(warnings.len(), 1);
+    assert!(warnings[0].starts_with("t.toml:1:1: [[enclave]] \"signer\": no measurement is pinned"), "{warnings:?}");
+    let warnings =
+        good(&format!("{SIGNER}debug_mode = true\n[enclave.measurements]\npcr0 = \"{}\"", "ab".repeat(48))).warnings;
+    assert!(
+        warnings[0].starts_with("t.toml:6:14: [[enclave]] \"signer\" debug_mode: the enclave runs in debug"),
+        "{warnings:?}"
+    );
+}
+
+/// Texts that resemble configurations: lines of the example, cut, doubled and mixed.
+fn nearly_toml() -> impl Strategy<Value = String> {
+    let lines: Vec<String> =
+        whole_example().lines().filter(|line| !line.starts_with("# ")).map(str::to_owned).collect();
+    let line = (proptest::sample::select(lines), any::<prop::sample::Index>(), ".{0,3}", 0..4_u8).prop_map(
+        |(line, at, junk, how)| {
+            let at = (0..=at.index(line.len() + 1)).rev().find(|at| line.is_char_boundary(*at)).unwrap_or(0);
+            match how {
+                0 => line[..at].to_owned() + &junk,
+                1 => line[..at].to_owned() + &junk + &line[at..],
+                _ => line,
+            }
+        },
+    );
+    prop::collection::vec(line, 0..40).prop_map(|lines| lines.join("\n"))
+}
+
+proptest! {
+    #[test]
+    fn no_text_makes_it_panic(text in ".{0,200}") {
+        drop(parsed(&text));
+    }
+
+    #[test]
+    fn no_near_configuration_makes_it_panic_and_every_error_names_its_place(text in nearly_toml()) {
+        if let Err(errors) = parsed(&text) {
+            prop_assert!(errors.iter().count() > 0);
+            for error in errors.iter() {
+                prop_assert!(error.to_string().starts_with("t.toml:"), "{}", error);
+                let position = error.position.unwrap();
+                prop_assert!(position.line <= text.split('\n').count() && position.column > 0);
+                prop_assert!(!error.to_string().contains('\n'), "{}", error);
+            }
+        }
+    }
+}
