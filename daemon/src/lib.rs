@@ -1,10 +1,18 @@
 //! The control process: effects and wiring. See `daemon/ARCHITECTURE.md`.
 
 pub mod admin;
+pub mod atomic_file;
 pub mod config;
 pub mod control_plane;
 pub mod events;
 pub mod host;
 pub mod jobs;
+pub mod launch;
+pub mod launch_trace;
 pub mod metrics;
+pub mod nitro_cli;
+pub mod pidfd;
+pub mod procfs;
 pub mod reconciler;
+#[cfg(test)]
+mod test_support;

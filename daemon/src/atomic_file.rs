@@ -1,0 +1,180 @@
+//! Files that are whole or not there: written beside their place, flushed to disk, and renamed over it; and reading that
+//! can't be made to fill the memory. Knows nothing of what is in them, except that it may be JSON.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// A file that could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// The operating system says why.
+    #[error("could not {operation} {}", path.display())]
+    Io {
+        /// What was being done.
+        operation: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// It is longer than anything of its kind can be.
+    #[error("{} is longer than {limit} bytes", path.display())]
+    TooLong {
+        /// Which file.
+        path: PathBuf,
+        /// How much would have been read.
+        limit: u64,
+    },
+    /// What is in it is not what should be.
+    #[error("{} is not understood", path.display())]
+    Malformed {
+        /// Which file.
+        path: PathBuf,
+        /// Where and what.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+impl FileError {
+    /// For `map_err`: puts the operation and the path to an error of the operating system.
+    pub fn io(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { operation, path, source }
+    }
+
+    /// Whether the file can't be used because of what is in it, rather than because it could not be read just now.
+    pub fn is_about_contents(&self) -> bool {
+        matches!(self, Self::TooLong { .. } | Self::Malformed { .. })
+    }
+}
+
+/// Puts a file in place of the one at `path`, if there is one: after a crash at any point the old or the new one is there.
+/// Only this user can read it (0600).
+///
+/// # Errors
+/// What could not be done; the old file is then still there.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    let temporary = temporary_beside(path);
+    let written = (|| {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)
+            .map_err(FileError::io("create", &temporary))?;
+        file.write_all(bytes).map_err(FileError::io("write", &temporary))?;
+        file.sync_all().map_err(FileError::io("flush to disk", &temporary))?;
+        fs::rename(&temporary, path).map_err(FileError::io("replace", path))
+    })();
+    if written.is_err() {
+        // The first error is the one to tell; this file is overwritten by the next try if it can't be removed.
+        let _ignored = fs::remove_file(&temporary);
+        return written;
+    }
+    sync_folder(path.parent().unwrap_or(Path::new("/")))
+}
+
+/// [`write`] of a value as JSON.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), FileError> {
+    let mut bytes =
+        serde_json::to_vec_pretty(value).map_err(|source| FileError::Malformed { path: path.to_owned(), source })?;
+    bytes.push(b'\n');
+    write(path, &bytes)
+}
+
+/// The whole file; `None` if there is none.
+///
+/// # Errors
+/// It can't be read, or it is longer than `limit` bytes.
+pub fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, FileError> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(FileError::io("open", path)(error)),
+    };
+    let mut bytes = Vec::new();
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(FileError::io("read", path))?;
+    if u64::try_from(bytes.len()).is_ok_and(|length| length <= limit) {
+        Ok(Some(bytes))
+    } else {
+        Err(FileError::TooLong { path: path.to_owned(), limit })
+    }
+}
+
+/// [`read`] of a value from JSON.
+///
+/// # Errors
+/// As [`read`], and what is not understood.
+pub fn read_json<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<Option<T>, FileError> {
+    let Some(bytes) = read(path, limit)? else { return Ok(None) };
+    let value = serde_json::from_slice(&bytes);
+    value.map(Some).map_err(|source| FileError::Malformed { path: path.to_owned(), source })
+}
+
+/// Makes the folder's entries (a new name, a rename, a removal) survive a power cut.
+///
+/// # Errors
+/// It can't be opened or flushed.
+pub fn sync_folder(folder: &Path) -> Result<(), FileError> {
+    let file = File::open(folder).map_err(FileError::io("open", folder))?;
+    file.sync_all().map_err(FileError::io("flush to disk", folder))
+}
+
+/// `.<name>.tmp` in the same folder: hidden, so that whoever lists the folder can leave it out.
+fn temporary_beside(path: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(".tmp");
+    path.with_file_name(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole_and_nothing_else_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.json");
+        write_json(&path, &vec![1, 2, 3]).unwrap();
+        write_json(&path, &vec![4]).unwrap();
+        assert_eq!(read_json::<Vec<u32>>(&path, 1024).unwrap(), Some(vec![4]));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_leaves_the_old_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        fs::create_dir(&path).unwrap();
+        let error = write(&path, b"x").unwrap_err();
+        assert!(error.to_string().contains("could not replace"), "{error}");
+        assert!(path.is_dir());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_missing_file_is_none_and_a_long_or_garbled_one_is_an_error_that_names_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        assert!(read(&path, 10).unwrap().is_none());
+        fs::write(&path, "0123456789").unwrap();
+        assert_eq!(read(&path, 10).unwrap().unwrap().len(), 10);
+        let error = read(&path, 9).unwrap_err();
+        assert!(error.is_about_contents() && error.to_string().contains("/a is longer than 9 bytes"), "{error}");
+        fs::write(&path, "{").unwrap();
+        assert!(read_json::<Vec<u32>>(&path, 10).unwrap_err().is_about_contents());
+    }
+}

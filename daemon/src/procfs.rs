@@ -1,0 +1,180 @@
+//! What `/proc` says of processes and of this boot. Reading and parsing only: no decisions, no signals.
+
+use enclaved_core::id::{BootId, Timestamp};
+use enclaved_core::ledger::ProcessIdentity;
+use std::io::{self, Read};
+use std::path::Path;
+use std::time::Duration;
+
+/// No file read here is longer; `/proc/<pid>/stat` has a few hundred bytes.
+const MAX_FILE: u64 = 64 * 1024;
+/// Clock ticks a second in what `/proc` shows: 100 on every Linux architecture that has Nitro (`USER_HZ`).
+const TICKS_PER_SECOND: u64 = 100;
+
+/// A live process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Its PID and when it was started.
+    pub identity: ProcessIdentity,
+    /// The first 15 bytes of its executable's name, unless it changed that.
+    pub name: String,
+}
+
+/// The process of that PID; `None` if there is none, or only its zombie.
+///
+/// # Errors
+/// `/proc` can't be read (no descriptors left, hidden by its mount options): nothing is known of the process.
+pub fn process(pid: u32) -> io::Result<Option<Process>> {
+    let text = match read(Path::new(&format!("/proc/{pid}/stat"))) {
+        Ok(text) => text,
+        Err(error) if is_gone(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let malformed = || io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat is not understood"));
+    let (name, state, start_time) = parse_stat(&text).ok_or_else(malformed)?;
+    // A zombie has ended; it is only not yet waited for (in a container whose first process does not do that: never).
+    let over = matches!(state, 'Z' | 'X' | 'x');
+    let identity = ProcessIdentity { pid, start_time };
+    Ok((!over).then(|| Process { identity, name: name.to_owned() }))
+}
+
+/// Whether exactly this process lives, not another one that has its PID by now.
+///
+/// # Errors
+/// As [`process`].
+pub fn is_alive(identity: ProcessIdentity) -> io::Result<bool> {
+    Ok(process(identity.pid)?.is_some_and(|process| process.identity == identity))
+}
+
+/// This very process.
+///
+/// # Errors
+/// As [`process`].
+pub fn own_identity() -> io::Result<ProcessIdentity> {
+    let own = process(std::process::id())?;
+    own.map(|process| process.identity).ok_or_else(|| io::Error::other("/proc does not show this very process"))
+}
+
+/// Which boot of the host this is.
+///
+/// # Errors
+/// `/proc` is not mounted, or its file is not what it should be.
+pub fn boot_id() -> io::Result<BootId> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = read(Path::new(path))?;
+    let id = text.trim();
+    if id.is_empty() || id.len() > 64 || !id.chars().all(|c| c.is_ascii_hexdigit() || c == '-') {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{path} is not understood")));
+    }
+    Ok(BootId(id.to_owned()))
+}
+
+/// When the host was booted, by its present clock: it moves when the clock is set.
+///
+/// # Errors
+/// As [`boot_id`].
+pub fn boot_time() -> io::Result<Timestamp> {
+    let text = read(Path::new("/proc/stat"))?;
+    let seconds = text.lines().find_map(|line| line.strip_prefix("btime ")).and_then(|value| value.trim().parse().ok());
+    let seconds: u64 =
+        seconds.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/stat has no line btime"))?;
+    Ok(Timestamp::from_millis(seconds.saturating_mul(1000)))
+}
+
+/// How long after the boot that process was started.
+pub fn started_after_boot(identity: ProcessIdentity) -> Duration {
+    Duration::from_millis(identity.start_time.saturating_mul(1000 / TICKS_PER_SECOND))
+}
+
+/// How many descriptors this process has open.
+///
+/// # Errors
+/// `/proc/self/fd` can't be read, which is the case when no descriptor is left.
+pub fn open_descriptors() -> io::Result<u64> {
+    let mut count = 0;
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        entry?;
+        count += 1;
+    }
+    // The one that was opened for counting.
+    Ok(u64::saturating_sub(count, 1))
+}
+
+/// How many files are open on the whole host, and how many may be.
+///
+/// # Errors
+/// As [`boot_id`].
+pub fn host_files() -> io::Result<(u64, u64)> {
+    let path = "/proc/sys/fs/file-nr";
+    let text = read(Path::new(path))?;
+    let mut numbers = text.split_whitespace().map(str::parse::<u64>);
+    match (numbers.next(), numbers.next(), numbers.next()) {
+        (Some(Ok(open)), Some(Ok(_)), Some(Ok(limit))) => Ok((open, limit)),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidData, format!("{path} is not understood"))),
+    }
+}
+
+/// Name, state and start time. The name stands in parentheses and may hold any character, parentheses among them.
+fn parse_stat(text: &str) -> Option<(&str, char, u64)> {
+    let (before, after) = text.rsplit_once(')')?;
+    let (_, name) = before.split_once('(')?;
+    let mut fields = after.split_ascii_whitespace();
+    let state = fields.next()?.chars().next()?;
+    // Field 22 of the line is the 20th after the name, the state being the first.
+    let start_time = fields.nth(18)?.parse().ok()?;
+    Some((name, state, start_time))
+}
+
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
+}
+
+fn read(path: &Path) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(MAX_FILE).read_to_end(&mut bytes)?;
+    // A process may give itself a name that is not UTF-8.
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_is_alive_and_nobody_with_its_pid_and_another_start_time_is() {
+        let own = own_identity().unwrap();
+        assert!(is_alive(own).unwrap());
+        assert!(!is_alive(ProcessIdentity { start_time: own.start_time + 1, ..own }).unwrap());
+    }
+
+    #[test]
+    fn a_zombie_is_not_alive() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id();
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while process(pid).unwrap().is_some() {
+            assert!(std::time::Instant::now() < deadline, "true did not end");
+            std::thread::yield_now();
+        }
+        assert!(Path::new(&format!("/proc/{pid}/stat")).exists(), "the zombie should still be there");
+        child.wait().unwrap();
+        assert_eq!(process(pid).unwrap(), None);
+    }
+
+    #[test]
+    fn a_process_name_with_spaces_and_parentheses_does_not_shift_the_fields() {
+        let line = "7 (a) R (b 1 2) S 1 7 7 0 -1 4194560 1 0 0 0 1 2 0 0 20 0 1 0 4242 1 2 3";
+        assert_eq!(parse_stat(line), Some(("a) R (b 1 2", 'S', 4242)));
+        assert_eq!(parse_stat("7 (a S 1"), None);
+        assert_eq!(parse_stat(""), None);
+    }
+
+    #[test]
+    fn this_boot_has_an_identity_and_began_in_the_past() {
+        assert_eq!(boot_id().unwrap(), boot_id().unwrap());
+        assert!(boot_time().unwrap() < Timestamp::from(std::time::SystemTime::now()));
+        let (open, limit) = host_files().unwrap();
+        assert!(open > 0 && limit > open);
+        assert!(open_descriptors().unwrap() >= 3);
+    }
+}
