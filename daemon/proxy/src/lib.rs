@@ -1,1 +1,4 @@
-//! skeleton
+//! The data plane of enclaved.
+
+mod unix_socket;
+pub mod vsock;
