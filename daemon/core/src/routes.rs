@@ -13,6 +13,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+mod check;
+pub use check::InvalidRoutes;
+
 /// How vsock is reached on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -42,6 +45,10 @@ pub struct Routes {
     pub sites: Vec<Site>,
     /// Raw TCP ports.
     pub tcp: Vec<TcpRoute>,
+    /// CIDs of enclaves that run, whether or not a route names them at present: one that drains, one that is not ready.
+    /// Connections of a CID that is neither here nor in a route are cut.
+    #[serde(default)]
+    pub live: Vec<Cid>,
 }
 
 /// The [`Routes::format`] that this version writes and reads.
@@ -150,9 +157,10 @@ pub struct TcpRoute {
     pub target: Option<Cid>,
 }
 
-/// What the control process asks the proxy over its link socket: one JSON document a line.
+/// What the control process asks the proxy over its link socket: one JSON document a line
+/// (`{"publish":{"routes":{...}}}`, `"report"`, `{"watch":{"seen":7}}`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum LinkRequest {
     /// Apply this snapshot. Answered with [`LinkReply::Report`] once every listener was opened or failed to.
     Publish {
@@ -169,9 +177,9 @@ pub enum LinkRequest {
     },
 }
 
-/// What the proxy answers: one JSON document a line.
+/// What the proxy answers: one JSON document a line (`{"report":{...}}`, `{"refused":{"reason":"..."}}`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "reply", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum LinkReply {
     /// The state of the proxy.
     Report(ProxyReport),
@@ -186,7 +194,9 @@ pub enum LinkReply {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ProxyReport {
-    /// Grows with every change of listeners, targets or of a connection count to or from zero.
+    /// Grows with every change of listeners or targets, and when the last ingress connection of a CID that takes no new
+    /// ones ends (so that the end of a drain is known at once). A new proxy process begins above all numbers of its
+    /// predecessors as long as the clock is right; whoever watches compares [`Self::pid`] as well.
     pub sequence: u64,
     /// The proxy's process.
     pub pid: u32,
@@ -198,10 +208,16 @@ pub struct ProxyReport {
     pub ingress_open: BTreeMap<Cid, u64>,
     /// Counters since the process started.
     pub traffic: Vec<TrafficReport>,
-    /// Something in the last snapshot on disk could not be used: what, and where it was put.
+    /// What is wrong with the snapshot on disk, if anything: it could not be used (and where it was put), or the present
+    /// one could not be written (it is served, and would be lost with the process). Cleared by the next one written.
     pub last_routes_error: Option<String>,
     /// Connections that were accepted and then lost to a shortage of descriptors or memory.
     pub accept_errors: u64,
+    /// What belongs to no enclave and was refused, by reason (`unknown_peer`, `unknown_host`, `handshake`, …: a fixed
+    /// set, see the proxy's counters).
+    pub refused: BTreeMap<String, u64>,
+    /// Connections and listeners that ended by a defect of the proxy (a panic). Anything but zero is worth a bug report.
+    pub panics: u64,
 }
 
 /// One listener and whether it is open.
@@ -251,9 +267,9 @@ pub struct TrafficReport {
     pub open: u64,
     /// Connections (for HTTPS: requests) accepted.
     pub total: u64,
-    /// Bytes towards the enclave.
+    /// Bytes towards the enclave (for HTTPS: of bodies and upgraded connections).
     pub bytes_to_enclave: u64,
-    /// Bytes from the enclave.
+    /// Bytes from the enclave (for HTTPS: of bodies and upgraded connections).
     pub bytes_from_enclave: u64,
     /// Connections or requests that failed, by reason (`dns`, `connect`, `address_refused`, `timeout`, `no_target`, …:
     /// a fixed set, see the proxy's counters).
@@ -295,5 +311,45 @@ mod tests {
         assert_ne!(routes.revision(), other.revision());
         let text = serde_json::to_string(&routes.revision()).unwrap();
         assert_eq!(serde_json::from_str::<Revision>(&text).unwrap(), routes.revision());
+    }
+
+    #[test]
+    fn every_request_and_reply_reads_back_what_it_writes() {
+        let requests = [
+            LinkRequest::Publish {
+                routes: Routes { format: ROUTES_FORMAT, live: vec![Cid::FIRST], ..Routes::default() },
+            },
+            LinkRequest::Report,
+            LinkRequest::Watch { seen: u64::MAX },
+        ];
+        for request in requests {
+            let text = serde_json::to_string(&request).unwrap();
+            assert_eq!(serde_json::from_str::<LinkRequest>(&text).unwrap(), request, "{text}");
+        }
+        let report = ProxyReport {
+            revision: Some(Revision(7)),
+            ingress_open: BTreeMap::from([(Cid::FIRST, 3)]),
+            listeners: vec![ListenerReport {
+                listener: ListenerKey::Egress { cid: Cid::FIRST, vsock_port: 8000 },
+                address: "vsock:8000".into(),
+                error: None,
+            }],
+            traffic: vec![TrafficReport {
+                enclave: "signer".parse().unwrap(),
+                direction: Direction::Https,
+                endpoint: "https".into(),
+                open: 1,
+                total: 2,
+                bytes_to_enclave: 3,
+                bytes_from_enclave: 4,
+                failed: BTreeMap::from([("no_target".into(), 5)]),
+                status_classes: BTreeMap::from([("2xx".into(), 6)]),
+            }],
+            ..ProxyReport::default()
+        };
+        for reply in [LinkReply::Report(report), LinkReply::Refused { reason: "why".into() }] {
+            let text = serde_json::to_string(&reply).unwrap();
+            assert_eq!(serde_json::from_str::<LinkReply>(&text).unwrap(), reply, "{text}");
+        }
     }
 }

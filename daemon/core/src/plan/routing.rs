@@ -14,6 +14,7 @@ pub fn routes(desired: &Desired, ledger: &Ledger) -> Routes {
         https: desired.https.clone(),
         sites: Vec::new(),
         tcp: Vec::new(),
+        live: live(ledger),
     };
     for (name, spec) in &desired.enclaves {
         let target = ledger.enclaves.get(name).and_then(target);
@@ -33,6 +34,12 @@ pub fn routes(desired: &Desired, ledger: &Ledger) -> Routes {
         }));
     }
     routes
+}
+
+/// The generations whose connections must not be cut, whether or not they take new ones.
+fn live(ledger: &Ledger) -> Vec<Cid> {
+    let generations = ledger.enclaves.values().flat_map(|enclave| enclave.generations.values());
+    generations.filter(|record| !matches!(record.phase, Phase::Ended { .. })).map(|record| record.cid).collect()
 }
 
 /// The newest generation that is ready.

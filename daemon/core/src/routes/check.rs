@@ -1,0 +1,230 @@
+//! Whether a snapshot of the routes makes sense. A snapshot that does not is refused as a whole and nothing changes; what
+//! can only be found out by trying (a port in use, a name that does not resolve) is no subject here.
+
+use super::{EgressRoute, ROUTES_FORMAT, Routes, Site, VsockTransport};
+use std::collections::HashSet;
+use std::net::IpAddr;
+
+/// Why a snapshot cannot be served.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct InvalidRoutes(String);
+
+/// Longest DNS name, in bytes without the final dot (RFC 1035, 2.3.4).
+const NAME_BYTES: usize = 253;
+/// Longest label of a DNS name, in bytes.
+const LABEL_BYTES: usize = 63;
+/// Longest path prefix, in bytes.
+const PREFIX_BYTES: usize = 1024;
+
+macro_rules! refuse {
+    ($($text:tt)*) => { return Err(InvalidRoutes(format!($($text)*))) };
+}
+
+impl Routes {
+    /// Checks what the types do not: the format, names and prefixes, and that no two routes claim the same place.
+    pub fn check(&self) -> Result<(), InvalidRoutes> {
+        if self.format != ROUTES_FORMAT {
+            refuse!(
+                "the snapshot has format {}, this proxy serves format {ROUTES_FORMAT}: run the same version of both processes",
+                self.format
+            );
+        }
+        if let VsockTransport::Hybrid(dir) = &self.vsock
+            && !dir.is_absolute()
+        {
+            refuse!("the directory of the hybrid vsock transport, \"{}\", is not absolute", dir.display());
+        }
+        self.check_egress()?;
+        self.check_listeners()?;
+        self.check_sites()
+    }
+
+    fn check_egress(&self) -> Result<(), InvalidRoutes> {
+        let mut seen = HashSet::new();
+        for EgressRoute { enclave, cid, vsock_port, hostname, port, .. } in &self.egress {
+            if !vsock_port_exists(*vsock_port) {
+                refuse!("an egress endpoint of {enclave} listens on vsock port {vsock_port}, which does not exist");
+            }
+            if *port == 0 {
+                refuse!("the egress endpoint {hostname} of {enclave} has TCP port 0");
+            }
+            if !is_host(hostname) {
+                refuse!(
+                    "an egress endpoint of {enclave} has the hostname \"{}\", which is neither a DNS name nor an IP address",
+                    hostname.escape_debug()
+                );
+            }
+            if !seen.insert((cid, vsock_port)) {
+                refuse!("two egress endpoints of {enclave} listen on vsock port {vsock_port} for CID {cid}");
+            }
+        }
+        Ok(())
+    }
+
+    fn check_listeners(&self) -> Result<(), InvalidRoutes> {
+        let mut seen: HashSet<_> = self.https.iter().map(|https| https.listen).collect();
+        for route in &self.tcp {
+            if !vsock_port_exists(route.vsock_port) {
+                refuse!(
+                    "TCP {} of {} leads to vsock port {}, which does not exist",
+                    route.listen,
+                    route.enclave,
+                    route.vsock_port
+                );
+            }
+            if !seen.insert(route.listen) {
+                refuse!("two listeners share {}", route.listen);
+            }
+        }
+        Ok(())
+    }
+
+    fn check_sites(&self) -> Result<(), InvalidRoutes> {
+        let mut seen = HashSet::new();
+        for Site { enclave, domains, paths, .. } in &self.sites {
+            if domains.is_empty() || paths.is_empty() {
+                refuse!("the site of {enclave} has no domains or no paths");
+            }
+            for domain in domains {
+                if !is_domain(domain) {
+                    refuse!(
+                        "the site of {enclave} has the domain \"{}\": a lower-case DNS name, `*.` and a DNS name, or an IP address",
+                        domain.escape_debug()
+                    );
+                }
+                if !seen.insert(domain) {
+                    refuse!("the domain {domain} is listed twice");
+                }
+            }
+            let mut prefixes = HashSet::new();
+            for path in paths {
+                let prefix = path.prefix.escape_debug();
+                let plain = path.prefix.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'?' | b'#'));
+                if !path.prefix.starts_with('/') || !plain || path.prefix.len() > PREFIX_BYTES {
+                    refuse!(
+                        "the site of {enclave} has the path \"{prefix}\": begins with /, visible ASCII without ? and #"
+                    );
+                }
+                if !vsock_port_exists(path.vsock_port) {
+                    refuse!(
+                        "the path {prefix} of {enclave} leads to vsock port {}, which does not exist",
+                        path.vsock_port
+                    );
+                }
+                if !prefixes.insert(path.prefix.trim_end_matches('/')) {
+                    refuse!("the path {prefix} of {enclave} is listed twice");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// 0 means nothing, 2^32-1 means any port, to bind(2).
+fn vsock_port_exists(port: u32) -> bool {
+    port != 0 && port != u32::MAX
+}
+
+/// A DNS name in either case (a final dot is welcome: it keeps the resolver's search list out), or an IP address.
+fn is_host(text: &str) -> bool {
+    text.parse::<IpAddr>().is_ok() || is_name(text.strip_suffix('.').unwrap_or(text))
+}
+
+fn is_domain(text: &str) -> bool {
+    let name = text.strip_prefix("*.").unwrap_or(text);
+    text.parse::<IpAddr>().is_ok() || (is_name(name) && !text.bytes().any(|byte| byte.is_ascii_uppercase()))
+}
+
+fn is_name(text: &str) -> bool {
+    let byte_ok = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    let label_ok = |label: &str| {
+        !label.is_empty()
+            && label.len() <= LABEL_BYTES
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label.bytes().all(byte_ok)
+    };
+    text.len() <= NAME_BYTES && text.split('.').all(label_ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::Cid;
+    use crate::routes::{HttpsListener, PathRoute, TcpRoute};
+
+    fn good() -> Routes {
+        let path = |prefix: &str| PathRoute { prefix: prefix.into(), vsock_port: 8080 };
+        Routes {
+            format: ROUTES_FORMAT,
+            vsock: VsockTransport::Hybrid("/run/x".into()),
+            egress: vec![EgressRoute {
+                enclave: "signer".parse().unwrap(),
+                cid: Cid::FIRST,
+                vsock_port: 8000,
+                hostname: "kms.us-east-1.amazonaws.com".into(),
+                port: 443,
+                allow_addresses: Vec::new(),
+            }],
+            https: Some(HttpsListener { listen: "127.0.0.1:443".parse().unwrap() }),
+            sites: vec![Site {
+                enclave: "signer".parse().unwrap(),
+                domains: vec!["a.example.com".into(), "*.example.org".into(), "127.0.0.1".into()],
+                paths: vec![path("/"), path("/attestation")],
+                target: None,
+            }],
+            tcp: vec![TcpRoute {
+                enclave: "signer".parse().unwrap(),
+                listen: "127.0.0.1:9000".parse().unwrap(),
+                vsock_port: 9000,
+                target: Some(Cid::FIRST),
+            }],
+            live: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_sensible_snapshot_and_an_empty_one_pass() {
+        good().check().unwrap();
+        Routes { format: ROUTES_FORMAT, ..Routes::default() }.check().unwrap();
+    }
+
+    #[test]
+    fn each_kind_of_nonsense_is_refused_with_its_name() {
+        type Spoil = fn(&mut Routes);
+        let cases: &[(&str, Spoil)] = &[
+            ("format 2", |r| r.format = 2),
+            ("format 0", |r| r.format = 0),
+            ("not absolute", |r| r.vsock = VsockTransport::Hybrid("run".into())),
+            ("two egress endpoints", |r| r.egress.push(r.egress[0].clone())),
+            ("vsock port 0", |r| r.egress[0].vsock_port = 0),
+            ("vsock port 4294967295", |r| r.egress[0].vsock_port = u32::MAX),
+            ("TCP port 0", |r| r.egress[0].port = 0),
+            ("hostname \"\"", |r| r.egress[0].hostname.clear()),
+            ("hostname \"a b\"", |r| r.egress[0].hostname = "a b".into()),
+            ("hostname \"a..b\"", |r| r.egress[0].hostname = "a..b".into()),
+            ("hostname \"a\\n\"", |r| r.egress[0].hostname = "a\n".into()),
+            ("two listeners", |r| r.tcp.push(r.tcp[0].clone())),
+            ("two listeners", |r| r.tcp[0].listen = r.https.as_ref().unwrap().listen),
+            ("vsock port 0", |r| r.tcp[0].vsock_port = 0),
+            ("no domains", |r| r.sites[0].domains.clear()),
+            ("no paths", |r| r.sites[0].paths.clear()),
+            ("domain \"A.example\"", |r| r.sites[0].domains[0] = "A.example".into()),
+            ("domain \"*\"", |r| r.sites[0].domains[0] = "*".into()),
+            ("domain \"a.*.b\"", |r| r.sites[0].domains[0] = "a.*.b".into()),
+            ("domain \"a:443\"", |r| r.sites[0].domains[0] = "a:443".into()),
+            ("listed twice", |r| r.sites.push(r.sites[0].clone())),
+            ("path \"x\"", |r| r.sites[0].paths[0].prefix = "x".into()),
+            ("path \"/a?b\"", |r| r.sites[0].paths[0].prefix = "/a?b".into()),
+            ("listed twice", |r| r.sites[0].paths[0].prefix = "/attestation/".into()),
+            ("vsock port 0", |r| r.sites[0].paths[0].vsock_port = 0),
+        ];
+        for (names, spoil) in cases {
+            let mut routes = good();
+            spoil(&mut routes);
+            let error = routes.check().expect_err(names).to_string();
+            assert!(error.contains(names), "{error:?} does not name {names:?}");
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Reaching an upstream: resolves its name, has each address judged by the egress policy, and connects to the first that
+//! answers. What is sent there is nobody's business here.
+
+use crate::counters::Failure;
+use crate::host_addresses::{HostAddresses, Unknown};
+use crate::limits::Limits;
+use crate::tcp;
+use enclaved_core::egress_policy::{self, Refusal};
+use enclaved_core::routes::EgressRoute;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+/// Lookups of one endpoint at a time. The system's resolver occupies a thread for each, for as long as it likes; this keeps
+/// one endpoint with a dead resolver from taking them all.
+pub(crate) const LOOKUPS: usize = 4;
+
+/// Most addresses of an upstream that are considered.
+const ADDRESSES: usize = 16;
+
+/// Why an upstream was not reached. The endpoint is named by whoever reports it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    #[error("the name does not resolve")]
+    Resolve(#[source] io::Error),
+    #[error("the name has no address")]
+    NoAddress,
+    #[error("resolving the name took longer than the limit")]
+    ResolveTimeout,
+    #[error(
+        "{address} is {refusal}, which an enclave must not reach: if it should, list it in the endpoint's allow_addresses"
+    )]
+    Refused { address: IpAddr, refusal: Refusal },
+    #[error("no address can be judged")]
+    OwnAddresses(#[from] Unknown),
+    #[error("could not connect to {address}")]
+    Connect {
+        address: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
+    #[error("connecting took longer than the limit")]
+    ConnectTimeout,
+}
+
+impl DialError {
+    pub(crate) fn failure(&self) -> Failure {
+        match self {
+            Self::Resolve(_) | Self::NoAddress | Self::ResolveTimeout => Failure::Dns,
+            Self::Refused { .. } | Self::OwnAddresses(_) => Failure::AddressRefused,
+            Self::Connect { .. } => Failure::Connect,
+            Self::ConnectTimeout => Failure::ConnectTimeout,
+        }
+    }
+}
+
+/// Connects to a route's upstream. Cancel-safe: what was begun is dropped.
+pub(crate) async fn dial(
+    route: &EgressRoute,
+    lookups: &Arc<Semaphore>,
+    own: &HostAddresses,
+    limits: &Limits,
+) -> Result<TcpStream, DialError> {
+    let dial = async {
+        let addresses = resolve(route, lookups, limits).await?;
+        connect(&permitted(&addresses, route, &*own.get()?)?, limits).await
+    };
+    timeout(limits.dial, dial).await.unwrap_or(Err(DialError::ConnectTimeout))
+}
+
+async fn resolve(route: &EgressRoute, lookups: &Arc<Semaphore>, limits: &Limits) -> Result<Vec<SocketAddr>, DialError> {
+    if let Ok(address) = route.hostname.parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(address, route.port)]);
+    }
+    let (host, port, lookups) = (route.hostname.clone(), route.port, lookups.clone());
+    let lookup = async {
+        let permit = lookups.acquire_owned().await.map_err(|_| DialError::ResolveTimeout)?;
+        // A task of its own: after a timeout, the permit stays with the lookup that still occupies a thread. It ends when
+        // the resolver gives up.
+        let task = tokio::spawn(async move {
+            let _permit = permit;
+            let addresses = tokio::net::lookup_host((host, port)).await?;
+            Ok(addresses.take(ADDRESSES).collect::<Vec<_>>())
+        });
+        task.await.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(DialError::Resolve)
+    };
+    let addresses = timeout(limits.resolve, lookup).await.unwrap_or(Err(DialError::ResolveTimeout))?;
+    if addresses.is_empty() { Err(DialError::NoAddress) } else { Ok(addresses) }
+}
+
+/// The addresses that the policy lets through, in their order; if none, why the first is not.
+fn permitted(addresses: &[SocketAddr], route: &EgressRoute, own: &[IpAddr]) -> Result<Vec<SocketAddr>, DialError> {
+    let mut first_refusal = None;
+    let mut permitted = Vec::with_capacity(addresses.len());
+    for address in addresses {
+        match egress_policy::check(address.ip(), &route.allow_addresses, own) {
+            Ok(()) => permitted.push(*address),
+            Err(refusal) => {
+                first_refusal.get_or_insert(DialError::Refused { address: address.ip(), refusal });
+            }
+        }
+    }
+    match first_refusal {
+        Some(refusal) if permitted.is_empty() => Err(refusal),
+        _ => Ok(permitted),
+    }
+}
+
+async fn connect(addresses: &[SocketAddr], limits: &Limits) -> Result<TcpStream, DialError> {
+    let mut last = DialError::NoAddress;
+    for address in addresses {
+        match timeout(limits.connect, TcpStream::connect(*address)).await {
+            Ok(Ok(stream)) => {
+                tcp::prepare(&stream);
+                return Ok(stream);
+            }
+            Ok(Err(source)) => last = DialError::Connect { address: *address, source },
+            Err(_) => last = DialError::ConnectTimeout,
+        }
+    }
+    Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use enclaved_core::id::Cid;
+    use tokio::net::TcpListener;
+
+    fn route(hostname: &str, port: u16, allow: &[&str]) -> EgressRoute {
+        EgressRoute {
+            enclave: "signer".parse().unwrap(),
+            cid: Cid::FIRST,
+            vsock_port: 8000,
+            hostname: hostname.to_owned(),
+            port,
+            allow_addresses: allow.iter().map(|address| address.parse().unwrap()).collect(),
+        }
+    }
+
+    async fn dial_with(route: &EgressRoute) -> Result<TcpStream, DialError> {
+        dial(route, &Arc::new(Semaphore::new(LOOKUPS)), &HostAddresses::default(), &Limits::default()).await
+    }
+
+    #[tokio::test]
+    async fn a_name_that_leads_to_the_host_is_refused_unless_the_address_is_listed() {
+        let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = upstream.local_addr().unwrap().port();
+        for hostname in ["localhost", "127.0.0.1", "::ffff:127.0.0.1"] {
+            let error = dial_with(&route(hostname, port, &[])).await.unwrap_err();
+            assert!(matches!(error, DialError::Refused { .. }), "{hostname}: {error:?}");
+            assert_eq!(error.failure(), Failure::AddressRefused);
+        }
+        dial_with(&route("localhost", port, &["127.0.0.1"])).await.unwrap();
+        dial_with(&route("127.0.0.1", port, &["127.0.0.1"])).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_address_that_does_not_answer_is_passed_over() {
+        let dead = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dead_address = dead.local_addr().unwrap();
+        drop(dead);
+        let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let live_address = upstream.local_addr().unwrap();
+        let stream = connect(&[dead_address, live_address], &Limits::default()).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), live_address);
+        let error = connect(&[dead_address], &Limits::default()).await.unwrap_err();
+        assert_eq!(error.failure(), Failure::Connect);
+    }
+
+    #[tokio::test]
+    async fn only_addresses_that_the_policy_lets_through_are_tried() {
+        let addresses = ["169.254.169.254:80".parse().unwrap(), "10.0.0.9:80".parse().unwrap()];
+        let route = route("x", 80, &[]);
+        assert_eq!(permitted(&addresses, &route, &[]).unwrap(), addresses[1..]);
+        let error = permitted(&addresses, &route, &["10.0.0.9".parse().unwrap()]).unwrap_err();
+        assert!(matches!(error, DialError::Refused { refusal: Refusal::Metadata, .. }), "{error:?}");
+    }
+
+    #[tokio::test]
+    async fn a_name_that_cannot_exist_fails_as_dns() {
+        let error = dial_with(&route("does-not-exist.invalid", 443, &[])).await.unwrap_err();
+        assert_eq!(error.failure(), Failure::Dns);
+    }
+}

@@ -1,0 +1,188 @@
+//! Egress: enclaves reach their endpoints, and only their own. A connection is served when the peer's CID has an endpoint on
+//! that vsock port; where the name leads is up to `dial`.
+
+use crate::counters::{Failure, Live, Open, Refused, Traffic};
+use crate::current::Current;
+use crate::dial::{self, dial};
+use crate::error_text::chain;
+use crate::listening::{Service, Socket};
+use crate::relay::{Broken, relay};
+use crate::shared::Shared;
+use crate::tcp::ResetOnDrop;
+use crate::throttle::Throttle;
+use crate::vsock::{ListenError, ListenPoint, Listener, Stream, Transport};
+use enclaved_core::id::Cid;
+use enclaved_core::routes::EgressRoute;
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use tokio::sync::Semaphore;
+
+/// One endpoint of one enclave.
+#[derive(Debug)]
+pub(crate) struct Endpoint {
+    pub(crate) route: EgressRoute,
+    pub(crate) live: Arc<Live>,
+    traffic: Arc<Traffic>,
+    lookups: Arc<Semaphore>,
+    failures: Throttle,
+}
+
+impl Endpoint {
+    pub(crate) fn new(route: EgressRoute, live: Arc<Live>, traffic: Arc<Traffic>) -> Self {
+        Self { route, live, traffic, lookups: Arc::new(Semaphore::new(dial::LOOKUPS)), failures: Throttle::new() }
+    }
+
+    async fn carry(&self, mut enclave: Stream, shared: &Shared) {
+        let carried = tokio::select! {
+            // Cancel-safe: a token stays cancelled.
+            () = self.live.cut.cancelled() => Err((Failure::Cut, None)),
+            // Not finished is what it must be when the enclave is cut off: dropping it resets the upstream.
+            carried = self.dial_and_relay(&mut enclave, shared) => carried,
+        };
+        if let Err((failure, text)) = carried {
+            self.fail(failure, text.as_deref());
+        }
+    }
+
+    async fn dial_and_relay(&self, enclave: &mut Stream, shared: &Shared) -> Result<(), (Failure, Option<String>)> {
+        let upstream = dial(&self.route, &self.lookups, &shared.own_addresses, &shared.limits)
+            .await
+            .map_err(|error| (error.failure(), Some(chain(&error))))?;
+        let mut upstream = ResetOnDrop::new(upstream);
+        let ended = relay(enclave, &mut *upstream, &self.traffic, &shared.limits).await;
+        if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
+            upstream.ended_well();
+        }
+        // Connections end in all ways; that is counted, and no line in the log.
+        ended.map_err(|broken| {
+            tracing::debug!(endpoint = %self.traffic.key().endpoint, %broken, "a relay broke off");
+            (broken.failure(), None)
+        })
+    }
+
+    fn fail(&self, failure: Failure, text: Option<&str>) {
+        self.traffic.fail(failure);
+        if let Some(error) = text
+            && let Some(left_out) = self.failures.pass()
+        {
+            let EgressRoute { enclave, cid, vsock_port, .. } = &self.route;
+            let endpoint = &self.traffic.key().endpoint;
+            tracing::warn!(%enclave, %cid, vsock_port, %endpoint, error, left_out, "an enclave could not reach its endpoint");
+        }
+    }
+}
+
+/// A vsock port of the parent, and who has which endpoint on it.
+#[derive(Debug)]
+pub(crate) struct EgressPort {
+    transport: Transport,
+    point: ListenPoint,
+    pub(crate) endpoints: Current<HashMap<Cid, Arc<Endpoint>>>,
+    shared: Arc<Shared>,
+    strangers: Throttle,
+}
+
+impl EgressPort {
+    pub(crate) fn new(
+        transport: Transport,
+        point: ListenPoint,
+        endpoints: HashMap<Cid, Arc<Endpoint>>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        Self { transport, point, endpoints: Current::new(endpoints), shared, strangers: Throttle::new() }
+    }
+}
+
+impl Socket for Listener {
+    type Connection = (Stream, Option<Cid>);
+
+    async fn accept(&self) -> io::Result<Self::Connection> {
+        Self::accept(self).await
+    }
+
+    fn address(&self) -> String {
+        Self::address(self)
+    }
+}
+
+impl Service for EgressPort {
+    type Socket = Listener;
+    type Error = ListenError;
+
+    fn address(&self) -> String {
+        self.transport.address(self.point)
+    }
+
+    async fn open(&self) -> Result<Listener, ListenError> {
+        self.transport.listen(self.point).await
+    }
+
+    fn serve(self: &Arc<Self>, (enclave, peer): (Stream, Option<Cid>)) {
+        let Some(endpoint) = peer.and_then(|cid| self.endpoints.get().get(&cid).cloned()) else {
+            self.shared.counters.refused.count(Refused::UnknownPeer);
+            if let Some(left_out) = self.strangers.pass() {
+                let (peer, point) = (peer.map(Cid::get), self.point);
+                tracing::warn!(peer, %point, left_out, "refused a vsock peer that has no endpoint there");
+            }
+            return;
+        };
+        let open = Open::egress(&endpoint.traffic);
+        let limit = self.shared.limits.egress_connections;
+        if endpoint.traffic.open_now() > limit as u64 {
+            endpoint.fail(Failure::Limit, Some(&format!("it has {limit} connections already")));
+            return;
+        }
+        let shared = self.shared.clone();
+        self.shared.spawn(async move {
+            endpoint.carry(enclave, &shared).await;
+            drop(open);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::counters::TrafficKey;
+    use crate::limits::Limits;
+    use enclaved_core::routes::Direction;
+    use tokio::io::AsyncReadExt;
+    use tokio::net::{TcpListener, UnixStream};
+    use tokio_util::sync::CancellationToken;
+
+    /// A port as AF_VSOCK has it, one for all enclaves, with an endpoint for CID 16 only.
+    async fn port() -> (Arc<EgressPort>, TcpListener) {
+        let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = upstream.local_addr().unwrap();
+        let shared = Arc::new(Shared::new(Limits::default()));
+        let route = EgressRoute {
+            enclave: "signer".parse().unwrap(),
+            cid: Cid::FIRST,
+            vsock_port: 8000,
+            hostname: address.ip().to_string(),
+            port: address.port(),
+            allow_addresses: vec![address.ip()],
+        };
+        let live = Arc::new(Live::new(Cid::FIRST, CancellationToken::new(), &shared.counters));
+        let key = TrafficKey { enclave: route.enclave.clone(), direction: Direction::Egress, endpoint: "x".into() };
+        let endpoint = Arc::new(Endpoint::new(route, live, shared.counters.traffic(key)));
+        let point = ListenPoint { cid: None, port: 8000 };
+        let endpoints = HashMap::from([(Cid::FIRST, endpoint)]);
+        (Arc::new(EgressPort::new(Transport::AfVsock, point, endpoints, shared)), upstream)
+    }
+
+    #[tokio::test]
+    async fn on_a_port_shared_by_all_enclaves_only_the_owner_of_an_endpoint_is_served() {
+        let (port, upstream) = port().await;
+        for stranger in [None, Cid::new(17)] {
+            let (mut enclave, host) = UnixStream::pair().unwrap();
+            port.serve((Stream::Hybrid(host), stranger));
+            assert_eq!(enclave.read(&mut [0; 1]).await.unwrap(), 0, "{stranger:?} was not hung up on");
+        }
+        assert_eq!(port.shared.counters.refused.report()["unknown_peer"], 2);
+        let (_enclave, host) = UnixStream::pair().unwrap();
+        port.serve((Stream::Hybrid(host), Some(Cid::FIRST)));
+        upstream.accept().await.unwrap();
+    }
+}

@@ -1,0 +1,117 @@
+//! Raw TCP ingress: the bytes of a port go to a vsock port of the enclave untouched.
+
+use crate::counters::{Failure, Live, Open, Traffic};
+use crate::current::Current;
+use crate::error_text::chain;
+use crate::listening::Service;
+use crate::relay::{Broken, relay};
+use crate::shared::Shared;
+use crate::tcp::{self, ListenError, ResetOnDrop};
+use crate::throttle::Throttle;
+use crate::vsock::{ConnectError, Transport};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use tokio::net::{TcpListener, TcpStream};
+
+/// Where a port's connections go now.
+#[derive(Debug)]
+pub(crate) struct Backend {
+    pub(crate) transport: Transport,
+    pub(crate) vsock_port: u32,
+    /// The generation that takes new connections, if one does.
+    pub(crate) target: Option<Arc<Live>>,
+    pub(crate) traffic: Arc<Traffic>,
+}
+
+/// A TCP port.
+#[derive(Debug)]
+pub(crate) struct TcpPort {
+    listen: SocketAddr,
+    pub(crate) backend: Current<Backend>,
+    shared: Arc<Shared>,
+    failures: Throttle,
+}
+
+impl TcpPort {
+    pub(crate) fn new(listen: SocketAddr, backend: Backend, shared: Arc<Shared>) -> Self {
+        Self { listen, backend: Current::new(backend), shared, failures: Throttle::new() }
+    }
+
+    async fn carry(&self, client: TcpStream, backend: &Backend, target: &Live) {
+        let carried = tokio::select! {
+            // Cancel-safe: a token stays cancelled.
+            () = target.cut.cancelled() => Err((Failure::Cut, None)),
+            // Not finished is what it must be when the enclave is cut off: dropping it resets the client.
+            carried = self.connect_and_relay(client, backend, target) => carried,
+        };
+        if let Err((failure, text)) = carried {
+            self.fail(backend, failure, text.as_deref());
+        }
+    }
+
+    async fn connect_and_relay(
+        &self,
+        client: TcpStream,
+        backend: &Backend,
+        target: &Live,
+    ) -> Result<(), (Failure, Option<String>)> {
+        let mut client = ResetOnDrop::new(client);
+        let connected = backend.transport.connect(target.cid, backend.vsock_port).await;
+        let mut enclave = connected.map_err(|error| (connect_failure(&error), Some(chain(&error))))?;
+        let ended = relay(&mut enclave, &mut *client, &backend.traffic, &self.shared.limits).await;
+        if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
+            client.ended_well();
+        }
+        // Connections end in all ways; that is counted, and no line in the log.
+        ended.map_err(|broken| {
+            tracing::debug!(listen = %self.listen, %broken, "a relay broke off");
+            (broken.failure(), None)
+        })
+    }
+
+    fn fail(&self, backend: &Backend, failure: Failure, text: Option<&str>) {
+        backend.traffic.fail(failure);
+        if let Some(error) = text
+            && let Some(left_out) = self.failures.pass()
+        {
+            let (enclave, listen) = (&backend.traffic.key().enclave, self.listen);
+            tracing::warn!(%enclave, %listen, error, left_out, "a client could not reach its enclave");
+        }
+    }
+}
+
+/// How a failed connection into an enclave is counted.
+pub(crate) fn connect_failure(error: &ConnectError) -> Failure {
+    if matches!(error, ConnectError::TimedOut { .. }) { Failure::ConnectTimeout } else { Failure::Connect }
+}
+
+impl Service for TcpPort {
+    type Socket = TcpListener;
+    type Error = ListenError;
+
+    fn address(&self) -> String {
+        self.listen.to_string()
+    }
+
+    async fn open(&self) -> Result<TcpListener, ListenError> {
+        tcp::listen(self.listen)
+    }
+
+    fn serve(self: &Arc<Self>, (client, _): (TcpStream, SocketAddr)) {
+        let backend = self.backend.get();
+        let open = Open::ingress(&backend.traffic, backend.target.as_ref());
+        let Some(target) = backend.target.clone() else {
+            return self.fail(&backend, Failure::NoTarget, Some("no generation of it is ready"));
+        };
+        let limit = self.shared.limits.tcp_connections;
+        if backend.traffic.open_now() > limit as u64 {
+            return self.fail(&backend, Failure::Limit, Some(&format!("the port has {limit} connections already")));
+        }
+        tcp::prepare(&client);
+        let port = self.clone();
+        self.shared.spawn(async move {
+            port.carry(client, &backend, &target).await;
+            drop(open);
+        });
+    }
+}

@@ -1,0 +1,75 @@
+//! The bounds of the data plane: how long it waits, how much it holds. One place, so that an operator's question "why was
+//! this cut" has one answer. No behaviour lives here.
+
+use std::time::Duration;
+
+/// The bounds. [`Limits::default`] is what a host runs with; tests shorten the waits.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Limits {
+    /// How long a listener that could not be opened waits before it is tried again.
+    pub listener_retry: Duration,
+    /// How long requests in flight may go on after the proxy was told to end.
+    pub drain: Duration,
+    /// A relayed connection without a byte in either direction ends after this. Long: database pools keep connections for
+    /// hours, and a dead peer is found by TCP keepalive within minutes.
+    pub relay_idle: Duration,
+    /// A relayed connection that is closed in one direction ends when the other has been silent for this long.
+    pub relay_half_closed: Duration,
+    /// How long resolving an upstream's name may take.
+    pub resolve: Duration,
+    /// How long one address of an upstream may take to accept a connection.
+    pub connect: Duration,
+    /// How long reaching an upstream may take in all, over all its addresses.
+    pub dial: Duration,
+    /// Connections of one egress endpoint at a time; more are closed at once.
+    pub egress_connections: usize,
+    /// Connections of one raw TCP port at a time; more are closed at once.
+    pub tcp_connections: usize,
+    /// HTTPS connections at a time; more are closed at once.
+    pub https_connections: usize,
+    /// How long a client may take for its TLS handshake.
+    pub handshake: Duration,
+    /// How long a client may take to send a request's headers, and may keep an idle connection open.
+    pub request_head: Duration,
+    /// Bytes of a request's headers, in all.
+    pub request_head_bytes: usize,
+    /// Requests of one HTTP/2 connection at a time.
+    pub http2_streams: u32,
+    /// A client that takes no byte of a response for this long is cut off.
+    pub client_stall: Duration,
+    /// HTTPS requests in flight to one enclave; more are answered 503.
+    pub requests_per_enclave: u64,
+    /// How long an enclave may be silent, neither taking the request's body nor answering, before the client gets 504.
+    pub answer: Duration,
+    /// Idle connections kept to one port of an enclave.
+    pub pool_connections: usize,
+    /// How long an idle connection to an enclave is kept.
+    pub pool_idle: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            listener_retry: Duration::from_secs(3),
+            drain: Duration::from_secs(5),
+            relay_idle: Duration::from_secs(24 * 3600),
+            relay_half_closed: Duration::from_secs(600),
+            resolve: Duration::from_secs(5),
+            connect: Duration::from_secs(4),
+            dial: Duration::from_secs(15),
+            egress_connections: 4096,
+            tcp_connections: 4096,
+            https_connections: 8192,
+            handshake: Duration::from_secs(10),
+            request_head: Duration::from_secs(30),
+            request_head_bytes: 32 << 10,
+            http2_streams: 128,
+            client_stall: Duration::from_secs(120),
+            requests_per_enclave: 4096,
+            answer: Duration::from_secs(300),
+            pool_connections: 64,
+            pool_idle: Duration::from_secs(60),
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! Keeps a socket listening: opens it, tries again while it can't be opened, accepts, and survives shortages. What is done
+//! with a connection is its service's business.
+
+use crate::error_text::chain;
+use crate::shared::Shared;
+use crate::throttle::Throttle;
+use rustix::io::Errno;
+use std::error::Error;
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+/// How long accepting pauses when the process or the host has no descriptors or memory left.
+const SHORTAGE: Duration = Duration::from_millis(200);
+
+/// A listening socket.
+pub(crate) trait Socket: Send + Sync + 'static {
+    type Connection: Send + 'static;
+
+    /// The next connection. Cancel-safe.
+    fn accept(&self) -> impl Future<Output = io::Result<Self::Connection>> + Send;
+
+    /// Where it listens.
+    fn address(&self) -> String;
+}
+
+/// What is done with the connections of a listening socket.
+pub(crate) trait Service: Send + Sync + 'static {
+    type Socket: Socket;
+    type Error: Error + Send + Sync + 'static;
+
+    /// Where it should listen.
+    fn address(&self) -> String;
+
+    /// Opens the socket.
+    fn open(&self) -> impl Future<Output = Result<Self::Socket, Self::Error>> + Send;
+
+    /// Takes a connection. Does not wait: what takes time is a task of its own.
+    fn serve(self: &Arc<Self>, connection: <Self::Socket as Socket>::Connection);
+}
+
+/// Whether a socket listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Status {
+    /// It is being opened for the first time.
+    Opening,
+    /// It listens there.
+    Open { address: String },
+    /// It does not, and is tried again.
+    Failed { error: String },
+}
+
+/// A socket that is kept listening until this is closed or dropped.
+#[derive(Debug)]
+pub(crate) struct Listening {
+    address: String,
+    status: watch::Receiver<Status>,
+    retry: Arc<Notify>,
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Listening {
+    pub(crate) fn start<S: Service>(service: Arc<S>, shared: Arc<Shared>) -> Self {
+        let (sender, status) = watch::channel(Status::Opening);
+        let (retry, stop) = (Arc::new(Notify::new()), shared.closing.child_token());
+        let keeper = Keeper {
+            address: service.address(),
+            service,
+            shared,
+            status: sender,
+            retry: retry.clone(),
+            stop: stop.clone(),
+        };
+        let address = keeper.address.clone();
+        Self { address, status, retry, stop, task: tokio::spawn(supervise(Arc::new(keeper))) }
+    }
+
+    /// Where it listens, or should, and why it does not.
+    pub(crate) fn report(&self) -> (String, Option<String>) {
+        match &*self.status.borrow() {
+            Status::Opening => (self.address.clone(), Some("being opened".to_owned())),
+            Status::Open { address } => (address.clone(), None),
+            Status::Failed { error } => (self.address.clone(), Some(error.clone())),
+        }
+    }
+
+    /// Waits until it is known whether the socket could be opened. Cancel-safe.
+    pub(crate) async fn settled(&mut self) {
+        // An error means that the keeper is gone, which settles it too.
+        drop(self.status.wait_for(|status| *status != Status::Opening).await);
+    }
+
+    /// If it could not be opened, it is tried again now.
+    pub(crate) fn retry_now(&self) {
+        self.retry.notify_one();
+    }
+
+    /// Stops listening; when this returns the address is free. Accepted connections go on.
+    pub(crate) async fn close(mut self) {
+        self.stop.cancel();
+        // The supervisor has nothing that could panic; were it so, the socket would be closed as well.
+        drop((&mut self.task).await);
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+struct Keeper<S> {
+    address: String,
+    service: Arc<S>,
+    shared: Arc<Shared>,
+    status: watch::Sender<Status>,
+    retry: Arc<Notify>,
+    stop: CancellationToken,
+}
+
+/// Starts the listener again should it panic.
+async fn supervise<S: Service>(keeper: Arc<Keeper<S>>) {
+    let mut tasks = JoinSet::new();
+    loop {
+        let running = keeper.clone();
+        tasks.spawn(async move { running.keep().await });
+        match tasks.join_next().await {
+            Some(Err(error)) if error.is_panic() => {
+                keeper.shared.counters.panics.fetch_add(1, Relaxed);
+                keeper.failed("it ended by a defect of the proxy".to_owned());
+                keeper.pause().await;
+            }
+            _ => return,
+        }
+    }
+}
+
+impl<S: Service> Keeper<S> {
+    async fn keep(&self) {
+        while !self.stop.is_cancelled() {
+            match self.service.open().await {
+                Ok(socket) => {
+                    let address = socket.address();
+                    tracing::info!(%address, "listening");
+                    self.set(Status::Open { address });
+                    if let Err(error) = self.accept(&socket).await {
+                        self.failed(format!("accepting failed: {error}"));
+                        self.pause().await;
+                    }
+                }
+                Err(error) => {
+                    self.failed(chain(&error));
+                    self.pause().await;
+                }
+            }
+        }
+    }
+
+    /// Accepts until told to stop. An error means that the socket is of no use any more.
+    async fn accept(&self, socket: &S::Socket) -> io::Result<()> {
+        let shortages = Throttle::new();
+        loop {
+            let connection = tokio::select! {
+                // Cancel-safe: a token stays cancelled.
+                () = self.stop.cancelled() => return Ok(()),
+                // Cancel-safe by the contract of `Socket`.
+                connection = socket.accept() => connection,
+            };
+            match connection.map_err(|error| (Trouble::of(&error), error)) {
+                Ok(connection) => self.service.serve(connection),
+                Err((Trouble::Connection, _)) => {}
+                Err((Trouble::Shortage, error)) => {
+                    self.shared.counters.accept_errors.fetch_add(1, Relaxed);
+                    if let Some(left_out) = shortages.pass() {
+                        let address = &self.address;
+                        tracing::error!(%address, %error, left_out, "cannot accept connections: raise the limit of open files, or find what holds them");
+                    }
+                    tokio::select! {
+                        // Cancel-safe: a token stays cancelled.
+                        () = self.stop.cancelled() => return Ok(()),
+                        // Cancel-safe: nothing is lost with a timer.
+                        () = sleep(SHORTAGE) => {}
+                    }
+                }
+                Err((Trouble::Socket, error)) => return Err(error),
+            }
+        }
+    }
+
+    fn failed(&self, error: String) {
+        // Every few seconds the same would be said.
+        if *self.status.borrow() != (Status::Failed { error: error.clone() }) {
+            tracing::error!(address = %self.address, %error, "not listening; trying again every few seconds");
+        }
+        self.set(Status::Failed { error });
+    }
+
+    fn set(&self, new: Status) {
+        let changed = self.status.send_if_modified(|status| {
+            let changed = *status != new;
+            *status = new;
+            changed
+        });
+        if changed {
+            self.shared.counters.changed();
+        }
+    }
+
+    async fn pause(&self) {
+        tokio::select! {
+            // Cancel-safe: a token stays cancelled.
+            () = self.stop.cancelled() => {}
+            // Cancel-safe: a permit that is not taken stays.
+            () = self.retry.notified() => {}
+            // Cancel-safe: nothing is lost with a timer.
+            () = sleep(self.shared.limits.listener_retry) => {}
+        }
+    }
+}
+
+/// What an error of accept(2) is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    /// The one connection, which is gone already.
+    Connection,
+    /// Descriptors or memory; waiting helps.
+    Shortage,
+    /// The socket.
+    Socket,
+}
+
+impl Trouble {
+    /// accept(2) hands pending errors of the new connection out as its own.
+    fn of(error: &io::Error) -> Self {
+        match Errno::from_io_error(error) {
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => Self::Shortage,
+            Some(Errno::BADF | Errno::INVAL | Errno::NOTSOCK | Errno::OPNOTSUPP | Errno::FAULT) | None => Self::Socket,
+            Some(_) => Self::Connection,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::Limits;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use tokio::time::Instant;
+
+    /// Opens and accepts as the script says; an empty script accepts nothing, forever.
+    struct Scripted {
+        opens: Mutex<Vec<Result<(), &'static str>>>,
+        accepts: Arc<Mutex<Vec<Result<(), Option<Errno>>>>>,
+        served: AtomicUsize,
+        panic_at: usize,
+    }
+    struct ScriptedSocket(Arc<Mutex<Vec<Result<(), Option<Errno>>>>>);
+
+    impl Socket for ScriptedSocket {
+        type Connection = ();
+        async fn accept(&self) -> io::Result<()> {
+            let next = self.0.lock().unwrap().pop();
+            match next {
+                Some(Ok(())) => Ok(()),
+                Some(Err(Some(errno))) => Err(errno.into()),
+                Some(Err(None)) => Err(io::Error::other("unheard of")),
+                None => std::future::pending().await,
+            }
+        }
+        fn address(&self) -> String {
+            "there".to_owned()
+        }
+    }
+
+    impl Service for Scripted {
+        type Socket = ScriptedSocket;
+        type Error = io::Error;
+        fn address(&self) -> String {
+            "wanted".to_owned()
+        }
+        async fn open(&self) -> io::Result<ScriptedSocket> {
+            let next = self.opens.lock().unwrap().pop().unwrap_or(Ok(()));
+            next.map_err(io::Error::other).map(|()| ScriptedSocket(self.accepts.clone()))
+        }
+        fn serve(self: &Arc<Self>, (): ()) {
+            let served = self.served.fetch_add(1, Ordering::SeqCst) + 1;
+            assert!(served != self.panic_at, "on purpose");
+        }
+    }
+
+    fn scripted(opens: Vec<Result<(), &'static str>>, accepts: Vec<Result<(), Option<Errno>>>) -> Arc<Scripted> {
+        let accepts = Arc::new(Mutex::new(accepts));
+        Arc::new(Scripted { opens: Mutex::new(opens), accepts, served: AtomicUsize::new(0), panic_at: usize::MAX })
+    }
+
+    async fn until_served(service: &Scripted, count: usize) {
+        while service.served.load(Ordering::SeqCst) < count {
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_port_in_use_is_reported_and_taken_when_it_is_free() {
+        let shared = Arc::new(Shared::new(Limits::default()));
+        let mut changes = shared.counters.sequence();
+        let service = scripted(vec![Ok(()), Err("in use"), Err("in use")], Vec::new());
+        let mut listening = Listening::start(service, shared.clone());
+        listening.settled().await;
+        assert_eq!(listening.report(), ("wanted".to_owned(), Some("in use".to_owned())));
+        changes.changed().await.unwrap();
+        let start = Instant::now();
+        changes.changed().await.unwrap();
+        assert_eq!(listening.report(), ("there".to_owned(), None));
+        assert_eq!(start.elapsed().as_secs(), 2 * shared.limits.listener_retry.as_secs());
+        listening.close().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_retry_that_is_asked_for_happens_at_once() {
+        let shared = Arc::new(Shared::new(Limits::default()));
+        let mut listening = Listening::start(scripted(vec![Ok(()), Err("in use")], Vec::new()), shared);
+        listening.settled().await;
+        let start = Instant::now();
+        listening.retry_now();
+        listening.status.changed().await.unwrap();
+        assert_eq!((listening.report().1, start.elapsed()), (None, Duration::ZERO));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn shortages_pause_accepting_and_errors_of_one_connection_do_not() {
+        let shared = Arc::new(Shared::new(Limits::default()));
+        let script =
+            vec![Ok(()), Err(Some(Errno::MFILE)), Err(Some(Errno::NOMEM)), Ok(()), Err(Some(Errno::CONNABORTED))];
+        let service = scripted(Vec::new(), script);
+        let start = Instant::now();
+        let listening = Listening::start(service.clone(), shared.clone());
+        until_served(&service, 2).await;
+        assert!(start.elapsed() >= 2 * SHORTAGE);
+        assert_eq!(shared.counters.accept_errors.load(Relaxed), 2);
+        assert_eq!(listening.report().1, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_broken_socket_and_a_panic_lead_to_a_new_socket() {
+        let shared = Arc::new(Shared::new(Limits::default()));
+        let mut service = scripted(Vec::new(), vec![Ok(()), Err(Some(Errno::BADF)), Ok(()), Ok(()), Err(None)]);
+        Arc::get_mut(&mut service).unwrap().panic_at = 1;
+        let listening = Listening::start(service.clone(), shared.clone());
+        until_served(&service, 3).await;
+        assert_eq!(shared.counters.panics.load(Relaxed), 1);
+        assert_eq!(listening.report().1, None);
+    }
+}

@@ -1,0 +1,108 @@
+//! TCP sockets as the data plane wants them: how they listen, and what is set on each connection. What flows over them is
+//! nobody's business here.
+
+use crate::listening::Socket;
+use rustix::net::sockopt;
+use std::io;
+use std::net::SocketAddr;
+use std::ops::{Deref, DerefMut};
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+
+/// Connections that may wait to be accepted (the kernel cuts it to net.core.somaxconn).
+const BACKLOG: u32 = 4096;
+
+/// A silent peer is asked for a sign of life after this, then every [`KEEPALIVE_INTERVAL`], [`KEEPALIVE_PROBES`] times: one
+/// that is gone is found after two minutes. (Also below the 350 s after which AWS's NAT gateways and load balancers forget
+/// a silent connection.)
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+const KEEPALIVE_PROBES: u32 = 4;
+
+/// Why a TCP port could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("could not listen on {address}")]
+pub(crate) struct ListenError {
+    address: SocketAddr,
+    #[source]
+    source: io::Error,
+}
+
+pub(crate) fn listen(address: SocketAddr) -> Result<TcpListener, ListenError> {
+    let open = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // Connections of a predecessor that linger in TIME_WAIT do not keep the port from its successor.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    open().map_err(|source| ListenError { address, source })
+}
+
+impl Socket for TcpListener {
+    type Connection = (TcpStream, SocketAddr);
+
+    async fn accept(&self) -> io::Result<Self::Connection> {
+        Self::accept(self).await
+    }
+
+    fn address(&self) -> String {
+        self.local_addr().map_or_else(|error| format!("unknown: {error}"), |address| address.to_string())
+    }
+}
+
+/// Sets what every connection has: no delay for small writes, keepalive. A socket that refuses an option is used without.
+pub(crate) fn prepare(stream: &TcpStream) {
+    let set = || -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        sockopt::set_socket_keepalive(stream, true)?;
+        sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
+        sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
+        sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
+        Ok(())
+    };
+    if let Err(error) = set() {
+        tracing::debug!(%error, "could not set the options of a TCP connection");
+    }
+}
+
+/// A connection that is reset when dropped, so that its peer can tell a cut from an end; unless [`Self::ended_well`].
+#[derive(Debug)]
+pub(crate) struct ResetOnDrop {
+    stream: TcpStream,
+    reset: bool,
+}
+
+impl ResetOnDrop {
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        Self { stream, reset: true }
+    }
+
+    /// From now on dropping it closes it in the ordinary way.
+    pub(crate) fn ended_well(&mut self) {
+        self.reset = false;
+    }
+}
+
+impl Drop for ResetOnDrop {
+    fn drop(&mut self) {
+        if self.reset
+            && let Err(error) = self.stream.set_zero_linger()
+        {
+            tracing::debug!(%error, "could not have a TCP connection reset");
+        }
+    }
+}
+
+impl Deref for ResetOnDrop {
+    type Target = TcpStream;
+    fn deref(&self) -> &TcpStream {
+        &self.stream
+    }
+}
+
+impl DerefMut for ResetOnDrop {
+    fn deref_mut(&mut self) -> &mut TcpStream {
+        &mut self.stream
+    }
+}
