@@ -255,7 +255,9 @@ async fn respond(guest: &Guest, request: Request<Incoming>) -> Response<Body> {
             Some(count) => Response::new(zeros(count)),
             None => status(StatusCode::BAD_REQUEST, "/stream?bytes=n\n"),
         },
-        (&Method::POST, "/echo") => Response::new(request.into_body().map_err(|error| Failed::from(error)).boxed()),
+        (&Method::POST, "/echo") => {
+            Response::new(request.into_body().map_err(|error| -> Failed { Box::new(error) }).boxed())
+        }
         (&Method::GET, "/slow") => match query(&uri, "ms") {
             Some(millis) => {
                 sleep(Duration::from_millis(millis)).await;

@@ -4,8 +4,11 @@
 //! Nothing here is part of the daemon, and nothing in the daemon knows of it.
 
 pub mod application;
+pub mod binaries;
 pub mod eif;
 pub mod enclave;
 pub mod http;
 pub mod nitro_cli;
+pub mod nitro_host;
+pub mod processes;
 pub mod sim;

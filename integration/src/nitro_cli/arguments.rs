@@ -38,6 +38,8 @@ pub(super) fn command() -> Command {
         .version(VERSION)
         .about("CLI for enclave lifetime management")
         .arg_required_else_help(true)
+        // As the real one, which is built without wrapping.
+        .term_width(0)
         .subcommand(
             Command::new("run-enclave")
                 .about("Starts a new enclave")
