@@ -32,6 +32,7 @@ use hyper_util::server::conn::auto;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -112,11 +113,16 @@ pub enum Upstream {
 /// # Errors
 /// When it was told no application, or its socket can't be bound.
 pub fn main(options: &Options) -> anyhow::Result<()> {
+    let environment = Environment::of_this_process();
+    // An earlier enclave with this CID may still be ending, and is about to remove its socket.
+    let state = environment.state.as_ref().unwrap_or(&options.dir);
+    let lock = File::create(state.join(format!("cid-{}.lock", options.cid))).context("creating the CID's lock")?;
+    lock.lock().context("waiting for an earlier enclave to end")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let result = runtime.block_on(run(options));
     // The background process may have been killed: then nobody else gives back what it held.
     let _ignored = std::fs::remove_file(options.socket());
-    let _ignored = settle(&Environment::of_this_process());
+    let _ignored = settle(&environment);
     result
 }
 
@@ -130,6 +136,8 @@ async fn run(options: &Options) -> anyhow::Result<()> {
     sleep(Duration::from_millis(application.boot_millis)).await;
 
     let path = options.socket();
+    // Left behind by one that was killed together with its background process.
+    let _ignored = std::fs::remove_file(&path);
     let listener = UnixListener::bind(&path).with_context(|| format!("binding {}", path.display()))?;
     rustix::io::write(std::io::stdout(), &[HEARTBEAT]).context("sending the heartbeat")?;
     eprintln!("booted");

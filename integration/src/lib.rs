@@ -5,8 +5,10 @@
 
 pub mod application;
 pub mod binaries;
+pub mod control_plane;
 pub mod eif;
 pub mod enclave;
+pub mod host;
 pub mod http;
 pub mod imds;
 pub mod nitro_cli;
@@ -14,3 +16,4 @@ pub mod nitro_host;
 pub mod processes;
 pub mod s3;
 pub mod sim;
+pub mod upstream;

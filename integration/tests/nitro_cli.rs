@@ -297,6 +297,21 @@ fn an_enclave_dies_with_its_background_process_and_what_it_held_is_free_again() 
 }
 
 #[test]
+fn a_cid_is_free_again_even_if_everything_was_killed_at_once() {
+    let host = host();
+    launch(&host, "signer-1", 16);
+    // All are stopped first, so that none can clean up after another.
+    for pid in host.processes() {
+        signal(u32::try_from(pid).unwrap(), Signal::STOP).unwrap();
+    }
+    assert_eq!(enclaved_integration::processes::end_all(host.path()), [] as [i32; 0]);
+    assert!(host.vsock().join("16.sock").exists());
+    launch(&host, "signer-2", 16);
+    assert!(host.connect(16, 7).is_ok());
+    assert_eq!(host.free_hugepages().unwrap(), 1024 - 32);
+}
+
+#[test]
 fn deleting_the_socket_ends_the_enclave() {
     let host = host();
     let enclave = launch(&host, "signer-1", 16);
