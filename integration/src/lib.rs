@@ -1,4 +1,19 @@
-//! What stands in for the world around the daemon, and the simulated host.
+//! What stands in for the world around enclaved: the host with its nitro-cli and its enclaves, AWS, the control plane;
+//! and the simulated host of the reconcile loop's tests.
+//!
+//! Nothing here is part of the daemon, and nothing in the daemon knows of it.
 
+pub mod application;
+pub mod binaries;
+pub mod control_plane;
 pub mod eif;
+pub mod enclave;
+pub mod host;
+pub mod http;
+pub mod imds;
+pub mod nitro_cli;
+pub mod nitro_host;
+pub mod processes;
+pub mod s3;
 pub mod sim;
+pub mod upstream;
