@@ -15,7 +15,6 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
 use std::convert::Infallible;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +29,7 @@ use tracing::{debug, warn};
 const LIVE: Duration = Duration::from_secs(60);
 /// A client has this long for the head of its request.
 const HEAD: Duration = Duration::from_secs(10);
-/// Connections at a time, over both listeners; more wait.
+/// Connections at a time on each listener; more wait.
 const CONNECTIONS: usize = 128;
 
 /// A request to read the configuration again. Answers with its fingerprint, or why it is refused.
@@ -49,91 +48,76 @@ pub struct Source {
     pub metrics: Metrics,
 }
 
-/// A listener that could not be opened.
+/// The admin socket could not be opened.
 #[derive(Debug, thiserror::Error)]
-pub enum AdminError {
-    /// The admin socket.
-    #[error("opening the admin socket {path}")]
-    Socket {
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The TCP listener.
-    #[error("listening on {address} for /metrics, /live and /ready; set [metrics] listen to a free address")]
-    Metrics {
-        /// Where.
-        address: SocketAddr,
-        /// Why.
-        source: std::io::Error,
-    },
+#[error("opening the admin socket {path}")]
+pub struct AdminError {
+    path: PathBuf,
+    source: std::io::Error,
 }
 
-/// Both listeners, open.
-#[derive(Debug)]
-pub struct Admin {
-    socket: UnixListener,
-    metrics: TcpListener,
+/// Opens the admin socket. A socket file left by a former process is replaced: whoever calls this is the only control
+/// process (it holds the lock).
+///
+/// # Errors
+/// It could not be opened.
+pub fn open(socket: &Path) -> Result<UnixListener, AdminError> {
+    let failed = |source| AdminError { path: socket.to_owned(), source };
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+        Ok(()) | Err(_) => {}
+    }
+    let listener = UnixListener::bind(socket).map_err(failed)?;
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o660);
+    std::fs::set_permissions(socket, mode).map_err(failed)?;
+    Ok(listener)
 }
 
-impl Admin {
-    /// Opens both. A socket file that nobody answers on, left by a former process, is replaced.
-    ///
-    /// # Errors
-    /// One of them could not be opened.
-    pub async fn open(socket: &Path, metrics: SocketAddr) -> Result<Self, AdminError> {
-        let at_socket = |source| AdminError::Socket { path: socket.to_owned(), source };
-        match std::fs::remove_file(socket) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(at_socket(error)),
-            Ok(()) | Err(_) => {}
-        }
-        let listener = UnixListener::bind(socket).map_err(at_socket)?;
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o660);
-        std::fs::set_permissions(socket, mode).map_err(at_socket)?;
-        let at_metrics = |source| AdminError::Metrics { address: metrics, source };
-        Ok(Self { socket: listener, metrics: TcpListener::bind(metrics).await.map_err(at_metrics)? })
-    }
+/// Answers on the admin socket until `stop`.
+pub async fn serve_socket(listener: UnixListener, source: Source, stop: CancellationToken) {
+    let accept = async || listener.accept().await.map(|(stream, _)| stream);
+    serve(accept, Surface::Admin, source, stop).await;
+}
 
-    /// Where `/metrics` is, as bound.
-    pub fn metrics_address(&self) -> Option<SocketAddr> {
-        self.metrics.local_addr().ok()
-    }
+/// Answers `/metrics`, `/live` and `/ready` until `stop`.
+pub async fn serve_metrics(listener: TcpListener, source: Source, stop: CancellationToken) {
+    let accept = async || listener.accept().await.map(|(stream, _)| stream);
+    serve(accept, Surface::Public, source, stop).await;
+}
 
-    /// Serves until `stop`.
-    pub async fn serve(self, source: Source, stop: CancellationToken) {
-        let slots = Arc::new(Semaphore::new(CONNECTIONS));
-        let mut connections = JoinSet::new();
-        loop {
-            // The semaphore is never closed, so this waits until a slot is free.
-            let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
-            let source = source.clone();
-            tokio::select! {
-                // `accept` is cancel-safe on both listeners.
-                accepted = self.socket.accept() => match accepted {
-                    Ok((stream, _)) => {
-                        connections.spawn(async move { connection(stream, Surface::Admin, source).await; drop(slot); });
-                    }
-                    Err(error) => pause("the admin socket", &error).await,
-                },
-                accepted = self.metrics.accept() => match accepted {
-                    Ok((stream, _)) => {
-                        connections.spawn(async move { connection(stream, Surface::Public, source).await; drop(slot); });
-                    }
-                    Err(error) => pause("the metrics listener", &error).await,
-                },
-                // Reaping loses nothing: nobody asks what became of a connection.
-                Some(_) = connections.join_next() => {}
-                // A plain wait.
-                () = stop.cancelled() => return,
-            }
+async fn serve<S, A>(accept: A, surface: Surface, source: Source, stop: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    A: AsyncFn() -> std::io::Result<S>,
+{
+    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        // The semaphore is never closed, so this waits until a slot is free.
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        tokio::select! {
+            // `accept` is cancel-safe on all listeners.
+            accepted = accept() => match accepted {
+                Ok(stream) => {
+                    let source = source.clone();
+                    connections.spawn(async move {
+                        connection(stream, surface, source).await;
+                        drop(slot);
+                    });
+                }
+                Err(error) => pause(surface, &error).await,
+            },
+            // Reaping loses nothing: nobody asks what became of a connection.
+            Some(_) = connections.join_next() => {}
+            // A plain wait.
+            () = stop.cancelled() => return,
         }
     }
 }
 
 /// Out of descriptors, mostly: accepting again at once would only burn CPU.
-async fn pause(what: &str, error: &std::io::Error) {
-    warn!("accepting on {what} failed, going on in a second: {error}");
+async fn pause(surface: Surface, error: &std::io::Error) {
+    warn!(?surface, "accepting a connection failed, going on in a second: {error}");
     tokio::time::sleep(Duration::from_secs(1)).await;
 }
 

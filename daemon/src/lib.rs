@@ -7,6 +7,7 @@ pub mod control_plane;
 pub mod events;
 pub mod host;
 pub mod jobs;
+pub mod last_good;
 pub mod launch;
 pub mod launch_trace;
 pub mod metrics;

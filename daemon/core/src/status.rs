@@ -58,6 +58,9 @@ pub struct HostStatus {
     pub started_at: Timestamp,
     /// Fingerprint of the configuration in force.
     pub config_revision: String,
+    /// Where `/metrics`, `/live` and `/ready` are, as bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<String>,
     /// Enclave CPUs of the host, used or not; absent where somebody else hands them out or they can't be seen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool_cpus: Option<u32>,
