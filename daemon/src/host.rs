@@ -5,6 +5,8 @@
 //! Every method here is an [`Effect`], and every effect can fail, hang, or succeed without our learning of it: so every
 //! one is idempotent, or is asked for only after the intent is in the ledger.
 
+pub mod direct;
+
 use enclaved_core::desired::{HealthCheck, ImageRequest};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{Cid, EnclaveKey, MemoryMib, Timestamp};

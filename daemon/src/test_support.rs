@@ -1,8 +1,18 @@
 //! What the unit tests of several modules need: scripts, and a host whose nitro-cli is one.
 
+#[path = "../../integration/src/eif.rs"]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    unfulfilled_lint_expectations,
+    reason = "written for another crate, and not all of it is used here"
+)]
+pub(crate) mod eif;
+
 use crate::launch_trace::{FORMAT, LaunchSpec};
 use crate::{pidfd::Pidfd, procfs};
 use enclaved_core::id::{Cid, EifDigest, EnclaveKey, Measurements, MemoryMib, Pcr, Timestamp};
+use enclaved_core::image::{ExpectedImage, Limits, Measurer, VerifiedImage, verify};
 use enclaved_core::ledger::{GenerationRecord, Identity, Phase};
 use std::io::Write;
 use std::path::Path;
@@ -83,7 +93,9 @@ impl Drop for Stand {
         // Whatever may still be starting enclaves finds its folder gone afterwards.
         let pids = std::fs::read_to_string(self.path().join("pids")).unwrap_or_default();
         for pid in pids.lines().filter_map(|line| line.parse().ok()) {
-            let process = procfs::process(pid).ok().flatten().filter(|process| process.name == "sleep");
+            // On its way to be a sleep it has other names.
+            let ours = |name: &str| ["sleep", "setsid", "nitro-cli"].contains(&name);
+            let process = procfs::process(pid).ok().flatten().filter(|process| ours(&process.name));
             if let Some(process) = process.and_then(|process| Pidfd::open(process.identity).ok().flatten()) {
                 let _ignored = process.send(rustix::process::Signal::KILL);
             }
@@ -116,4 +128,11 @@ pub(crate) fn launch_spec(stand: &Stand, key: &str) -> LaunchSpec {
         nitro_cli: stand.path().join("nitro-cli"),
         host_lock: stand.path().join("launch.lock"),
     }
+}
+
+/// A small image, proven to be what it is.
+pub(crate) fn image() -> VerifiedImage {
+    let mut measurer = Measurer::new(Limits::default());
+    measurer.update(&eif::sample("signer", 1, 4096).to_bytes()).unwrap();
+    verify(measurer.finish().unwrap(), &ExpectedImage::default()).unwrap()
 }

@@ -1,0 +1,296 @@
+//! One look at the traces of all launches and at the processes they tell of. Writes only what was found out for good: the
+//! time of an end, and that a launch was cut off before it began.
+
+use super::{HIDDEN, LOOK_AGAIN, Shared, fault};
+use crate::atomic_file::FileError;
+use crate::host::Outcome;
+use crate::launch_trace::{self, Failed, LaunchSpec, Moment, Trace};
+use crate::procfs;
+use enclaved_core::failure::Failure;
+use enclaved_core::id::{BootId, EnclaveKey, Timestamp};
+use enclaved_core::ledger::{LaunchRecord, ProcessIdentity};
+use enclaved_core::observed::{Instance, InstanceState};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// First pause before asking again what runs, where nitro-cli could not say; doubles up to [`RESOLVE_PAUSE_MAX`].
+const RESOLVE_PAUSE: Duration = Duration::from_secs(15);
+/// Longest such pause.
+const RESOLVE_PAUSE_MAX: Duration = Duration::from_secs(600);
+/// A launch is noted within this time after its process was started, whatever was done to the clock in small steps.
+const CLOCK_SLACK: Duration = Duration::from_secs(5);
+/// The kernel keeps so many bytes of an executable's name.
+const NAME_LEN: usize = 15;
+
+/// What a look needs to know.
+#[derive(Debug)]
+pub(super) struct Scanner {
+    pub(super) folder: PathBuf,
+    pub(super) boot_id: BootId,
+    pub(super) nitro_cli: PathBuf,
+    /// The processes that the ledger knows.
+    pub(super) known: BTreeMap<EnclaveKey, LaunchRecord>,
+    /// Has the launches on which this process works just now: their helpers may not have the lock yet.
+    pub(super) shared: Arc<Shared>,
+    pub(super) now: Timestamp,
+}
+
+/// What was seen.
+#[derive(Debug, Default)]
+pub(super) struct Scan {
+    pub(super) instances: BTreeMap<EnclaveKey, Instance>,
+    /// Processes whose end is a change.
+    pub(super) watch: Vec<ProcessIdentity>,
+    /// How soon to look again even if none of them ends.
+    pub(super) look_again: Option<Duration>,
+    /// Launches that need a helper to find out what became of them.
+    pub(super) unresolved: Vec<EnclaveKey>,
+    /// Launches that take longer than they can, and what to say of them.
+    pub(super) overdue: Vec<(EnclaveKey, String)>,
+    /// Launches of which it can't be found out just now what came of them: then nothing is known.
+    pub(super) unknown: BTreeMap<EnclaveKey, Failure>,
+}
+
+impl Scan {
+    fn look_within(&mut self, pause: Duration) {
+        self.look_again = Some(self.look_again.map_or(pause, |earlier| earlier.min(pause)));
+    }
+}
+
+impl Scanner {
+    /// Looks at everything.
+    ///
+    /// # Errors
+    /// Something can't be read just now: then nothing is known.
+    pub(super) fn scan(&self) -> Outcome<Scan> {
+        let mut scan = Scan::default();
+        for key in self.keys()? {
+            let trace = Trace::new(self.folder.join(key.to_string()));
+            let spec = match trace.spec() {
+                // Another launch's file, or a later version's, is no spec of this one.
+                Ok(spec) => spec.filter(|spec| spec.key == key && spec.format == launch_trace::FORMAT),
+                Err(error) if error.is_about_contents() => None,
+                Err(error) => return Err(fault(&error)),
+            };
+            let state = self.state(&key, &trace, spec.as_ref(), &mut scan)?;
+            let generation = spec.map(|spec| spec.generation);
+            if let Some(state) = state {
+                scan.instances.insert(key, Instance { generation, state });
+            }
+        }
+        self.known_alive(&mut scan)?;
+        Ok(scan)
+    }
+
+    fn keys(&self) -> Outcome<Vec<EnclaveKey>> {
+        let failed = |error| fault(&FileError::io("list", &self.folder)(error));
+        let mut keys = Vec::new();
+        for entry in fs::read_dir(&self.folder).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            let name = name.to_string_lossy();
+            match name.parse() {
+                Ok(key) => keys.push(key),
+                Err(_) if name.starts_with(HIDDEN) => {}
+                Err(error) => tracing::debug!("{} is left alone: {error}", self.folder.join(&*name).display()),
+            }
+        }
+        Ok(keys)
+    }
+
+    /// How far that launch is; `None` where that is to be found out first, and what was said about it in `scan`.
+    fn state(
+        &self,
+        key: &EnclaveKey,
+        trace: &Trace,
+        spec: Option<&LaunchSpec>,
+        scan: &mut Scan,
+    ) -> Outcome<Option<InstanceState>> {
+        let outcome = |trace: &Trace| trace.outcome().map_err(|error| fault(&error));
+        let same_boot = |boot_id: &BootId| *boot_id == self.boot_id;
+        match outcome(trace)? {
+            launch_trace::Outcome::Ran(ran) => return self.ran(trace, ran.boot_id, ran.launch, scan).map(Some),
+            launch_trace::Outcome::Failed(failed) => return Ok(Some(ended(failed.at, Some(failed.failure)))),
+            launch_trace::Outcome::Attempted(_) | launch_trace::Outcome::Nothing => {}
+        }
+        if spec.is_some_and(|spec| !same_boot(&spec.boot_id)) {
+            return self.end(trace).map(Some);
+        }
+        if self.works_on(key) {
+            return Ok(Some(self.launching(key, trace, spec, scan)));
+        }
+        let Some(_lock) = trace.try_lock().map_err(|error| fault(&error))? else {
+            return Ok(Some(self.launching(key, trace, spec, scan)));
+        };
+        // Nobody works on it, and nobody can begin to: only now is what the traces say the last word.
+        match outcome(trace)? {
+            launch_trace::Outcome::Ran(ran) => self.ran(trace, ran.boot_id, ran.launch, scan).map(Some),
+            launch_trace::Outcome::Failed(failed) => Ok(Some(ended(failed.at, Some(failed.failure)))),
+            launch_trace::Outcome::Nothing => {
+                let failure = Failure::new("the launch was cut off before nitro-cli was run");
+                let failed = Failed { at: self.now, count: 1, failure };
+                trace.write_failure(&failed).map_err(|error| fault(&error))?;
+                Ok(Some(ended(failed.at, Some(failed.failure))))
+            }
+            launch_trace::Outcome::Attempted(_) => self.attempted(key, trace, spec, scan),
+        }
+    }
+
+    /// nitro-cli was begun to be run, nobody works on it any more, and the traces do not say what came of it.
+    fn attempted(
+        &self,
+        key: &EnclaveKey,
+        trace: &Trace,
+        spec: Option<&LaunchSpec>,
+        scan: &mut Scan,
+    ) -> Outcome<Option<InstanceState>> {
+        match self.known.get(key) {
+            // The ledger knows: it came to run.
+            Some(launch) if self.runs(launch)? => {
+                scan.watch.push(launch.process);
+                Ok(Some(InstanceState::Running(launch.clone())))
+            }
+            Some(_) => self.end(trace).map(Some),
+            None if spec.is_none() => {
+                let failure =
+                    Failure::new(format!("it can't be found out whether {key} runs: its traces are unreadable"));
+                let remedy = format!(
+                    "see whether `nitro-cli describe-enclaves` lists {key}; if not, remove {}",
+                    trace.folder().display()
+                );
+                scan.unknown.insert(key.clone(), failure.with_remedy(remedy));
+                Ok(None)
+            }
+            None => self.unresolved(key, trace, scan),
+        }
+    }
+
+    fn ran(&self, trace: &Trace, boot_id: BootId, launch: LaunchRecord, scan: &mut Scan) -> Outcome<InstanceState> {
+        if boot_id == self.boot_id && alive(launch.process)? {
+            scan.watch.push(launch.process);
+            return Ok(InstanceState::Running(launch));
+        }
+        self.end(trace)
+    }
+
+    /// It is over: since when is noted once.
+    fn end(&self, trace: &Trace) -> Outcome<InstanceState> {
+        match trace.end() {
+            Ok(Some(end)) => return Ok(ended(end.at, None)),
+            Ok(None) => {}
+            Err(error) if error.is_about_contents() => {}
+            Err(error) => return Err(fault(&error)),
+        }
+        trace.write_end(&Moment { at: self.now }).map_err(|error| fault(&error))?;
+        Ok(ended(self.now, None))
+    }
+
+    fn works_on(&self, key: &EnclaveKey) -> bool {
+        self.shared.state().working.contains(key)
+    }
+
+    fn launching(&self, key: &EnclaveKey, trace: &Trace, spec: Option<&LaunchSpec>, scan: &mut Scan) -> InstanceState {
+        // The end of a helper that is a child of this process is noticed without this.
+        if !self.works_on(key) {
+            match trace.helper() {
+                Ok(Some(helper)) => scan.watch.push(helper),
+                // It has only just begun.
+                Ok(None) | Err(_) => scan.look_within(LOOK_AGAIN),
+            }
+        }
+        if let Some(spec) = spec.filter(|spec| self.now.since(spec.at) > spec.patience()) {
+            let text = format!(
+                "its launch has been under way for longer than nitro-cli may take ({} s); nitro-cli hangs, or waits behind another launch; see {}",
+                spec.patience_s,
+                trace.log().display()
+            );
+            scan.overdue.push((key.clone(), text));
+        }
+        InstanceState::Launching
+    }
+
+    /// An attempt of which it is not known what came of it.
+    fn unresolved(&self, key: &EnclaveKey, trace: &Trace, scan: &mut Scan) -> Outcome<Option<InstanceState>> {
+        let failed = match trace.resolve() {
+            Ok(failed) => failed,
+            Err(error) if error.is_about_contents() => None,
+            Err(error) => return Err(fault(&error)),
+        };
+        if let Some(Failed { at, count, failure }) = failed {
+            let doubled = RESOLVE_PAUSE.saturating_mul(1 << count.saturating_sub(1).min(16));
+            let pause = doubled.min(RESOLVE_PAUSE_MAX).saturating_sub(self.now.since(at));
+            if !pause.is_zero() {
+                let text = format!("it is not known whether {key} runs: {}", failure.message);
+                scan.unknown.insert(key.clone(), Failure { message: text, ..failure });
+                scan.look_within(pause);
+                return Ok(None);
+            }
+        }
+        scan.unresolved.push(key.clone());
+        Ok(Some(InstanceState::Launching))
+    }
+
+    /// What the ledger knows and the traces do not show: an enclave whose process runs is running, whatever was lost.
+    fn known_alive(&self, scan: &mut Scan) -> Outcome<()> {
+        for (key, launch) in &self.known {
+            let shown = scan.instances.get(key).map(|instance| &instance.state);
+            if matches!(shown, Some(InstanceState::Running(_))) || !self.runs(launch)? {
+                continue;
+            }
+            let generation = scan.instances.remove(key).and_then(|instance| instance.generation);
+            let state = InstanceState::Running(launch.clone());
+            scan.instances.insert(key.clone(), Instance { generation, state });
+            scan.watch.push(launch.process);
+        }
+        Ok(())
+    }
+
+    /// Whether the process that the ledger knows runs. The ledger does not say in which boot it was launched, and PIDs and
+    /// start times can come again after a reboot; so it must have been launched after the boot (by a clock that may have
+    /// been set since), or be a nitro-cli by name.
+    fn runs(&self, launch: &LaunchRecord) -> Outcome<bool> {
+        let look = |error| Failure::new(format!("could not look at process {}: {error}", launch.process.pid));
+        let Some(process) = procfs::process(launch.process.pid).map_err(look)? else { return Ok(false) };
+        if process.identity != launch.process {
+            return Ok(false);
+        }
+        let started = procfs::boot_time().map_err(look)?.plus(procfs::started_after_boot(process.identity));
+        let name = self.nitro_cli.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let named = name.as_bytes().get(..NAME_LEN).unwrap_or(name.as_bytes()) == process.name.as_bytes();
+        Ok(named || launch.at.plus(CLOCK_SLACK) >= started)
+    }
+}
+
+/// Why the traces of a launch must stay: it is not over.
+pub(super) fn check_over(trace: &Trace) -> Result<(), String> {
+    if !trace.folder().exists() {
+        return Ok(());
+    }
+    let unread = |error: FileError| Failure::from_error(&error).message;
+    let Some(_lock) = trace.try_lock().map_err(unread)? else { return Err("its launch helper is at work".to_owned()) };
+    match trace.outcome().map_err(unread)? {
+        launch_trace::Outcome::Ran(ran) => {
+            let this_boot = procfs::boot_id().map_err(|error| error.to_string())? == ran.boot_id;
+            if this_boot && procfs::is_alive(ran.launch.process).map_err(|error| error.to_string())? {
+                return Err(format!("its process {} runs", ran.launch.process.pid));
+            }
+            Ok(())
+        }
+        launch_trace::Outcome::Failed(_) | launch_trace::Outcome::Nothing => Ok(()),
+        launch_trace::Outcome::Attempted(_) => match trace.end() {
+            Ok(Some(_)) => Ok(()),
+            Ok(None) | Err(_) => Err("it is not known yet what came of its launch".to_owned()),
+        },
+    }
+}
+
+fn alive(process: ProcessIdentity) -> Outcome<bool> {
+    procfs::is_alive(process)
+        .map_err(|error| Failure::new(format!("could not look at process {}: {error}", process.pid)))
+}
+
+fn ended(at: Timestamp, launch_failure: Option<Failure>) -> InstanceState {
+    InstanceState::Ended { at, launch_failure }
+}

@@ -1,0 +1,68 @@
+//! What systemd is told: READY once the loop has looked at the host (configuration loaded, adoption decided, listeners
+//! open; never waiting for an enclave), and STATUS= that answers "what is it doing". Without systemd, nothing happens.
+
+use crate::reconciler::Report;
+use enclaved_core::status::{EnclaveState, Status};
+use sd_notify::NotifyState;
+use std::sync::Arc;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+/// Tells until `stop`.
+pub async fn tell(mut reports: watch::Receiver<Option<Arc<Report>>>, stop: CancellationToken) {
+    let mut told: Option<String> = None;
+    loop {
+        let line = reports.borrow_and_update().as_ref().map(|report| line(&report.status));
+        if let Some(line) = line {
+            if told.is_none() {
+                notify(&[NotifyState::Ready]);
+            }
+            if told.as_deref() != Some(line.as_str()) {
+                notify(&[NotifyState::Status(&line)]);
+                told = Some(line);
+            }
+        }
+        tokio::select! {
+            // A change that is not seen now is seen by the next call.
+            changed = reports.changed() => if changed.is_err() { return },
+            // A plain wait.
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+/// A configuration is being read.
+pub fn reloading() {
+    notify(&[NotifyState::Reloading]);
+}
+
+/// The reading is over.
+pub fn ready() {
+    notify(&[NotifyState::Ready]);
+}
+
+/// The process ends.
+pub fn stopping() {
+    notify(&[NotifyState::Stopping]);
+}
+
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        debug!("the service manager was not told: {error}");
+    }
+}
+
+/// One line: how many serve, and what the others do.
+fn line(status: &Status) -> String {
+    let wanted: Vec<_> = status.enclaves.iter().filter(|enclave| enclave.wanted).collect();
+    let serving = wanted.iter().filter(|enclave| enclave.ready).count();
+    let mut line = format!("{serving} of {} enclaves ready", wanted.len());
+    for enclave in status.enclaves.iter().filter(|enclave| enclave.state != EnclaveState::Ready) {
+        line.push_str(&format!("; {} {}", enclave.name, enclave.state.as_str()));
+    }
+    if !status.problems.is_empty() {
+        line.push_str(&format!("; {} problems, see enclavectl status", status.problems.len()));
+    }
+    line
+}
