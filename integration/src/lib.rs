@@ -15,5 +15,6 @@ pub mod nitro_cli;
 pub mod nitro_host;
 pub mod processes;
 pub mod s3;
+pub mod signing;
 pub mod sim;
 pub mod upstream;

@@ -22,8 +22,8 @@
 //! | `STANDIN_ENCLAVE_BIN` | the program that is the inside of an enclave | `standin-enclave` beside this one |
 //!
 //! # What it does not do
-//! `build-enclave`, `pcr`, `explain` and `sign-eif` refuse; a signed image's signature is not verified; the host has one
-//! NUMA node.
+//! `build-enclave`, `pcr`, `explain` and `sign-eif` refuse; `describe-eif` does not show the signing certificate; the host
+//! has one NUMA node.
 
 mod accounts;
 mod arguments;
@@ -40,6 +40,7 @@ mod wire;
 pub use accounts::settle;
 pub use calls::{Call, calls};
 pub use failure::{Code, VERSION};
+pub(crate) use image::pcr0;
 pub use image::{Image, Measured, measure};
 
 use std::collections::BTreeMap;

@@ -2,10 +2,12 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
 
 use enclaved_integration::application::Application;
+use enclaved_integration::eif::Eif;
 use enclaved_integration::nitro_cli::faults::{Fault, Hazard};
 use enclaved_integration::nitro_cli::{Code, measure};
 use enclaved_integration::nitro_host::{NitroHost, Shape, image};
 use enclaved_integration::processes::{is_alive, signal};
+use enclaved_integration::signing::{Signer, Validity};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::fs;
@@ -157,7 +159,7 @@ fn an_image_is_described_as_captured() {
             "OperatingSystem": "Linux", "KernelVersion": "6.12.95" },
         "DockerInfo": {}, "CustomMetadata": { "spike": true },
     });
-    let eif = enclaved_integration::eif::Eif::new(*b"kernel", "quiet", vec![b"init".to_vec()]);
+    let eif = Eif::new(*b"kernel", "quiet", vec![b"init".to_vec()]);
     let path = host.path().join("spike.eif");
     fs::write(&path, eif.with_metadata(serde_json::to_vec(&metadata).unwrap()).to_bytes()).unwrap();
     let output = cli(&host, &["describe-eif", "--eif-path", path.to_str().unwrap()]);
@@ -389,7 +391,7 @@ fn what_the_host_has_not_got_is_refused_with_the_real_ones_code_first() {
     let garbage = host.path().join("garbage.eif");
     fs::write(&garbage, b"not an EIF").unwrap();
     let silent = host.path().join("silent.eif");
-    let silent_image = enclaved_integration::eif::Eif::new(*b"kernel", "quiet", vec![b"no application".to_vec()]);
+    let silent_image = Eif::new(*b"kernel", "quiet", vec![b"no application".to_vec()]);
     fs::write(&silent, silent_image.to_bytes()).unwrap();
     let cases: [(&str, &Path, &[&str]); 11] = [
         ("E22", &small, &["--cpu-count", "7", "--memory", "64"]),
@@ -553,6 +555,31 @@ fn a_console_is_there_in_debug_mode_only() {
         text(&console.stdout).contains("Successfully connected to the console.\nbooting v1 as open"),
         "{console:?}"
     );
+}
+
+#[test]
+fn a_signed_image_has_a_register_for_its_signer_and_does_not_start_with_an_expired_certificate() {
+    let host = host();
+    let sign = |validity, ramdisk: &[u8]| {
+        let eif = Eif::new(*b"kernel", "quiet", vec![b"init".to_vec(), ramdisk.to_vec()]);
+        Signer::new("signer (test)", validity).unwrap().sign(eif).unwrap()
+    };
+    let path = host.path().join("signed.eif");
+    let file = path.to_str().unwrap();
+    let run = ["run-enclave", "--cpu-count", "2", "--memory", "64", "--eif-path", file];
+    fs::write(&path, sign(Validity::Valid, &app().to_line()).to_bytes()).unwrap();
+    let described = json(&cli(&host, &["describe-eif", "--eif-path", file]));
+    assert_eq!((&described["IsSigned"], &described["SignatureCheck"]), (&true.into(), &true.into()));
+    json(&cli(&host, &run));
+    assert_eq!(describe(&host)[0]["Measurements"]["PCR8"], described["Measurements"]["PCR8"]);
+    assert_eq!(described["Measurements"]["PCR8"].as_str().unwrap().len(), 96);
+
+    fs::write(&path, sign(Validity::Expired, &app().to_line()).to_bytes()).unwrap();
+    assert_eq!(codes(&cli(&host, &run)), ["E59", "E39"]);
+    let mut other = sign(Validity::Valid, b"signed");
+    other.ramdisks[1] = app().to_line();
+    fs::write(&path, other.to_bytes()).unwrap();
+    assert_eq!(codes(&cli(&host, &run)), ["E59", "E39"], "signed for another image");
 }
 
 #[test]

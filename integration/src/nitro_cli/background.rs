@@ -6,7 +6,7 @@ use super::arguments::RunArguments;
 use super::broadcast::{pretty, socket_path};
 use super::failure::{Code, Failure, log};
 use super::faults::Fault;
-use super::image::{Image, Measured, measure};
+use super::image::{Image, Measured, check_signature, measure};
 use super::output::{Describe, Identity, Run, Terminate};
 use super::wire::{self, Command, MAX_LINE, Reply};
 use crate::application::Application;
@@ -344,6 +344,10 @@ async fn launch(
     accounts::check_device(environment, &pool)?;
     let image = Image::read(&mut file)
         .map_err(|error| Failure::new(Code::SIGNATURE, format!("Failed to read EIF: {error}")))?;
+    if image.is_signed {
+        check_signature(path)
+            .map_err(|error| Failure::new(Code::SIGNATURE, format!("Invalid signing certificate: {error}")))?;
+    }
     let hashing = match fault {
         Some(Fault::SlowFirstDescribe { millis }) => Duration::from_millis(*millis),
         _ => Duration::ZERO,

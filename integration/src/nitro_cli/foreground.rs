@@ -225,6 +225,8 @@ fn describe_eif(path: &Path) -> std::io::Result<String> {
         measurements: measured.registers,
         is_signed: image.is_signed,
         check_crc: measured.crc_is_right,
+        // A wrong signature is an error before this is reached.
+        signature_check: image.is_signed.then_some(true),
         identity: Identity::of(&image),
     }))
 }

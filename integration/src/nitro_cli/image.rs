@@ -1,12 +1,16 @@
 //! Reads EIFs as AWS's reader does: section after section, whatever the header says of their places.
 //!
-//! Deliberately not the daemon's parser: what `describe-enclaves` and `describe-eif` say of an image is a second opinion.
+//! Deliberately not the daemon's parser: what `describe-enclaves` and `describe-eif` say of an image is a second opinion,
+//! but for signatures, of which there is one checker here.
 
+use enclaved_core::id::{Pcr, Timestamp};
+use enclaved_core::image::{Limits, Measurer};
 use sha2::{Digest, Sha384};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::io::{self, BufReader, Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
+use std::time::SystemTime;
 
 const HEADER_LEN: usize = 548;
 /// The header's CRC stands in its last four bytes, and is not part of what it covers.
@@ -45,7 +49,7 @@ fn malformed(what: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.into())
 }
 
-fn read_section(file: &mut File, section: Section) -> io::Result<Vec<u8>> {
+fn read_section(file: &mut (impl Read + Seek), section: Section) -> io::Result<Vec<u8>> {
     if section.size > MAX_READ {
         return Err(malformed(format!("section of type {} has {} bytes", section.kind, section.size)));
     }
@@ -59,12 +63,12 @@ fn read_section(file: &mut File, section: Section) -> io::Result<Vec<u8>> {
 }
 
 impl Image {
-    /// Walks the sections of an open file.
+    /// Walks the sections.
     ///
     /// # Errors
     /// When the file can't be read or is no whole EIF.
-    pub fn read(file: &mut File) -> io::Result<Self> {
-        let len = file.metadata()?.len();
+    pub fn read(file: &mut (impl Read + Seek)) -> io::Result<Self> {
+        let len = file.seek(SeekFrom::End(0))?;
         file.rewind()?;
         let mut header = [0; HEADER_LEN];
         file.read_exact(&mut header)?;
@@ -107,7 +111,7 @@ impl Image {
     ///
     /// # Errors
     /// When there is no ramdisk, or it can't be read, or it is too large to be an application.
-    pub fn last_ramdisk(&self, file: &mut File) -> io::Result<Vec<u8>> {
+    pub fn last_ramdisk(&self, file: &mut (impl Read + Seek)) -> io::Result<Vec<u8>> {
         let section = self.sections.iter().rfind(|section| section.kind == RAMDISK);
         read_section(file, *section.ok_or_else(|| malformed("no ramdisk"))?)
     }
@@ -116,7 +120,7 @@ impl Image {
 /// What can be computed of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Measured {
-    /// `HashAlgorithm`, `PCR0`, `PCR1`, `PCR2`, as nitro-cli prints them.
+    /// `HashAlgorithm`, `PCR0`, `PCR1`, `PCR2`, of a signed image `PCR8`, as nitro-cli prints them.
     pub registers: BTreeMap<String, String>,
     /// Whether the CRC in the header is that of the file.
     pub crc_is_right: bool,
@@ -125,10 +129,53 @@ pub struct Measured {
 /// Computes the measurements and the CRC of a file.
 ///
 /// # Errors
-/// When the file can't be read or is no whole EIF.
+/// When the file can't be read or is no whole EIF, or is signed but not rightly.
 pub fn measure(path: &Path) -> io::Result<Measured> {
     let mut file = File::open(path)?;
     let image = Image::read(&mut file)?;
+    let mut measured = measure_sections(&image, file)?;
+    if image.is_signed {
+        measured.registers.insert("PCR8".to_owned(), check_signature(path)?.to_string());
+    }
+    Ok(measured)
+}
+
+/// Computes PCR0 of an image that is not in a file yet.
+///
+/// # Errors
+/// When it is no whole EIF.
+pub(crate) fn pcr0(bytes: &[u8]) -> io::Result<String> {
+    let image = Image::read(&mut Cursor::new(bytes))?;
+    let measured = measure_sections(&image, Cursor::new(bytes))?;
+    measured.registers.get("PCR0").cloned().ok_or_else(|| malformed("no PCR0"))
+}
+
+/// Checks the signature of a signed image, as far as nitro-cli does; gives the register of its certificate.
+///
+/// # Errors
+/// When it is not rightly signed, or the certificate is not valid now.
+pub(super) fn check_signature(path: &Path) -> io::Result<Pcr> {
+    let mut measurer = Measurer::new(Limits::default());
+    let mut file = File::open(path)?;
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => break,
+            count => measurer.update(&buffer[..count]).map_err(|error| malformed(error.to_string()))?,
+        }
+    }
+    let report = measurer.finish().map_err(|error| malformed(error.to_string()))?;
+    let (Some(signature), Some(pcr8)) = (report.signature(), report.measurements().pcr8) else {
+        return Err(malformed("not signed"));
+    };
+    let now = Timestamp::from(SystemTime::now());
+    if now < signature.not_before || now > signature.not_after {
+        return Err(malformed(format!("certificate valid from {} to {}", signature.not_before, signature.not_after)));
+    }
+    Ok(pcr8)
+}
+
+fn measure_sections(image: &Image, mut file: impl Read + Seek) -> io::Result<Measured> {
     let mut crc = crc32fast::Hasher::new();
     file.rewind()?;
     let mut reader = BufReader::with_capacity(1 << 20, file);

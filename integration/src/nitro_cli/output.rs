@@ -143,6 +143,8 @@ pub(super) struct DescribeEif {
     pub(super) is_signed: bool,
     #[serde(rename = "CheckCRC")]
     pub(super) check_crc: bool,
+    #[serde(rename = "SignatureCheck", skip_serializing_if = "Option::is_none")]
+    pub(super) signature_check: Option<bool>,
     #[serde(flatten)]
     pub(super) identity: Identity,
 }
