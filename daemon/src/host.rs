@@ -5,7 +5,9 @@
 //! Every method here is an [`Effect`], and every effect can fail, hang, or succeed without our learning of it: so every
 //! one is idempotent, or is asked for only after the intent is in the ledger.
 
+pub mod allocator;
 pub mod direct;
+pub mod ledger_file;
 
 use enclaved_core::desired::{HealthCheck, ImageRequest};
 use enclaved_core::failure::Failure;

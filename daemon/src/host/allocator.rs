@@ -1,0 +1,276 @@
+//! The host's enclave resources, as the driver and the kernel show them in sysfs. Reads only: what is to be changed is
+//! said, with the content of the file that changes it.
+
+use super::{Allocator, Outcome};
+use crate::atomic_file;
+use enclaved_core::failure::Failure;
+use enclaved_core::id::MemoryMib;
+use enclaved_core::observed::Pool;
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// sysfs files are a page long at most.
+const MAX_FILE: u64 = 64 * 1024;
+/// More CPUs than Linux supports; a list that names more is nonsense, and would fill the memory.
+const MAX_CPU: u32 = 8192;
+
+/// Who hands out CPUs and memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AllocatorMode {
+    /// The stock allocator service, set up by an operator: what it made available is looked at, never changed.
+    Verify {
+        /// `/sys`
+        sysfs: PathBuf,
+    },
+    /// Somebody else, Kubernetes' device plugin say: nothing is looked at.
+    External,
+}
+
+/// The allocator.
+#[derive(Debug, Clone)]
+pub struct SysfsAllocator {
+    mode: AllocatorMode,
+}
+
+impl SysfsAllocator {
+    /// An allocator of that mode.
+    pub fn new(mode: AllocatorMode) -> Self {
+        Self { mode }
+    }
+}
+
+impl Allocator for SysfsAllocator {
+    async fn observe(&self) -> Outcome<Pool> {
+        match &self.mode {
+            AllocatorMode::External => Ok(Pool::External),
+            AllocatorMode::Verify { sysfs } => Ok(look(sysfs).await?.into()),
+        }
+    }
+
+    async fn reserve(&self, cpus: u32, memory: MemoryMib) -> Outcome<()> {
+        let AllocatorMode::Verify { sysfs } = &self.mode else { return Ok(()) };
+        let seen = look(sysfs).await?;
+        if seen.cpus >= cpus && seen.memory >= memory {
+            return Ok(());
+        }
+        let message = format!(
+            "the enclave pool has {} CPUs and {} in hugepages; {cpus} CPUs and {memory} are needed",
+            seen.cpus, seen.memory
+        );
+        let (cpus, memory) = (cpus.max(seen.cpus), memory.max(seen.memory).0);
+        let remedy = format!(
+            "put exactly these three lines into /etc/nitro_enclaves/allocator.yaml: `---`, `memory_mib: {memory}`, `cpu_count: {cpus}`; \
+             end all enclaves and run `systemctl restart nitro-enclaves-allocator`; if the pool then has less than that, reboot"
+        );
+        Err(Failure::new(message).with_remedy(remedy))
+    }
+}
+
+/// What sysfs shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Seen {
+    cpus: u32,
+    memory: MemoryMib,
+    memory_free: MemoryMib,
+}
+
+impl From<Seen> for Pool {
+    fn from(seen: Seen) -> Self {
+        Self::Sized { cpus: seen.cpus, memory: seen.memory, memory_free: seen.memory_free }
+    }
+}
+
+async fn look(sysfs: &Path) -> Outcome<Seen> {
+    let sysfs = sysfs.to_owned();
+    let seen = tokio::task::spawn_blocking(move || read_pool(&sysfs)).await;
+    seen.map_err(|error| Failure::new(format!("looking at the enclave pool was cut off: {error}")))?
+}
+
+fn read_pool(sysfs: &Path) -> Outcome<Seen> {
+    let pool_file = sysfs.join("module/nitro_enclaves/parameters/ne_cpus");
+    let Some(text) = read(&pool_file)? else { return Err(no_driver(&pool_file)) };
+    let pool = parse_cpus(&text).ok_or_else(|| not_understood(&pool_file, &text))?;
+    let nodes_folder = sysfs.join("devices/system/node");
+    let nodes = list(&nodes_folder)?.into_iter().filter(|(name, _)| numbered(name, "node", ""));
+    let (mut kib, mut kib_free) = (0_u64, 0_u64);
+    for (_, node) in nodes {
+        let cpus_file = node.join("cpulist");
+        let Some(text) = read(&cpus_file)? else { return Err(missing(&cpus_file)) };
+        let cpus = parse_cpus(&text).ok_or_else(|| not_understood(&cpus_file, &text))?;
+        // An enclave's memory is on the node of its CPUs; without a pool yet, any node will do.
+        if !pool.is_empty() && pool.is_disjoint(&cpus) {
+            continue;
+        }
+        for (name, folder) in list(&node.join("hugepages"))? {
+            let Some(size) = name.strip_prefix("hugepages-").and_then(|name| name.strip_suffix("kB")) else { continue };
+            let size: u64 = size.parse().map_err(|_| not_understood(&folder, &name))?;
+            let count = |file: &str| -> Outcome<u64> {
+                let path = folder.join(file);
+                let Some(text) = read(&path)? else { return Err(missing(&path)) };
+                let count: u64 = text.trim().parse().map_err(|_| not_understood(&path, &text))?;
+                Ok(count.saturating_mul(size))
+            };
+            kib = kib.saturating_add(count("nr_hugepages")?);
+            kib_free = kib_free.saturating_add(count("free_hugepages")?);
+        }
+    }
+    Ok(Seen {
+        // There are no more than MAX_CPU.
+        cpus: u32::try_from(pool.len()).unwrap_or(u32::MAX),
+        memory: MemoryMib(kib / 1024),
+        memory_free: MemoryMib(kib_free / 1024),
+    })
+}
+
+/// A CPU list as the kernel writes it: `1,3`, `2-3,10-11`, or nothing.
+fn parse_cpus(text: &str) -> Option<BTreeSet<u32>> {
+    let mut cpus = BTreeSet::new();
+    for part in text.trim().split(',').filter(|part| !part.is_empty()) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u32, u32) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        if first > last || last > MAX_CPU {
+            return None;
+        }
+        cpus.extend(first..=last);
+    }
+    Some(cpus)
+}
+
+fn numbered(name: &str, prefix: &str, suffix: &str) -> bool {
+    let number = name.strip_prefix(prefix).and_then(|rest| rest.strip_suffix(suffix));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit()))
+}
+
+fn read(path: &Path) -> Outcome<Option<String>> {
+    let bytes = atomic_file::read(path, MAX_FILE).map_err(|error| Failure::from_error(&error))?;
+    Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+fn list(folder: &Path) -> Outcome<Vec<(String, PathBuf)>> {
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => missing(folder),
+        _ => Failure::new(format!("could not list {}: {error}", folder.display())),
+    };
+    let mut entries = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        entries.push((entry.file_name().to_string_lossy().into_owned(), entry.path()));
+    }
+    Ok(entries)
+}
+
+fn no_driver(path: &Path) -> Failure {
+    Failure::new(format!(
+        "this host can't run enclaves: the nitro_enclaves driver is not loaded ({} is missing)",
+        path.display()
+    ))
+    .with_remedy(
+        "start the instance with enclaves enabled (`--enclave-options Enabled=true`, an instance type that has them), \
+             install aws-nitro-enclaves-cli, and run `modprobe nitro_enclaves`",
+    )
+}
+
+fn missing(path: &Path) -> Failure {
+    Failure::new(format!("{} is missing: the kernel shows no hugepages of its memory nodes", path.display()))
+        .with_remedy("boot a kernel with CONFIG_NUMA and CONFIG_HUGETLBFS; in a container, mount the host's /sys")
+}
+
+fn not_understood(path: &Path, text: &str) -> Failure {
+    let text: String = text.trim().chars().take(100).flat_map(char::escape_debug).collect();
+    Failure::new(format!("{} is not understood: \"{text}\"", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tempfile::TempDir;
+
+    /// A sysfs with this pool and, for each node, its CPUs and `(size in kB, pages, free pages)`.
+    fn sysfs(ne_cpus: Option<&str>, nodes: &[(&str, &[(u64, u64, u64)])]) -> (TempDir, SysfsAllocator) {
+        let folder = tempfile::tempdir().unwrap();
+        if let Some(ne_cpus) = ne_cpus {
+            let parameters = folder.path().join("module/nitro_enclaves/parameters");
+            fs::create_dir_all(&parameters).unwrap();
+            fs::write(parameters.join("ne_cpus"), ne_cpus).unwrap();
+        }
+        for (number, (cpus, pages)) in nodes.iter().enumerate() {
+            let node = folder.path().join(format!("devices/system/node/node{number}"));
+            fs::create_dir_all(node.join("hugepages")).unwrap();
+            fs::write(node.join("cpulist"), cpus).unwrap();
+            for (size, count, free) in *pages {
+                let pages = node.join(format!("hugepages/hugepages-{size}kB"));
+                fs::create_dir_all(&pages).unwrap();
+                fs::write(pages.join("nr_hugepages"), format!("{count}\n")).unwrap();
+                fs::write(pages.join("free_hugepages"), format!("{free}\n")).unwrap();
+            }
+        }
+        let mode = AllocatorMode::Verify { sysfs: folder.path().to_owned() };
+        (folder, SysfsAllocator::new(mode))
+    }
+
+    #[tokio::test]
+    async fn the_pool_is_the_drivers_cpus_and_the_hugepages_of_their_node() {
+        let nodes: &[(&str, &[(u64, u64, u64)])] =
+            &[("0-3\n", &[(2048, 512, 100), (1_048_576, 2, 1)]), ("4-7\n", &[(2048, 10_000, 10_000)])];
+        let (_folder, allocator) = sysfs(Some("1,3\n"), nodes);
+        let expected = Pool::Sized { cpus: 2, memory: MemoryMib(3072), memory_free: MemoryMib(1224) };
+        assert_eq!(allocator.observe().await.unwrap(), expected);
+        let (_folder, allocator) = sysfs(Some("\n"), nodes);
+        let expected = Pool::Sized { cpus: 0, memory: MemoryMib(23_072), memory_free: MemoryMib(21_224) };
+        assert_eq!(allocator.observe().await.unwrap(), expected);
+    }
+
+    #[tokio::test]
+    async fn a_pool_that_is_too_small_is_told_in_numbers_with_the_lines_that_enlarge_it() {
+        let (_folder, allocator) = sysfs(Some("2-3"), &[("0-7", &[(2048, 512, 512)])]);
+        allocator.reserve(2, MemoryMib(1024)).await.unwrap();
+        let failure = allocator.reserve(4, MemoryMib(512)).await.unwrap_err();
+        assert!(failure.message.contains("has 2 CPUs and 1024 MiB in hugepages; 4 CPUs and 512 MiB"), "{failure}");
+        let remedy = failure.remedy.unwrap();
+        assert!(remedy.contains("`---`, `memory_mib: 1024`, `cpu_count: 4`"), "{remedy}");
+        assert!(remedy.contains("systemctl restart nitro-enclaves-allocator"), "{remedy}");
+        assert!(allocator.reserve(1, MemoryMib(1025)).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_host_without_the_driver_says_what_makes_one_with_it() {
+        let (_folder, allocator) = sysfs(None, &[("0-3", &[])]);
+        let failure = allocator.observe().await.unwrap_err();
+        assert!(failure.message.contains("driver is not loaded") && failure.message.contains("ne_cpus"), "{failure}");
+        assert!(failure.remedy.unwrap().contains("Enabled=true"));
+    }
+
+    #[tokio::test]
+    async fn what_is_not_understood_or_missing_is_an_error_and_never_zero() {
+        let (_folder, allocator) = sysfs(Some("1-x"), &[("0-3", &[])]);
+        assert!(allocator.observe().await.unwrap_err().message.contains("ne_cpus is not understood: \"1-x\""));
+        let (folder, allocator) = sysfs(Some("1"), &[("0-3", &[(2048, 1, 1)])]);
+        let pages = folder.path().join("devices/system/node/node0/hugepages/hugepages-2048kB/free_hugepages");
+        fs::remove_file(&pages).unwrap();
+        assert!(allocator.observe().await.unwrap_err().message.contains("free_hugepages is missing"));
+        fs::write(&pages, "-1").unwrap();
+        assert!(allocator.observe().await.unwrap_err().message.contains("free_hugepages is not understood"));
+        let (_folder, allocator) = sysfs(Some("1"), &[]);
+        assert!(allocator.observe().await.unwrap_err().message.contains("node is missing"));
+    }
+
+    #[tokio::test]
+    async fn an_external_allocator_is_neither_looked_at_nor_asked() {
+        let allocator = SysfsAllocator::new(AllocatorMode::External);
+        assert_eq!(allocator.observe().await.unwrap(), Pool::External);
+        allocator.reserve(u32::MAX, MemoryMib(u64::MAX)).await.unwrap();
+    }
+
+    #[test]
+    fn cpu_lists_are_read_as_the_kernel_writes_them_and_bounded() {
+        let list = |text: &str| parse_cpus(text).map(|cpus| cpus.into_iter().collect::<Vec<_>>());
+        assert_eq!(list("2-3,10-11\n"), Some(vec![2, 3, 10, 11]));
+        assert_eq!(list(""), Some(vec![]));
+        assert_eq!(list("1,1"), Some(vec![1]));
+        for bad in ["a", "3-2", "1-", "-1", "0-4294967295", "1;2"] {
+            assert_eq!(list(bad), None, "{bad}");
+        }
+    }
+}
