@@ -187,8 +187,11 @@ mod tests {
     use super::*;
     use tempfile::TempDir;
 
-    /// A sysfs with this pool and, for each node, its CPUs and `(size in kB, pages, free pages)`.
-    fn sysfs(ne_cpus: Option<&str>, nodes: &[(&str, &[(u64, u64, u64)])]) -> (TempDir, SysfsAllocator) {
+    /// Size in kB, pages, free pages.
+    type Pages = (u64, u64, u64);
+
+    /// A sysfs with this pool and, for each node, its CPUs and hugepages.
+    fn sysfs(ne_cpus: Option<&str>, nodes: &[(&str, &[Pages])]) -> (TempDir, SysfsAllocator) {
         let folder = tempfile::tempdir().unwrap();
         if let Some(ne_cpus) = ne_cpus {
             let parameters = folder.path().join("module/nitro_enclaves/parameters");
@@ -212,7 +215,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_pool_is_the_drivers_cpus_and_the_hugepages_of_their_node() {
-        let nodes: &[(&str, &[(u64, u64, u64)])] =
+        let nodes: &[(&str, &[Pages])] =
             &[("0-3\n", &[(2048, 512, 100), (1_048_576, 2, 1)]), ("4-7\n", &[(2048, 10_000, 10_000)])];
         let (_folder, allocator) = sysfs(Some("1,3\n"), nodes);
         let expected = Pool::Sized { cpus: 2, memory: MemoryMib(3072), memory_free: MemoryMib(1224) };

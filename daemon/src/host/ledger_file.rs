@@ -224,7 +224,7 @@ mod tests {
                 let mut given_up = std::pin::pin!(file.save(&old));
                 // Begun, and dropped before its end.
                 let begun = std::future::poll_fn(|context| {
-                    let _pending = std::future::Future::poll(given_up.as_mut(), context);
+                    let _pending = Future::poll(given_up.as_mut(), context);
                     std::task::Poll::Ready(())
                 });
                 begun.await;
