@@ -16,42 +16,26 @@ const MAX_FILE: u64 = 64 * 1024;
 /// More CPUs than Linux supports; a list that names more is nonsense, and would fill the memory.
 const MAX_CPU: u32 = 8192;
 
-/// Who hands out CPUs and memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum AllocatorMode {
-    /// The stock allocator service, set up by an operator: what it made available is looked at, never changed.
-    Verify {
-        /// `/sys`
-        sysfs: PathBuf,
-    },
-    /// Somebody else, Kubernetes' device plugin say: nothing is looked at.
-    External,
-}
-
-/// The allocator.
+/// The stock allocator service, set up by an operator: what it made available is looked at, never changed.
 #[derive(Debug, Clone)]
 pub struct SysfsAllocator {
-    mode: AllocatorMode,
+    sysfs: PathBuf,
 }
 
 impl SysfsAllocator {
-    /// An allocator of that mode.
-    pub fn new(mode: AllocatorMode) -> Self {
-        Self { mode }
+    /// Looks below that folder, `/sys` on a real host.
+    pub fn new(sysfs: impl Into<PathBuf>) -> Self {
+        Self { sysfs: sysfs.into() }
     }
 }
 
 impl Allocator for SysfsAllocator {
     async fn observe(&self) -> Outcome<Pool> {
-        match &self.mode {
-            AllocatorMode::External => Ok(Pool::External),
-            AllocatorMode::Verify { sysfs } => Ok(look(sysfs).await?.into()),
-        }
+        Ok(look(&self.sysfs).await?.into())
     }
 
     async fn reserve(&self, cpus: u32, memory: MemoryMib) -> Outcome<()> {
-        let AllocatorMode::Verify { sysfs } = &self.mode else { return Ok(()) };
-        let seen = look(sysfs).await?;
+        let seen = look(&self.sysfs).await?;
         if seen.cpus >= cpus && seen.memory >= memory {
             return Ok(());
         }
@@ -65,6 +49,20 @@ impl Allocator for SysfsAllocator {
              end all enclaves and run `systemctl restart nitro-enclaves-allocator`; if the pool then has less than that, reboot"
         );
         Err(Failure::new(message).with_remedy(remedy))
+    }
+}
+
+/// Somebody else hands out CPUs and memory, Kubernetes' device plugin say: nothing is looked at.
+#[derive(Debug, Clone, Copy)]
+pub struct ExternalAllocator;
+
+impl Allocator for ExternalAllocator {
+    async fn observe(&self) -> Outcome<Pool> {
+        Ok(Pool::External)
+    }
+
+    async fn reserve(&self, _cpus: u32, _memory: MemoryMib) -> Outcome<()> {
+        Ok(())
     }
 }
 
@@ -209,8 +207,8 @@ mod tests {
                 fs::write(pages.join("free_hugepages"), format!("{free}\n")).unwrap();
             }
         }
-        let mode = AllocatorMode::Verify { sysfs: folder.path().to_owned() };
-        (folder, SysfsAllocator::new(mode))
+        let allocator = SysfsAllocator::new(folder.path());
+        (folder, allocator)
     }
 
     #[tokio::test]
@@ -261,9 +259,8 @@ mod tests {
 
     #[tokio::test]
     async fn an_external_allocator_is_neither_looked_at_nor_asked() {
-        let allocator = SysfsAllocator::new(AllocatorMode::External);
-        assert_eq!(allocator.observe().await.unwrap(), Pool::External);
-        allocator.reserve(u32::MAX, MemoryMib(u64::MAX)).await.unwrap();
+        assert_eq!(ExternalAllocator.observe().await.unwrap(), Pool::External);
+        ExternalAllocator.reserve(u32::MAX, MemoryMib(u64::MAX)).await.unwrap();
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The ledger on disk: `<state_dir>/ledger.json`, replaced as a whole, flushed before a save returns. One that can't be
+//! The ledger on disk: one file, replaced as a whole, flushed before a save returns. One that can't be
 //! used is put aside under another name and never removed. What is in it is core's.
 
 use super::{LedgerStore, LoadedLedger, Outcome};
@@ -28,9 +28,9 @@ pub struct LedgerFile {
 }
 
 impl LedgerFile {
-    /// The ledger in that folder, which must exist by the time it is used.
-    pub fn new(state_dir: &Path) -> Self {
-        Self { path: state_dir.join("ledger.json"), next: AtomicU64::new(1), written: Arc::default() }
+    /// The ledger in that file (`<state_dir>/ledger.json`), whose folder must exist by the time it is used.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), next: AtomicU64::new(1), written: Arc::default() }
     }
 
     /// The file.
@@ -153,7 +153,7 @@ mod tests {
     async fn a_ledger_is_loaded_as_it_was_saved_and_only_this_user_can_read_it() {
         use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().unwrap();
-        let file = LedgerFile::new(folder.path());
+        let file = LedgerFile::new(folder.path().join("ledger.json"));
         assert_eq!(file.load().await.unwrap(), LoadedLedger::default());
         file.save(&ledger("a")).await.unwrap();
         file.save(&ledger("signer")).await.unwrap();
@@ -165,7 +165,7 @@ mod tests {
     #[tokio::test]
     async fn a_torn_or_foreign_ledger_is_put_aside_untouched_and_the_reason_is_told() {
         let folder = tempfile::tempdir().unwrap();
-        let file = LedgerFile::new(folder.path());
+        let file = LedgerFile::new(folder.path().join("ledger.json"));
         for (count, (text, reason)) in [
             ("{\"format\":1,\"boot", "EOF while parsing"),
             ("", "EOF while parsing"),
@@ -195,7 +195,7 @@ mod tests {
     #[tokio::test]
     async fn a_ledger_that_cannot_be_read_just_now_is_not_taken_for_lost() {
         let folder = tempfile::tempdir().unwrap();
-        let file = LedgerFile::new(folder.path());
+        let file = LedgerFile::new(folder.path().join("ledger.json"));
         fs::create_dir(file.path()).unwrap();
         let failure = file.load().await.unwrap_err();
         assert!(failure.message.contains("ledger.json"), "{failure}");
@@ -205,7 +205,7 @@ mod tests {
     #[tokio::test]
     async fn a_ledger_that_cannot_be_saved_says_so_and_the_old_one_stays() {
         let folder = tempfile::tempdir().unwrap();
-        let file = LedgerFile::new(folder.path());
+        let file = LedgerFile::new(folder.path().join("ledger.json"));
         file.save(&ledger("a")).await.unwrap();
         fs::create_dir(folder.path().join(".ledger.json.tmp")).unwrap();
         let failure = file.save(&ledger("b")).await.unwrap_err();
@@ -217,7 +217,7 @@ mod tests {
     #[tokio::test]
     async fn a_save_that_was_given_up_never_overtakes_a_later_one() {
         let folder = tempfile::tempdir().unwrap();
-        let file = LedgerFile::new(folder.path());
+        let file = LedgerFile::new(folder.path().join("ledger.json"));
         for _ in 0..50 {
             {
                 let (old, new) = (ledger("old"), ledger("new"));
