@@ -8,6 +8,7 @@
 pub mod allocator;
 pub mod direct;
 pub mod instance_metadata;
+pub mod ledger_file;
 pub mod vsock_prober;
 
 use enclaved_core::desired::{HealthCheck, ImageRequest};

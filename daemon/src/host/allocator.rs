@@ -1,27 +1,58 @@
-//! The host's enclave resources: read from sysfs, compared with what is needed, or left to somebody else.
-//!
-//! Nothing here changes the host. What is missing is said with numbers, and with what has to stand in the allocator's
-//! file for it to be there.
+//! The host's enclave resources, as the driver and the kernel show them in sysfs. Reads only: what is to be changed is
+//! said, with the content of the file that changes it.
 
 use super::{Allocator, Outcome};
+use crate::atomic_file;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::MemoryMib;
 use enclaved_core::observed::Pool;
 use std::collections::BTreeSet;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
-/// CPUs on the largest host, with room to spare: a list in sysfs that names higher ones is not believed.
-const MAX_CPU: u32 = 65_535;
-/// A number or a list in sysfs is a page at most.
-const MAX_BYTES: u64 = 4096;
+/// sysfs files are a page long at most.
+const MAX_FILE: u64 = 64 * 1024;
+/// More CPUs than Linux supports; a list that names more is nonsense, and would fill the memory.
+const MAX_CPU: u32 = 8192;
 
-/// Resources that the host's administrator set aside (`/etc/nitro_enclaves/allocator.yaml`); only looked at.
+/// The stock allocator service, set up by an operator: what it made available is looked at, never changed.
 #[derive(Debug, Clone)]
 pub struct SysfsAllocator {
     sysfs: PathBuf,
 }
 
-/// Resources that somebody else hands out, such as a Kubernetes device plugin.
+impl SysfsAllocator {
+    /// Looks below that folder, `/sys` on a real host.
+    pub fn new(sysfs: impl Into<PathBuf>) -> Self {
+        Self { sysfs: sysfs.into() }
+    }
+}
+
+impl Allocator for SysfsAllocator {
+    async fn observe(&self) -> Outcome<Pool> {
+        Ok(look(&self.sysfs).await?.into())
+    }
+
+    async fn reserve(&self, cpus: u32, memory: MemoryMib) -> Outcome<()> {
+        let seen = look(&self.sysfs).await?;
+        if seen.cpus >= cpus && seen.memory >= memory {
+            return Ok(());
+        }
+        let message = format!(
+            "the enclave pool has {} CPUs and {} in hugepages; {cpus} CPUs and {memory} are needed",
+            seen.cpus, seen.memory
+        );
+        let (cpus, memory) = (cpus.max(seen.cpus), memory.max(seen.memory).0);
+        let remedy = format!(
+            "put exactly these three lines into /etc/nitro_enclaves/allocator.yaml: `---`, `memory_mib: {memory}`, `cpu_count: {cpus}`; \
+             end all enclaves and run `systemctl restart nitro-enclaves-allocator`; if the pool then has less than that, reboot"
+        );
+        Err(Failure::new(message).with_remedy(remedy))
+    }
+}
+
+/// Somebody else hands out CPUs and memory, Kubernetes' device plugin say: nothing is looked at.
 #[derive(Debug, Clone, Copy)]
 pub struct ExternalAllocator;
 
@@ -30,181 +61,216 @@ impl Allocator for ExternalAllocator {
         Ok(Pool::External)
     }
 
-    async fn reserve(&self, _: u32, _: MemoryMib) -> Outcome<()> {
+    async fn reserve(&self, _cpus: u32, _memory: MemoryMib) -> Outcome<()> {
         Ok(())
     }
 }
 
-impl SysfsAllocator {
-    /// For the host whose sysfs is there (`/sys`).
-    pub fn new(sysfs: &Path) -> Self {
-        Self { sysfs: sysfs.to_owned() }
-    }
+/// What sysfs shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Seen {
+    cpus: u32,
+    memory: MemoryMib,
+    memory_free: MemoryMib,
+}
 
-    /// The CPUs of the driver's pool (`modprobe nitro_enclaves` makes the parameter, the allocator fills it).
-    fn cpus(&self) -> Outcome<u32> {
-        let path = self.sysfs.join("module/nitro_enclaves/parameters/ne_cpus");
-        let text = read(&path).map_err(|error| {
-            let failure = Failure::new(format!("reading the enclave CPU pool {}: {error}", path.display()));
-            failure.with_remedy(
-                "start the instance with enclave support (EnclaveOptions), then `modprobe nitro_enclaves` and \
-                 `systemctl enable --now nitro-enclaves-allocator`",
-            )
-        })?;
-        let list = parse_cpu_list(&text).ok_or_else(|| {
-            Failure::new(format!(
-                "the enclave CPU pool {} is no list of CPUs: \"{}\"",
-                path.display(),
-                text.escape_debug()
-            ))
-        })?;
-        u32::try_from(list.len()).map_err(|_| Failure::new("the enclave CPU pool is impossibly large"))
+impl From<Seen> for Pool {
+    fn from(seen: Seen) -> Self {
+        Self::Sized { cpus: seen.cpus, memory: seen.memory, memory_free: seen.memory_free }
     }
+}
 
-    /// Hugepage memory of all nodes and page sizes: in all, and free.
-    fn memory(&self) -> Outcome<(MemoryMib, MemoryMib)> {
-        let nodes = self.sysfs.join("devices/system/node");
-        let failed = |path: &Path, error: &std::io::Error| {
-            Failure::new(format!("reading the hugepages in {}: {error}", path.display()))
-        };
-        let (mut total, mut free) = (0_u64, 0_u64);
-        for node in folders(&nodes, "node").map_err(|error| failed(&nodes, &error))? {
-            let sizes = node.join("hugepages");
-            for pages in folders(&sizes, "hugepages-").map_err(|error| failed(&sizes, &error))? {
-                let kib = pages.file_name().and_then(|name| name.to_str()).and_then(page_kib);
-                let Some(kib) = kib else { continue };
-                let count = |name: &str| {
-                    let path = pages.join(name);
-                    let text = read(&path).map_err(|error| failed(&path, &error))?;
-                    let number = text.trim().parse::<u64>();
-                    number.map_err(|_| Failure::new(format!("{} holds no number", path.display())))
-                };
-                total = total.saturating_add(count("nr_hugepages")?.saturating_mul(kib));
-                free = free.saturating_add(count("free_hugepages")?.saturating_mul(kib));
-            }
+async fn look(sysfs: &Path) -> Outcome<Seen> {
+    let sysfs = sysfs.to_owned();
+    let seen = tokio::task::spawn_blocking(move || read_pool(&sysfs)).await;
+    seen.map_err(|error| Failure::new(format!("looking at the enclave pool was cut off: {error}")))?
+}
+
+fn read_pool(sysfs: &Path) -> Outcome<Seen> {
+    let pool_file = sysfs.join("module/nitro_enclaves/parameters/ne_cpus");
+    let Some(text) = read(&pool_file)? else { return Err(no_driver(&pool_file)) };
+    let pool = parse_cpus(&text).ok_or_else(|| not_understood(&pool_file, &text))?;
+    let nodes_folder = sysfs.join("devices/system/node");
+    let nodes = list(&nodes_folder)?.into_iter().filter(|(name, _)| numbered(name, "node", ""));
+    let (mut kib, mut kib_free) = (0_u64, 0_u64);
+    for (_, node) in nodes {
+        let cpus_file = node.join("cpulist");
+        let Some(text) = read(&cpus_file)? else { return Err(missing(&cpus_file)) };
+        let cpus = parse_cpus(&text).ok_or_else(|| not_understood(&cpus_file, &text))?;
+        // An enclave's memory is on the node of its CPUs; without a pool yet, any node will do.
+        if !pool.is_empty() && pool.is_disjoint(&cpus) {
+            continue;
         }
-        Ok((MemoryMib(total / 1024), MemoryMib(free / 1024)))
-    }
-
-    fn pool(&self) -> Outcome<Pool> {
-        let cpus = self.cpus()?;
-        let (memory, memory_free) = self.memory()?;
-        Ok(Pool::Sized { cpus, memory, memory_free })
-    }
-}
-
-impl Allocator for SysfsAllocator {
-    async fn observe(&self) -> Outcome<Pool> {
-        // A few small files that the kernel makes up as they are read; no disk is waited for.
-        self.pool()
-    }
-
-    async fn reserve(&self, cpus: u32, memory: MemoryMib) -> Outcome<()> {
-        let Pool::Sized { cpus: have_cpus, memory: have_memory, memory_free } = self.pool()? else { return Ok(()) };
-        if have_cpus >= cpus && have_memory >= memory {
-            return Ok(());
-        }
-        let text = format!(
-            "the enclaves need {cpus} CPUs and {memory} in all; the host has set aside {have_cpus} CPUs and {have_memory} \
-             ({memory_free} free)"
-        );
-        let remedy = format!(
-            "in /etc/nitro_enclaves/allocator.yaml set memory_mib: {} and cpu_count: {}, then `systemctl restart \
-             nitro-enclaves-allocator` while no enclave runs; or make the enclaves smaller",
-            memory.0.max(have_memory.0),
-            cpus.max(have_cpus)
-        );
-        Err(Failure::new(text).with_remedy(remedy))
-    }
-}
-
-fn read(path: &Path) -> std::io::Result<String> {
-    use std::io::Read;
-    let mut text = String::new();
-    std::fs::File::open(path)?.take(MAX_BYTES).read_to_string(&mut text)?;
-    Ok(text)
-}
-
-/// The folders in `path` whose names begin with `prefix`.
-fn folders(path: &Path, prefix: &str) -> std::io::Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(path)? {
-        let entry = entry?;
-        if entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix)) && entry.path().is_dir() {
-            found.push(entry.path());
+        for (name, folder) in list(&node.join("hugepages"))? {
+            let Some(size) = name.strip_prefix("hugepages-").and_then(|name| name.strip_suffix("kB")) else { continue };
+            let size: u64 = size.parse().map_err(|_| not_understood(&folder, &name))?;
+            let count = |file: &str| -> Outcome<u64> {
+                let path = folder.join(file);
+                let Some(text) = read(&path)? else { return Err(missing(&path)) };
+                let count: u64 = text.trim().parse().map_err(|_| not_understood(&path, &text))?;
+                Ok(count.saturating_mul(size))
+            };
+            kib = kib.saturating_add(count("nr_hugepages")?);
+            kib_free = kib_free.saturating_add(count("free_hugepages")?);
         }
     }
-    Ok(found)
+    Ok(Seen {
+        // There are no more than MAX_CPU.
+        cpus: u32::try_from(pool.len()).unwrap_or(u32::MAX),
+        memory: MemoryMib(kib / 1024),
+        memory_free: MemoryMib(kib_free / 1024),
+    })
 }
 
-/// The page size in a name like `hugepages-2048kB`.
-fn page_kib(name: &str) -> Option<u64> {
-    name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()
-}
-
-/// The kernel's list form: `1-3,5,7-9`; empty for none.
-fn parse_cpu_list(text: &str) -> Option<BTreeSet<u32>> {
+/// A CPU list as the kernel writes it: `1,3`, `2-3,10-11`, or nothing.
+fn parse_cpus(text: &str) -> Option<BTreeSet<u32>> {
     let mut cpus = BTreeSet::new();
-    let number = |text: &str| text.parse::<u32>().ok().filter(|cpu| *cpu <= MAX_CPU);
     for part in text.trim().split(',').filter(|part| !part.is_empty()) {
-        match part.split_once('-') {
-            Some((first, last)) => cpus.extend(number(first)?..=number(last)?),
-            None => {
-                cpus.insert(number(part)?);
-            }
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (u32, u32) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        if first > last || last > MAX_CPU {
+            return None;
         }
+        cpus.extend(first..=last);
     }
     Some(cpus)
+}
+
+fn numbered(name: &str, prefix: &str, suffix: &str) -> bool {
+    let number = name.strip_prefix(prefix).and_then(|rest| rest.strip_suffix(suffix));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit()))
+}
+
+fn read(path: &Path) -> Outcome<Option<String>> {
+    let bytes = atomic_file::read(path, MAX_FILE).map_err(|error| Failure::from_error(&error))?;
+    Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+fn list(folder: &Path) -> Outcome<Vec<(String, PathBuf)>> {
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => missing(folder),
+        _ => Failure::new(format!("could not list {}: {error}", folder.display())),
+    };
+    let mut entries = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        entries.push((entry.file_name().to_string_lossy().into_owned(), entry.path()));
+    }
+    Ok(entries)
+}
+
+fn no_driver(path: &Path) -> Failure {
+    Failure::new(format!(
+        "this host can't run enclaves: the nitro_enclaves driver is not loaded ({} is missing)",
+        path.display()
+    ))
+    .with_remedy(
+        "start the instance with enclaves enabled (`--enclave-options Enabled=true`, an instance type that has them), \
+             install aws-nitro-enclaves-cli, and run `modprobe nitro_enclaves`",
+    )
+}
+
+fn missing(path: &Path) -> Failure {
+    Failure::new(format!("{} is missing: the kernel shows no hugepages of its memory nodes", path.display()))
+        .with_remedy("boot a kernel with CONFIG_NUMA and CONFIG_HUGETLBFS; in a container, mount the host's /sys")
+}
+
+fn not_understood(path: &Path, text: &str) -> Failure {
+    let text: String = text.trim().chars().take(100).flat_map(char::escape_debug).collect();
+    Failure::new(format!("{} is not understood: \"{text}\"", path.display()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tempfile::TempDir;
 
-    fn sysfs(cpus: &str, pages: u64, free: u64) -> tempfile::TempDir {
-        let dir = tempfile::tempdir().unwrap();
-        let parameters = dir.path().join("module/nitro_enclaves/parameters");
-        std::fs::create_dir_all(&parameters).unwrap();
-        std::fs::write(parameters.join("ne_cpus"), cpus).unwrap();
-        for (name, nr, free) in [("hugepages-2048kB", pages, free), ("hugepages-1048576kB", 1, 1)] {
-            let folder = dir.path().join("devices/system/node/node0/hugepages").join(name);
-            std::fs::create_dir_all(&folder).unwrap();
-            std::fs::write(folder.join("nr_hugepages"), format!("{nr}\n")).unwrap();
-            std::fs::write(folder.join("free_hugepages"), format!("{free}\n")).unwrap();
+    /// Size in kB, pages, free pages.
+    type Pages = (u64, u64, u64);
+
+    /// A sysfs with this pool and, for each node, its CPUs and hugepages.
+    fn sysfs(ne_cpus: Option<&str>, nodes: &[(&str, &[Pages])]) -> (TempDir, SysfsAllocator) {
+        let folder = tempfile::tempdir().unwrap();
+        if let Some(ne_cpus) = ne_cpus {
+            let parameters = folder.path().join("module/nitro_enclaves/parameters");
+            fs::create_dir_all(&parameters).unwrap();
+            fs::write(parameters.join("ne_cpus"), ne_cpus).unwrap();
         }
-        dir
+        for (number, (cpus, pages)) in nodes.iter().enumerate() {
+            let node = folder.path().join(format!("devices/system/node/node{number}"));
+            fs::create_dir_all(node.join("hugepages")).unwrap();
+            fs::write(node.join("cpulist"), cpus).unwrap();
+            for (size, count, free) in *pages {
+                let pages = node.join(format!("hugepages/hugepages-{size}kB"));
+                fs::create_dir_all(&pages).unwrap();
+                fs::write(pages.join("nr_hugepages"), format!("{count}\n")).unwrap();
+                fs::write(pages.join("free_hugepages"), format!("{free}\n")).unwrap();
+            }
+        }
+        let allocator = SysfsAllocator::new(folder.path());
+        (folder, allocator)
     }
 
     #[tokio::test]
-    async fn the_pool_is_the_drivers_cpus_and_the_hugepages_of_every_size() {
-        let dir = sysfs("1-2,5\n", 512, 256);
-        let pool = SysfsAllocator::new(dir.path()).observe().await.unwrap();
-        assert_eq!(pool, Pool::Sized { cpus: 3, memory: MemoryMib(2048), memory_free: MemoryMib(1536) });
+    async fn the_pool_is_the_drivers_cpus_and_the_hugepages_of_their_node() {
+        let nodes: &[(&str, &[Pages])] =
+            &[("0-3\n", &[(2048, 512, 100), (1_048_576, 2, 1)]), ("4-7\n", &[(2048, 10_000, 10_000)])];
+        let (_folder, allocator) = sysfs(Some("1,3\n"), nodes);
+        let expected = Pool::Sized { cpus: 2, memory: MemoryMib(3072), memory_free: MemoryMib(1224) };
+        assert_eq!(allocator.observe().await.unwrap(), expected);
+        let (_folder, allocator) = sysfs(Some("\n"), nodes);
+        let expected = Pool::Sized { cpus: 0, memory: MemoryMib(23_072), memory_free: MemoryMib(21_224) };
+        assert_eq!(allocator.observe().await.unwrap(), expected);
     }
 
     #[tokio::test]
-    async fn a_host_without_the_driver_says_how_to_get_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let failure = SysfsAllocator::new(dir.path()).observe().await.unwrap_err();
-        assert!(failure.message.contains("ne_cpus") && failure.remedy.unwrap().contains("modprobe"));
+    async fn a_pool_that_is_too_small_is_told_in_numbers_with_the_lines_that_enlarge_it() {
+        let (_folder, allocator) = sysfs(Some("2-3"), &[("0-7", &[(2048, 512, 512)])]);
+        allocator.reserve(2, MemoryMib(1024)).await.unwrap();
+        let failure = allocator.reserve(4, MemoryMib(512)).await.unwrap_err();
+        assert!(failure.message.contains("has 2 CPUs and 1024 MiB in hugepages; 4 CPUs and 512 MiB"), "{failure}");
+        let remedy = failure.remedy.unwrap();
+        assert!(remedy.contains("`---`, `memory_mib: 1024`, `cpu_count: 4`"), "{remedy}");
+        assert!(remedy.contains("systemctl restart nitro-enclaves-allocator"), "{remedy}");
+        assert!(allocator.reserve(1, MemoryMib(1025)).await.is_err());
     }
 
     #[tokio::test]
-    async fn what_is_missing_is_said_in_numbers_with_the_line_that_would_help() {
-        let dir = sysfs("1-2", 512, 512);
-        let allocator = SysfsAllocator::new(dir.path());
-        allocator.reserve(2, MemoryMib(2048)).await.unwrap();
-        let failure = allocator.reserve(4, MemoryMib(4096)).await.unwrap_err();
-        assert!(failure.message.contains("4 CPUs and 4096 MiB") && failure.message.contains("2 CPUs and 2048 MiB"));
-        assert!(failure.remedy.unwrap().contains("memory_mib: 4096 and cpu_count: 4"));
+    async fn a_host_without_the_driver_says_what_makes_one_with_it() {
+        let (_folder, allocator) = sysfs(None, &[("0-3", &[])]);
+        let failure = allocator.observe().await.unwrap_err();
+        assert!(failure.message.contains("driver is not loaded") && failure.message.contains("ne_cpus"), "{failure}");
+        assert!(failure.remedy.unwrap().contains("Enabled=true"));
+    }
+
+    #[tokio::test]
+    async fn what_is_not_understood_or_missing_is_an_error_and_never_zero() {
+        let (_folder, allocator) = sysfs(Some("1-x"), &[("0-3", &[])]);
+        assert!(allocator.observe().await.unwrap_err().message.contains("ne_cpus is not understood: \"1-x\""));
+        let (folder, allocator) = sysfs(Some("1"), &[("0-3", &[(2048, 1, 1)])]);
+        let pages = folder.path().join("devices/system/node/node0/hugepages/hugepages-2048kB/free_hugepages");
+        fs::remove_file(&pages).unwrap();
+        assert!(allocator.observe().await.unwrap_err().message.contains("free_hugepages is missing"));
+        fs::write(&pages, "-1").unwrap();
+        assert!(allocator.observe().await.unwrap_err().message.contains("free_hugepages is not understood"));
+        let (_folder, allocator) = sysfs(Some("1"), &[]);
+        assert!(allocator.observe().await.unwrap_err().message.contains("node is missing"));
+    }
+
+    #[tokio::test]
+    async fn an_external_allocator_is_neither_looked_at_nor_asked() {
+        assert_eq!(ExternalAllocator.observe().await.unwrap(), Pool::External);
+        ExternalAllocator.reserve(u32::MAX, MemoryMib(u64::MAX)).await.unwrap();
     }
 
     #[test]
-    fn a_cpu_list_that_is_none_is_refused() {
-        for bad in ["x", "1-", "-1", "1-2-3", "1;2", "99999999"] {
-            assert_eq!(parse_cpu_list(bad), None, "{bad}");
+    fn cpu_lists_are_read_as_the_kernel_writes_them_and_bounded() {
+        let list = |text: &str| parse_cpus(text).map(|cpus| cpus.into_iter().collect::<Vec<_>>());
+        assert_eq!(list("2-3,10-11\n"), Some(vec![2, 3, 10, 11]));
+        assert_eq!(list(""), Some(vec![]));
+        assert_eq!(list("1,1"), Some(vec![1]));
+        for bad in ["a", "3-2", "1-", "-1", "0-4294967295", "1;2"] {
+            assert_eq!(list(bad), None, "{bad}");
         }
-        assert_eq!(parse_cpu_list("\n"), Some(BTreeSet::new()));
-        assert_eq!(parse_cpu_list("3-1"), Some(BTreeSet::new()));
     }
 }
