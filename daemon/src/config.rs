@@ -207,6 +207,16 @@ pub fn parse(sources: &[SourceFile]) -> Result<Config, ConfigErrors> {
     }
 }
 
+/// The run directory by the file at `path`, whatever else may be wrong with it; the default where it does not say.
+///
+/// For tools that look for the daemon's socket: the daemon may run on an older, better configuration.
+pub fn run_dir(path: &Path) -> PathBuf {
+    let mut problems = Problems::default();
+    let tree = read(path).map(|sources| Tree::read(&sources, &mut problems)).ok();
+    let at = source::Path::default().key("host").key("run_dir");
+    tree.and_then(|tree| tree.text(&at).map(PathBuf::from)).unwrap_or_else(|| DEFAULT_RUN_DIR.into())
+}
+
 /// The JSON schema of the configuration file: `config/enclaved.schema.json`.
 pub fn schema() -> serde_json::Value {
     form::schema().to_value()

@@ -4,6 +4,7 @@ pub mod admin;
 pub mod atomic_file;
 pub mod config;
 pub mod control_plane;
+pub mod ctl;
 pub mod events;
 pub mod host;
 pub mod jobs;

@@ -176,6 +176,14 @@ impl Tree {
         self.nearest(path).1
     }
 
+    /// The text at `path`, if there is one.
+    pub(super) fn text(&self, path: &Path) -> Option<&str> {
+        match self.nearest(path) {
+            (Node { value: Value::String(text), .. }, true) => Some(text),
+            _ => None,
+        }
+    }
+
     /// The value at `path`, or the nearest around it; and whether it is the value itself.
     fn nearest(&self, path: &Path) -> (&Node, bool) {
         let mut node = &self.root;

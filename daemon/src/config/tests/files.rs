@@ -67,6 +67,14 @@ fn errors_of_all_files_come_together_in_order() {
 }
 
 #[test]
+fn the_run_directory_is_found_also_in_a_file_that_is_otherwise_wrong() {
+    let dir = folder(&[("enclaved.toml", b"[host]\nrun_dir = \"/x\"\nfoo = 1"), ("other.toml", b"[host")]);
+    assert_eq!(run_dir(&dir.path().join("enclaved.toml")), Path::new("/x"));
+    assert_eq!(run_dir(&dir.path().join("other.toml")), Path::new(DEFAULT_RUN_DIR));
+    assert_eq!(run_dir(&dir.path().join("absent.toml")), Path::new(DEFAULT_RUN_DIR));
+}
+
+#[test]
 fn a_file_that_is_not_there_is_named() {
     let dir = folder(&[]);
     assert_eq!(load_error(&dir), "/enclaved.toml: can't be read: No such file or directory (os error 2)");
