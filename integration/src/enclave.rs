@@ -29,6 +29,8 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode, Uri};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{PidfdFlags, getppid, pidfd_open};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -119,14 +121,28 @@ pub fn main(options: &Options) -> anyhow::Result<()> {
     let lock = File::create(state.join(format!("cid-{}.lock", options.cid))).context("creating the CID's lock")?;
     lock.lock().context("waiting for an earlier enclave to end")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let result = runtime.block_on(run(options));
+    let owner = getppid().and_then(|owner| pidfd_open(owner, PidfdFlags::empty()).ok());
+    let end = runtime.block_on(run(options));
+    if let (Ok(End::Abandoned), Some(owner)) = (&end, owner) {
+        // It is ending; what it held is free only when it has ended.
+        let limit = Timespec { tv_sec: 10, tv_nsec: 0 };
+        let _ignored = poll(&mut [PollFd::new(&owner, PollFlags::IN)], Some(&limit));
+    }
     // The background process may have been killed: then nobody else gives back what it held.
     let _ignored = std::fs::remove_file(options.socket());
     let _ignored = settle(&environment);
-    result
+    end.map(|_| ())
 }
 
-async fn run(options: &Options) -> anyhow::Result<()> {
+/// Why the enclave ends.
+enum End {
+    /// Its background process has closed the life line, or died.
+    Abandoned,
+    /// The application was told to.
+    FromInside,
+}
+
+async fn run(options: &Options) -> anyhow::Result<End> {
     let stdin = std::io::stdin().as_fd().try_clone_to_owned()?;
     let mut life = BufReader::new(pipe::Receiver::from_owned_fd(stdin).context("standard input is not a pipe")?);
     let mut line = Vec::new();
@@ -152,11 +168,11 @@ async fn run(options: &Options) -> anyhow::Result<()> {
     let mut rest = Vec::new();
     tokio::select! {
         // Not called again after it was cancelled.
-        read = life.read_to_end(&mut rest) => { read?; Ok(()) }
+        read = life.read_to_end(&mut rest) => { read?; Ok(End::Abandoned) }
         // Not called again.
-        () = guest.dying.notified() => Ok(()),
+        () = guest.dying.notified() => Ok(End::FromInside),
         // Not called again.
-        failed = accept(&guest, listener) => failed,
+        failed = accept(&guest, listener) => failed.map(|()| End::FromInside),
     }
 }
 

@@ -175,7 +175,7 @@ impl Machine {
     /// The configuration of the host itself, without enclaves.
     pub fn host_config(&self) -> String {
         format!(
-            "[host]\nreserve_cpus = 2\nreserve_memory_mib = 64\nallocator = \"external\"\nsupervisor = \"direct\"\n\
+            "[host]\nreserve_cpus = 2\nreserve_memory_mib = 64\nallocator = \"verify\"\nsupervisor = \"direct\"\n\
              drain = \"2s\"\nstate_dir = {:?}\nrun_dir = {:?}\nproxy_state_dir = {:?}\nsysfs = {:?}\n\n\
              [nitro]\ncli = {:?}\n\n[vsock]\ntransport = {{ hybrid = {:?} }}\n\n[ingress]\nlisten = \"{}\"\n\n\
              [metrics]\nlisten = \"{}\"\n\n[control_plane]\nurl = \"{}\"\ninterval = \"1s\"\n\n",

@@ -121,9 +121,10 @@ async fn programs_get_the_machines_environment_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn the_configuration_is_toml_that_names_this_machine() {
+async fn the_daemon_accepts_the_configuration_which_names_this_machine() {
     let machine = machine().await;
     machine.write_config(&(machine.host_config() + &machine.sample_enclave("signer", "signer.eif"))).unwrap();
+    enclaved::config::load(&machine.config_file()).unwrap();
     let config: toml::Table = std::fs::read_to_string(machine.config_file()).unwrap().parse().unwrap();
     assert_eq!(config["vsock"]["transport"]["hybrid"].as_str(), machine.nitro.vsock().to_str());
     assert_eq!(config["enclave"][0]["image"].as_str(), Some("s3://caution-d-0001-images/signer.eif"));
