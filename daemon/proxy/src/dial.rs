@@ -66,7 +66,7 @@ pub(crate) async fn dial(
 ) -> Result<TcpStream, DialError> {
     let dial = async {
         let addresses = resolve(route, lookups, limits).await?;
-        connect(&permitted(&addresses, route, &*own.get()?)?, limits).await
+        connect(&permitted(&addresses, route, &own.get()?)?, limits).await
     };
     timeout(limits.dial, dial).await.unwrap_or(Err(DialError::ConnectTimeout))
 }

@@ -1,14 +1,13 @@
 //! An error and its causes in one line, for reports and log lines.
 
 use std::error::Error;
-use std::fmt::Write;
 
 pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        // Writing to a string does not fail.
-        drop(write!(text, ": {error}"));
+        text.push_str(": ");
+        text.push_str(&error.to_string());
         cause = error.source();
     }
     text

@@ -1,4 +1,12 @@
 //! Ingress: clients reach enclaves, by HTTPS (names and paths) or by raw TCP (ports). Which generation of an enclave takes
 //! them is in the routes; nothing here asks whether it is well.
 
+mod body;
+mod forward;
+mod headers;
+pub(crate) mod https;
+pub(crate) mod sites;
+mod stall;
 pub(crate) mod tcp;
+pub(crate) mod tls;
+pub(crate) mod upstream;

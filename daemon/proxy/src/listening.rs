@@ -255,14 +255,16 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use tokio::time::Instant;
 
+    type Accepts = Arc<Mutex<Vec<Result<(), Option<Errno>>>>>;
+
     /// Opens and accepts as the script says; an empty script accepts nothing, forever.
     struct Scripted {
         opens: Mutex<Vec<Result<(), &'static str>>>,
-        accepts: Arc<Mutex<Vec<Result<(), Option<Errno>>>>>,
+        accepts: Accepts,
         served: AtomicUsize,
         panic_at: usize,
     }
-    struct ScriptedSocket(Arc<Mutex<Vec<Result<(), Option<Errno>>>>>);
+    struct ScriptedSocket(Accepts);
 
     impl Socket for ScriptedSocket {
         type Connection = ();

@@ -1,0 +1,228 @@
+//! One HTTP request: finds its site, sends it to the enclave, gives the answer back, or says why there is none.
+
+use super::body::{Download, Upload};
+use super::headers::{self, Client};
+use super::https::Https;
+use super::sites::{Backend, host_of};
+use super::tcp::connect_failure;
+use super::upstream::SendError;
+use crate::counters::{Failure, Live, Open, Refused, Traffic};
+use crate::error_text::chain;
+use crate::relay::relay;
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER, TRANSFER_ENCODING};
+use http::uri::PathAndQuery;
+use http::{Method, Request, Response, StatusCode, Uri, Version};
+use hyper::body::{Body, Incoming};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+/// What is known of the connection that a request came over.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) https: Arc<Https>,
+    /// The client's address, as a header's value.
+    pub(crate) client: HeaderValue,
+    /// The name in the TLS handshake.
+    pub(crate) server_name: Option<String>,
+}
+
+/// An answer of the proxy's own.
+#[derive(Debug)]
+struct Refusal {
+    status: StatusCode,
+    reason: &'static str,
+    failure: Option<Failure>,
+}
+
+impl Refusal {
+    const fn new(status: StatusCode, reason: &'static str) -> Self {
+        Self { status, reason, failure: None }
+    }
+
+    const fn failure(status: StatusCode, reason: &'static str, failure: Failure) -> Self {
+        Self { status, reason, failure: Some(failure) }
+    }
+
+    fn of(error: &SendError) -> Self {
+        match error {
+            SendError::Connect(error) => {
+                let reason = "the enclave could not be connected to";
+                Self::failure(StatusCode::BAD_GATEWAY, reason, connect_failure(error))
+            }
+            SendError::Http(_) => {
+                Self::failure(StatusCode::BAD_GATEWAY, "the enclave gave no valid answer", Failure::BadAnswer)
+            }
+            SendError::Silent => {
+                Self::failure(StatusCode::GATEWAY_TIMEOUT, "the enclave did not answer in time", Failure::AnswerTimeout)
+            }
+            SendError::Cut => {
+                Self::failure(StatusCode::BAD_GATEWAY, "the enclave ended while it had the request", Failure::Cut)
+            }
+        }
+    }
+
+    fn answer(&self, request_id: &HeaderValue) -> Response<Download> {
+        let id = request_id.to_str().unwrap_or_default();
+        let text = format!("{}: {}\nrequest {id}\n", self.status, self.reason);
+        let mut response = Response::new(Download::Text(Some(Bytes::from(text))));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        headers.insert(headers::X_REQUEST_ID, request_id.clone());
+        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}
+
+/// Answers a request.
+pub(crate) async fn forward(connection: &Connection, mut request: Request<Incoming>) -> Response<Download> {
+    let https = &connection.https;
+    let request_id = https.next_request_id();
+    let (host, backend) = match find(connection, &mut request) {
+        Ok(found) => found,
+        Err(refusal) => {
+            let unknown = refusal.status == StatusCode::MISDIRECTED_REQUEST;
+            https.shared.counters.refused.count(if unknown { Refused::UnknownHost } else { Refused::BadRequest });
+            return refusal.answer(&request_id);
+        }
+    };
+    let traffic = &backend.traffic;
+    let answer = send(connection, request, host, &backend, &request_id).await;
+    let response = answer.unwrap_or_else(|refusal| {
+        if let Some(failure) = refusal.failure {
+            traffic.fail(failure);
+        }
+        refusal.answer(&request_id)
+    });
+    traffic.answered(response.status());
+    response
+}
+
+/// The authority that a request asks for, and its site. Leaves the request's target as path and query only.
+fn find(connection: &Connection, request: &mut Request<Incoming>) -> Result<(HeaderValue, Arc<Backend>), Refusal> {
+    let bad = |reason| Refusal::new(StatusCode::BAD_REQUEST, reason);
+    if request.method() == Method::CONNECT {
+        return Err(Refusal::new(StatusCode::NOT_IMPLEMENTED, "this is not a forward proxy"));
+    }
+    let mut hosts = request.headers().get_all(HOST).iter();
+    let header = hosts.next();
+    if hosts.next().is_some() {
+        return Err(bad("the request has several Host headers"));
+    }
+    // A target in absolute form, as HTTP/2 always has it, wins over Host (RFC 9112, 3.2.2).
+    let host = match (request.uri().authority(), header) {
+        (Some(authority), _) => {
+            HeaderValue::from_str(authority.as_str()).map_err(|_| bad("the authority is not valid"))?
+        }
+        (None, Some(host)) => host.clone(),
+        (None, None) if request.version() == Version::HTTP_10 => connection
+            .server_name
+            .as_deref()
+            .and_then(|name| HeaderValue::from_str(name).ok())
+            .ok_or_else(|| bad("the request has no Host header"))?,
+        (None, None) => return Err(bad("the request has no Host header")),
+    };
+    let name = host.to_str().ok().and_then(host_of).ok_or_else(|| bad("the Host header is not valid"))?;
+    let sites = connection.https.sites.get();
+    let Some((_, backend)) = sites.find(name) else {
+        return Err(Refusal::new(StatusCode::MISDIRECTED_REQUEST, "no site of this name is served here"));
+    };
+    let backend = backend.clone();
+    if request.uri().authority().is_some() {
+        let target = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+        *request.uri_mut() = Uri::from(target);
+    }
+    Ok((host, backend))
+}
+
+async fn send(
+    connection: &Connection,
+    mut request: Request<Incoming>,
+    host: HeaderValue,
+    backend: &Backend,
+    request_id: &HeaderValue,
+) -> Result<Response<Download>, Refusal> {
+    let https = &connection.https;
+    let traffic = &backend.traffic;
+    let open = Open::ingress(traffic, backend.target.as_ref());
+    let unavailable = |reason, failure| Refusal::failure(StatusCode::SERVICE_UNAVAILABLE, reason, failure);
+    let Some(port) = backend.port(request.uri().path()) else {
+        return Err(Refusal::failure(StatusCode::NOT_FOUND, "the site has nothing under this path", Failure::NoPath));
+    };
+    let Some(live) = &backend.target else {
+        return Err(unavailable("the enclave is not ready", Failure::NoTarget));
+    };
+    if live.ingress_open() > https.shared.limits.requests_per_enclave {
+        return Err(unavailable("the enclave has too many requests in flight", Failure::Limit));
+    }
+
+    let upgrade = if request.version() == Version::HTTP_11 { headers::upgrade(request.headers()) } else { None };
+    let client_upgrade = upgrade.as_ref().map(|_| hyper::upgrade::on(&mut request));
+    let client = Client { address: &connection.client, host, request_id: request_id.clone() };
+    headers::to_enclave(request.headers_mut(), client, upgrade.clone());
+    *request.version_mut() = Version::HTTP_11;
+    let request = frame(request, traffic);
+
+    let (mut response, lease) = https.upstreams.send(live, port, request).await.map_err(|error| {
+        if let Some(left_out) = https.failures.pass() {
+            let (enclave, error) = (&traffic.key().enclave, chain(&error));
+            tracing::warn!(%enclave, port, request = ?request_id, error, left_out, "a request got no answer from its enclave");
+        }
+        Refusal::of(&error)
+    })?;
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        let Some(client_upgrade) = client_upgrade else {
+            let reason = "the enclave changed to another protocol, which nobody asked for";
+            return Err(Refusal::failure(StatusCode::BAD_GATEWAY, reason, Failure::BadAnswer));
+        };
+        let enclave_upgrade = hyper::upgrade::on(&mut response);
+        headers::to_client(response.headers_mut(), upgrade);
+        https.spawn_upgraded(live, traffic, enclave_upgrade, client_upgrade, open);
+        return Ok(response.map(|_| Download::Text(None)));
+    }
+    headers::to_client(response.headers_mut(), None);
+    Ok(response.map(|body| Download::stream(body, traffic.clone(), lease, open)))
+}
+
+/// Says how long the body is, if there is one. Its length, where it is known, is told by its type.
+fn frame(mut request: Request<Incoming>, traffic: &Arc<Traffic>) -> Request<Upload> {
+    if request.body().is_end_stream() {
+        return request.map(|_| Upload::Empty);
+    }
+    if request.body().size_hint().exact().is_none() {
+        request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+    }
+    request.map(|inner| Upload::Stream { inner, traffic: traffic.clone(), taken: Arc::new(AtomicU64::new(0)) })
+}
+
+impl Https {
+    /// Carries the bytes of a connection that changed to another protocol (WebSocket), until it ends or its enclave does.
+    fn spawn_upgraded(&self, live: &Live, traffic: &Arc<Traffic>, enclave: OnUpgrade, client: OnUpgrade, open: Open) {
+        let (shared, traffic, cut) = (self.shared.clone(), traffic.clone(), live.cut.child_token());
+        self.shared.spawn(async move {
+            let carry = async {
+                // Either fails when its connection ends first.
+                let (Ok(enclave), Ok(client)) = tokio::join!(enclave, client) else {
+                    return Err(Failure::Reset);
+                };
+                let (mut enclave, mut client) = (TokioIo::new(enclave), TokioIo::new(client));
+                relay(&mut enclave, &mut client, &traffic, &shared.limits).await.map_err(|broken| broken.failure())
+            };
+            let carried = tokio::select! {
+                // Cancel-safe: a token stays cancelled.
+                () = cut.cancelled() => Err(Failure::Cut),
+                // Dropping it closes both ends, which is what cutting means.
+                carried = carry => carried,
+            };
+            if let Err(failure) = carried {
+                traffic.fail(failure);
+            }
+            drop(open);
+        });
+    }
+}

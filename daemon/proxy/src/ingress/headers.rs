@@ -1,0 +1,217 @@
+//! What happens to headers between client and enclave. Pure.
+//!
+//! What describes one connection stays on it; what says who the client is comes from here alone, never from the client.
+
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRANSFER_ENCODING,
+    UPGRADE,
+};
+
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+/// Names a request in log lines on both sides.
+pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Headers in which only a proxy tells about the client.
+const FORWARDED: [&str; 8] = [
+    "forwarded",
+    "x-forwarded-for",
+    "x-forwarded-proto",
+    "x-forwarded-host",
+    "x-forwarded-port",
+    "x-forwarded-server",
+    "x-real-ip",
+    "x-request-id",
+];
+
+/// What is told about the client.
+#[derive(Debug)]
+pub(crate) struct Client<'a> {
+    /// Its address.
+    pub(crate) address: &'a HeaderValue,
+    /// The authority it asked for.
+    pub(crate) host: HeaderValue,
+    /// The request's name.
+    pub(crate) request_id: HeaderValue,
+}
+
+/// The protocol that a request asks to change to, if it does.
+pub(crate) fn upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
+    let asked = connection_options(headers).any(|option| option.eq_ignore_ascii_case("upgrade"));
+    if asked { headers.get(UPGRADE).cloned() } else { None }
+}
+
+/// Turns a client's headers into those that the enclave gets. `upgrade` is passed on if it is given.
+pub(crate) fn to_enclave(headers: &mut HeaderMap, client: Client<'_>, upgrade: Option<HeaderValue>) {
+    let trailers = headers
+        .get_all(TE)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .any(|value| value.split(',').any(|coding| coding.trim().eq_ignore_ascii_case("trailers")));
+    remove_hop_by_hop(headers);
+    // The body's framing is told by its own length, so that no two statements about it can differ.
+    headers.remove(CONTENT_LENGTH);
+    // The body is read at once, so the client was told to continue already.
+    headers.remove(EXPECT);
+    remove_forwarded(headers);
+    join_cookies(headers);
+    if trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+        headers.insert(CONNECTION, HeaderValue::from_static("te"));
+    }
+    if let Some(protocol) = upgrade {
+        headers.insert(UPGRADE, protocol);
+        headers.insert(CONNECTION, HeaderValue::from_static(if trailers { "te, upgrade" } else { "upgrade" }));
+    }
+    headers.insert(X_FORWARDED_FOR, client.address.clone());
+    headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static("https"));
+    headers.insert(X_FORWARDED_HOST, client.host.clone());
+    headers.insert(HOST, client.host);
+    headers.insert(X_REQUEST_ID, client.request_id);
+}
+
+/// Turns an enclave's headers into those that the client gets.
+pub(crate) fn to_client(headers: &mut HeaderMap, upgrade: Option<HeaderValue>) {
+    remove_hop_by_hop(headers);
+    if let Some(protocol) = upgrade {
+        headers.insert(UPGRADE, protocol);
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    }
+}
+
+/// RFC 9110, 7.6.1: what `Connection` names, and what is known to be of this kind.
+fn remove_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(CONNECTION) {
+        let named: Vec<_> =
+            connection_options(headers).filter_map(|option| HeaderName::from_bytes(option.as_bytes()).ok()).collect();
+        for name in named {
+            headers.remove(name);
+        }
+        headers.remove(CONNECTION);
+    }
+    for name in [KEEP_ALIVE, PROXY_CONNECTION, TE, TRANSFER_ENCODING, UPGRADE] {
+        headers.remove(name);
+    }
+}
+
+fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let values = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).map(str::trim).filter(|option| !option.is_empty())
+}
+
+/// Also with `_` in place of `-`, which many an application's framework takes for the same.
+fn remove_forwarded(headers: &mut HeaderMap) {
+    for name in FORWARDED {
+        headers.remove(name);
+    }
+    let disguised: Vec<_> = headers
+        .keys()
+        .filter(|name| name.as_str().contains('_') && FORWARDED.contains(&name.as_str().replace('_', "-").as_str()))
+        .cloned()
+        .collect();
+    for name in disguised {
+        headers.remove(name);
+    }
+}
+
+/// HTTP/2 may send a cookie header in pieces; HTTP/1.1 has one (RFC 9113, 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let pieces: Vec<_> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if pieces.len() > 1
+        && let Ok(joined) = HeaderValue::from_bytes(&pieces.join(&b"; "[..]))
+    {
+        headers.insert(COOKIE, joined);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        pairs.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
+    }
+
+    fn sent(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut map = HeaderMap::new();
+        for (name, value) in pairs {
+            map.append(*name, HeaderValue::from_static(value));
+        }
+        let upgrade = upgrade(&map);
+        let client = Client {
+            address: &HeaderValue::from_static("192.0.2.1"),
+            host: HeaderValue::from_static("a.test:8443"),
+            request_id: HeaderValue::from_static("r-1"),
+        };
+        to_enclave(&mut map, client, upgrade);
+        map
+    }
+
+    fn told() -> Vec<(&'static str, &'static str)> {
+        vec![
+            ("host", "a.test:8443"),
+            ("x-forwarded-for", "192.0.2.1"),
+            ("x-forwarded-proto", "https"),
+            ("x-forwarded-host", "a.test:8443"),
+            ("x-request-id", "r-1"),
+        ]
+    }
+
+    #[test]
+    fn who_the_client_is_comes_from_the_proxy_alone() {
+        let received = sent(&[
+            ("host", "evil.test"),
+            ("x-forwarded-for", "10.0.0.1"),
+            ("x-forwarded-for", "10.0.0.2"),
+            ("x_forwarded_for", "10.0.0.3"),
+            ("x-forwarded_proto", "http"),
+            ("forwarded", "for=10.0.0.4"),
+            ("x-real-ip", "10.0.0.5"),
+            ("x-request-id", "forged"),
+            ("connection", "x-forwarded-for, host, x-forwarded-proto"),
+        ]);
+        assert_eq!(received, headers(&told()));
+    }
+
+    #[test]
+    fn what_concerns_one_connection_stays_on_it() {
+        let received = sent(&[
+            ("connection", "keep-alive, X-Hop"),
+            ("connection", "x-hop-too"),
+            ("x-hop", "1"),
+            ("x-hop-too", "1"),
+            ("keep-alive", "timeout=5"),
+            ("proxy-connection", "keep-alive"),
+            ("transfer-encoding", "chunked"),
+            ("content-length", "5"),
+            ("upgrade", "h2c"),
+            ("expect", "100-continue"),
+            ("te", "gzip"),
+            ("accept", "*/*"),
+            ("authorization", "Bearer x"),
+        ]);
+        let mut expected = told();
+        expected.extend([("accept", "*/*"), ("authorization", "Bearer x")]);
+        assert_eq!(received, headers(&expected));
+        let mut answer = headers(&[("connection", "close, x-hop"), ("x-hop", "1"), ("content-length", "5")]);
+        to_client(&mut answer, None);
+        assert_eq!(answer, headers(&[("content-length", "5")]));
+    }
+
+    #[test]
+    fn upgrades_and_trailers_pass_where_they_are_asked_for() {
+        let received = sent(&[("connection", "Upgrade"), ("upgrade", "websocket"), ("te", "trailers, deflate")]);
+        assert_eq!(received.get("upgrade").unwrap(), "websocket");
+        assert_eq!(received.get("te").unwrap(), "trailers");
+        assert_eq!(received.get("connection").unwrap(), "te, upgrade");
+    }
+
+    #[test]
+    fn pieces_of_a_cookie_become_one_header() {
+        let received = sent(&[("cookie", "a=1"), ("cookie", "b=2; c=3")]);
+        assert_eq!(received.get_all("cookie").iter().collect::<Vec<_>>(), ["a=1; b=2; c=3"]);
+    }
+}

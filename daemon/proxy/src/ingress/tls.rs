@@ -1,0 +1,61 @@
+//! TLS of the HTTPS ingress: which versions, key exchanges and ciphers, and which certificate for which name. Where
+//! certificates come from is behind [`CertificateSource`].
+
+use super::sites::Sites;
+use crate::certificates::CertificateSource;
+use crate::counters::{Counters, Refused};
+use crate::current::Current;
+use rustls::ServerConfig;
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use std::sync::Arc;
+
+/// The protocols on offer, the better first.
+const ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
+
+/// The cryptography of the ingress. Its own, with its key exchanges listed: other parts of the same program set the
+/// process-wide default to their needs.
+pub(crate) fn provider() -> Arc<CryptoProvider> {
+    use aws_lc_rs::kx_group::{SECP256R1, SECP384R1, X25519};
+    Arc::new(CryptoProvider { kx_groups: vec![X25519, SECP256R1, SECP384R1], ..aws_lc_rs::default_provider() })
+}
+
+/// TLS 1.2 and 1.3 with tickets (whose keys rotate) in place of a session store.
+pub(crate) fn config(
+    provider: Arc<CryptoProvider>,
+    certificates: Arc<dyn CertificateSource>,
+    sites: Arc<Current<Sites>>,
+    counters: Arc<Counters>,
+) -> Result<ServerConfig, rustls::Error> {
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(Resolver { certificates, sites, counters }));
+    config.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
+    config.ticketer = aws_lc_rs::Ticketer::new()?;
+    Ok(config)
+}
+
+#[derive(Debug)]
+struct Resolver {
+    certificates: Arc<dyn CertificateSource>,
+    sites: Arc<Current<Sites>>,
+    counters: Arc<Counters>,
+}
+
+impl ResolvesServerCert for Resolver {
+    /// An unknown name gets an alert. A client that names none gets the first site's certificate, and its request is judged
+    /// by its Host.
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let sites = self.sites.get();
+        let domain = match hello.server_name() {
+            Some(name) => sites.find(name).map(|(domain, _)| domain),
+            None => sites.first_domain(),
+        };
+        if domain.is_none() {
+            self.counters.refused.count(Refused::UnknownHost);
+        }
+        self.certificates.certificate(domain?)
+    }
+}

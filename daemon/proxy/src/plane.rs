@@ -1,0 +1,350 @@
+//! The plane: what is served at present. A new snapshot is applied as the difference to the last: what did not change is not
+//! touched, and connections live on unless their enclave has left the routes.
+//!
+//! One owner: snapshots are applied one after another, under a lock that no connection ever takes.
+
+use crate::counters::{Live, TrafficKey};
+use crate::egress::{EgressPort, Endpoint};
+use crate::error_text::chain;
+use crate::ingress::https::{Https, HttpsPort};
+use crate::ingress::sites::{self, Sites};
+use crate::ingress::tcp::{self, TcpPort};
+use crate::listening::Listening;
+use crate::shared::Shared;
+use crate::store::Store;
+use crate::throttle::Throttle;
+use crate::vsock::{ListenPoint, Transport};
+use enclaved_core::id::{Cid, EnclaveName};
+use enclaved_core::routes::{
+    Direction, EgressRoute, InvalidRoutes, ListenerKey, ListenerReport, ProxyReport, Revision, Routes, TcpRoute,
+};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use tokio::sync::Mutex;
+
+#[derive(Debug)]
+pub(crate) struct Plane {
+    shared: Arc<Shared>,
+    https: Arc<Https>,
+    store: Arc<Store>,
+    state: Mutex<State>,
+    certificate_trouble: Throttle,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    served: Option<(Routes, Revision)>,
+    /// Whether `served` is on disk.
+    saved: bool,
+    routes_error: Option<String>,
+    lives: BTreeMap<Cid, Arc<Live>>,
+    slots: BTreeMap<Slot, Open>,
+}
+
+/// A socket that listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Slot {
+    Egress(ListenPoint),
+    Https(SocketAddr),
+    Tcp(SocketAddr),
+}
+
+#[derive(Debug)]
+struct Open {
+    listening: Listening,
+    service: Service,
+}
+
+/// What can be changed of a listener while it listens.
+#[derive(Debug)]
+enum Service {
+    Egress(Arc<EgressPort>),
+    Https,
+    Tcp(Arc<TcpPort>),
+}
+
+impl Plane {
+    pub(crate) fn new(shared: Arc<Shared>, https: Arc<Https>, store: Store) -> Self {
+        let store = Arc::new(store);
+        Self { shared, https, store, state: Mutex::default(), certificate_trouble: Throttle::new() }
+    }
+
+    /// Serves the snapshot on disk. Whether there was one.
+    pub(crate) async fn restore(&self) -> bool {
+        let mut state = self.state.lock().await;
+        let (routes, error) = self.store.load();
+        state.routes_error = error;
+        let found = routes.is_some();
+        if let Some(routes) = routes {
+            state.saved = true;
+            self.apply(&mut state, routes).await;
+        }
+        found
+    }
+
+    /// Serves a snapshot from now on. When this returns it is on disk (or the report says why not), and every listener was
+    /// opened or failed to. A snapshot that makes no sense changes nothing.
+    pub(crate) async fn publish(&self, routes: Routes) -> Result<(), InvalidRoutes> {
+        routes.check()?;
+        let mut state = self.state.lock().await;
+        let revision = routes.revision();
+        if state.served.as_ref().is_some_and(|(served, _)| *served == routes) {
+            self.save(&mut state).await;
+            state.slots.values().for_each(|open| open.listening.retry_now());
+            return Ok(());
+        }
+        tracing::info!(%revision, egress = routes.egress.len(), sites = routes.sites.len(), tcp = routes.tcp.len(), "new routes");
+        // On disk first: what was acknowledged must be what a successor serves. A disk that is full keeps no enclave from
+        // being reached, though.
+        state.saved = false;
+        self.save_routes(&mut state, &routes).await;
+        self.apply(&mut state, routes).await;
+        Ok(())
+    }
+
+    /// What has to be done from time to time: certificates, idle connections, a snapshot that is not on disk yet.
+    pub(crate) async fn maintain(&self) {
+        self.https.upstreams.reap();
+        if !self.https.sites.get().domains().is_empty() {
+            self.maintain_certificates().await;
+        }
+        self.save(&mut *self.state.lock().await).await;
+    }
+
+    /// Closes every listener, and idle connections into enclaves. Others go on.
+    pub(crate) async fn close(&self) {
+        self.https.upstreams.keep_none();
+        let mut state = self.state.lock().await;
+        for (_, open) in std::mem::take(&mut state.slots) {
+            open.listening.close().await;
+        }
+    }
+
+    pub(crate) async fn report(&self) -> ProxyReport {
+        let state = self.state.lock().await;
+        let counters = &self.shared.counters;
+        ProxyReport {
+            // Before all else: what changes while the rest is read is seen by the next to watch.
+            sequence: *counters.sequence().borrow(),
+            pid: std::process::id(),
+            revision: state.served.as_ref().map(|(_, revision)| *revision),
+            listeners: self.listeners(&state),
+            ingress_open: state
+                .lives
+                .iter()
+                .map(|(cid, live)| (*cid, live.ingress_open()))
+                .filter(|(_, open)| *open > 0)
+                .collect(),
+            traffic: counters.report(),
+            last_routes_error: state.routes_error.clone(),
+            accept_errors: counters.accept_errors.load(Relaxed),
+            refused: counters.refused.report(),
+            panics: counters.panics.load(Relaxed),
+        }
+    }
+
+    fn listeners(&self, state: &State) -> Vec<ListenerReport> {
+        let Some((routes, _)) = &state.served else { return Vec::new() };
+        let transport = Transport::from(&routes.vsock);
+        let egress = routes.egress.iter().map(|EgressRoute { cid, vsock_port, .. }| {
+            let slot = Slot::Egress(transport.listen_point(*cid, *vsock_port));
+            (ListenerKey::Egress { cid: *cid, vsock_port: *vsock_port }, slot)
+        });
+        let https = routes.https.iter().map(|https| {
+            let listen = https.listen;
+            (ListenerKey::Https { listen }, Slot::Https(listen))
+        });
+        let tcp =
+            routes.tcp.iter().map(|TcpRoute { listen, .. }| (ListenerKey::Tcp { listen: *listen }, Slot::Tcp(*listen)));
+        let report = |(listener, slot): (ListenerKey, Slot)| {
+            let (address, error) = state.slots.get(&slot)?.listening.report();
+            Some(ListenerReport { listener, address, error })
+        };
+        egress.chain(https).chain(tcp).filter_map(report).collect()
+    }
+
+    async fn save(&self, state: &mut State) {
+        if let Some((routes, _)) = &state.served
+            && !state.saved
+        {
+            let routes = routes.clone();
+            self.save_routes(state, &routes).await;
+        }
+    }
+
+    async fn save_routes(&self, state: &mut State, routes: &Routes) {
+        let (store, routes) = (self.store.clone(), routes.clone());
+        let saved = tokio::task::spawn_blocking(move || store.save(&routes)).await;
+        let error = match saved.unwrap_or_else(|error| Err(io::Error::other(error))) {
+            Ok(()) => None,
+            Err(error) => Some(format!("the routes are served, but could not be saved for a restart: {error}")),
+        };
+        state.saved = error.is_none();
+        if state.routes_error != error {
+            if let Some(error) = &error {
+                tracing::error!("{error}; trying again every few seconds");
+            }
+            state.routes_error = error;
+            self.shared.counters.changed();
+        }
+    }
+
+    async fn maintain_certificates(&self) {
+        if let Err(error) = self.https.maintain_certificates().await
+            && let Some(left_out) = self.certificate_trouble.pass()
+        {
+            tracing::error!(error = chain(&error), left_out, "could not make or renew certificates");
+        }
+    }
+
+    async fn apply(&self, state: &mut State, routes: Routes) {
+        let transport = Transport::from(&routes.vsock);
+        let same_transport = state.served.as_ref().is_some_and(|(served, _)| served.vsock == routes.vsock);
+        let ended = update_lives(&mut state.lives, &routes, &self.shared);
+
+        // Closed before others are opened: an address may change its use.
+        let wanted = slots(&routes, &transport);
+        let stays = |slot: &Slot| wanted.contains(slot) && (same_transport || !matches!(slot, Slot::Egress(_)));
+        let (kept, closed): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            std::mem::take(&mut state.slots).into_iter().partition(|(slot, _)| stays(slot));
+        state.slots = kept;
+        for (_, open) in closed {
+            open.listening.close().await;
+        }
+
+        self.apply_egress(state, &routes, &transport);
+        self.apply_tcp(state, &routes, &transport);
+        self.apply_https(state, &routes, &transport).await;
+
+        // Last, so that nothing is cut while a listener still leads there.
+        for live in ended {
+            tracing::info!(cid = %live.cid, "the routes name this CID no more; cutting its connections");
+            live.cut.cancel();
+        }
+        self.shared.counters.forget_unused();
+        for open in state.slots.values_mut() {
+            open.listening.settled().await;
+        }
+        let revision = routes.revision();
+        state.served = Some((routes, revision));
+        self.shared.counters.changed();
+    }
+
+    fn apply_egress(&self, state: &mut State, routes: &Routes, transport: &Transport) {
+        let mut points: BTreeMap<ListenPoint, HashMap<Cid, Arc<Endpoint>>> = BTreeMap::new();
+        for route in &routes.egress {
+            let Some(live) = state.lives.get(&route.cid) else { continue };
+            let point = transport.listen_point(route.cid, route.vsock_port);
+            let endpoint = existing_endpoint(state.slots.get(&Slot::Egress(point)), route, live);
+            let endpoint = endpoint.unwrap_or_else(|| {
+                let name = format!("{}:{}", route.hostname, route.port);
+                let traffic = self.shared.counters.traffic(key(&route.enclave, Direction::Egress, name));
+                Arc::new(Endpoint::new(route.clone(), live.clone(), traffic))
+            });
+            points.entry(point).or_default().insert(route.cid, endpoint);
+        }
+        for (point, endpoints) in points {
+            match state.slots.get(&Slot::Egress(point)) {
+                Some(Open { service: Service::Egress(port), listening }) => {
+                    port.endpoints.set(endpoints);
+                    listening.retry_now();
+                }
+                _ => {
+                    let port = EgressPort::new(transport.clone(), point, endpoints, self.shared.clone());
+                    let port = Arc::new(port);
+                    let listening = Listening::start(port.clone(), self.shared.clone());
+                    state.slots.insert(Slot::Egress(point), Open { listening, service: Service::Egress(port) });
+                }
+            }
+        }
+    }
+
+    fn apply_tcp(&self, state: &mut State, routes: &Routes, transport: &Transport) {
+        for route in &routes.tcp {
+            let name = route.listen.port().to_string();
+            let backend = tcp::Backend {
+                transport: transport.clone(),
+                vsock_port: route.vsock_port,
+                target: route.target.and_then(|cid| state.lives.get(&cid).cloned()),
+                traffic: self.shared.counters.traffic(key(&route.enclave, Direction::Tcp, name)),
+            };
+            match state.slots.get(&Slot::Tcp(route.listen)) {
+                Some(Open { service: Service::Tcp(port), listening }) => {
+                    port.backend.set(backend);
+                    listening.retry_now();
+                }
+                _ => {
+                    let port = Arc::new(TcpPort::new(route.listen, backend, self.shared.clone()));
+                    let listening = Listening::start(port.clone(), self.shared.clone());
+                    state.slots.insert(Slot::Tcp(route.listen), Open { listening, service: Service::Tcp(port) });
+                }
+            }
+        }
+    }
+
+    async fn apply_https(&self, state: &mut State, routes: &Routes, transport: &Transport) {
+        let targets: HashSet<_> = routes.sites.iter().filter_map(|site| site.target).collect();
+        self.https.upstreams.retarget(transport.clone(), targets);
+        let sites = Sites::new(routes.sites.iter().map(|site| {
+            let target = site.target.and_then(|cid| state.lives.get(&cid).cloned());
+            let traffic = self.shared.counters.traffic(key(&site.enclave, Direction::Https, "https".to_owned()));
+            (site.domains.clone(), sites::Backend::new(site.paths.clone(), target, traffic))
+        }));
+        let same_domains = self.https.sites.get().domains() == sites.domains();
+        self.https.sites.set(sites);
+        let Some(https) = &routes.https else { return };
+        let slot = Slot::Https(https.listen);
+        if let Some(open) = state.slots.get(&slot) {
+            // A listener that is opened makes them itself.
+            if !same_domains {
+                self.maintain_certificates().await;
+            }
+            return open.listening.retry_now();
+        }
+        let port = Arc::new(HttpsPort { listen: https.listen, https: self.https.clone() });
+        let listening = Listening::start(port, self.shared.clone());
+        state.slots.insert(slot, Open { listening, service: Service::Https });
+    }
+}
+
+fn key(enclave: &EnclaveName, direction: Direction, endpoint: String) -> TrafficKey {
+    TrafficKey { enclave: enclave.clone(), direction, endpoint }
+}
+
+fn slots(routes: &Routes, transport: &Transport) -> BTreeSet<Slot> {
+    let egress = routes.egress.iter().map(|route| Slot::Egress(transport.listen_point(route.cid, route.vsock_port)));
+    let https = routes.https.iter().map(|https| Slot::Https(https.listen));
+    let tcp = routes.tcp.iter().map(|route| Slot::Tcp(route.listen));
+    egress.chain(https).chain(tcp).collect()
+}
+
+/// Takes in the CIDs that are new, says which take new connections, and returns those that are named no more.
+fn update_lives(lives: &mut BTreeMap<Cid, Arc<Live>>, routes: &Routes, shared: &Shared) -> Vec<Arc<Live>> {
+    let targets: BTreeSet<_> = routes
+        .sites
+        .iter()
+        .filter_map(|site| site.target)
+        .chain(routes.tcp.iter().filter_map(|route| route.target))
+        .collect();
+    let named =
+        routes.egress.iter().map(|route| route.cid).chain(targets.iter().copied()).chain(routes.live.iter().copied());
+    let named: BTreeSet<_> = named.collect();
+    let (stay, ended) = std::mem::take(lives).into_iter().partition(|(cid, _)| named.contains(cid));
+    *lives = stay;
+    for cid in named {
+        let new = || Arc::new(Live::new(cid, shared.cut.child_token(), &shared.counters));
+        lives.entry(cid).or_insert_with(new).set_takes_new(targets.contains(&cid));
+    }
+    let ended: BTreeMap<Cid, Arc<Live>> = ended;
+    ended.into_values().collect()
+}
+
+/// The endpoint that is served there now, if it is this very one: then its state lives on.
+fn existing_endpoint(slot: Option<&Open>, route: &EgressRoute, live: &Arc<Live>) -> Option<Arc<Endpoint>> {
+    let Some(Open { service: Service::Egress(port), .. }) = slot else { return None };
+    let endpoint = port.endpoints.get().get(&route.cid)?.clone();
+    (endpoint.route == *route && Arc::ptr_eq(&endpoint.live, live)).then_some(endpoint)
+}
