@@ -8,6 +8,8 @@
 pub mod allocator;
 pub mod direct;
 pub mod ledger_file;
+pub mod proxy_link;
+pub mod vsock_prober;
 
 use enclaved_core::desired::{HealthCheck, ImageRequest};
 use enclaved_core::failure::Failure;
