@@ -15,11 +15,12 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
 use std::convert::Infallible;
+use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -75,29 +76,43 @@ pub fn open(socket: &Path) -> Result<UnixListener, AdminError> {
 
 /// Answers on the admin socket until `stop`.
 pub async fn serve_socket(listener: UnixListener, source: Source, stop: CancellationToken) {
-    let accept = async || listener.accept().await.map(|(stream, _)| stream);
-    serve(accept, Surface::Admin, source, stop).await;
+    serve(listener, Surface::Admin, source, stop).await;
 }
 
 /// Answers `/metrics`, `/live` and `/ready` until `stop`.
 pub async fn serve_metrics(listener: TcpListener, source: Source, stop: CancellationToken) {
-    let accept = async || listener.accept().await.map(|(stream, _)| stream);
-    serve(accept, Surface::Public, source, stop).await;
+    serve(listener, Surface::Public, source, stop).await;
 }
 
-async fn serve<S, A>(accept: A, surface: Surface, source: Source, stop: CancellationToken)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    A: AsyncFn() -> std::io::Result<S>,
-{
+/// What both kinds of listeners can do. Cancel-safe.
+trait Accept: Send + Sync {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+    fn next(&self) -> impl Future<Output = std::io::Result<Self::Stream>> + Send;
+}
+
+impl Accept for UnixListener {
+    type Stream = UnixStream;
+    async fn next(&self) -> std::io::Result<UnixStream> {
+        self.accept().await.map(|(stream, _)| stream)
+    }
+}
+
+impl Accept for TcpListener {
+    type Stream = TcpStream;
+    async fn next(&self) -> std::io::Result<TcpStream> {
+        self.accept().await.map(|(stream, _)| stream)
+    }
+}
+
+async fn serve(listener: impl Accept, surface: Surface, source: Source, stop: CancellationToken) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
         // The semaphore is never closed, so this waits until a slot is free.
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         tokio::select! {
-            // `accept` is cancel-safe on all listeners.
-            accepted = accept() => match accepted {
+            // Accepting is cancel-safe.
+            accepted = listener.next() => match accepted {
                 Ok(stream) => {
                     let source = source.clone();
                     connections.spawn(async move {

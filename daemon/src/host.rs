@@ -7,8 +7,10 @@
 
 pub mod allocator;
 pub mod direct;
+pub mod image_store;
 pub mod instance_metadata;
 pub mod ledger_file;
+pub mod proxy_link;
 pub mod vsock_prober;
 
 use enclaved_core::desired::{HealthCheck, ImageRequest};

@@ -1,6 +1,7 @@
 //! The control process: effects and wiring. See `daemon/ARCHITECTURE.md`.
 
 pub mod admin;
+pub mod app;
 pub mod atomic_file;
 pub mod config;
 pub mod control_plane;
@@ -16,5 +17,6 @@ pub mod nitro_cli;
 pub mod pidfd;
 pub mod procfs;
 pub mod reconciler;
+pub mod service_manager;
 #[cfg(test)]
 mod test_support;

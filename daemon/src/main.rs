@@ -1,1 +1,143 @@
-fn main() {}
+//! `enclaved`: the control process; and, as subcommands, the proxy process and the launch helper.
+
+use clap::{Parser, Subcommand};
+use enclaved::app::{self, Arguments, StartError};
+use enclaved::config::DEFAULT_PATH;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tokio_util::sync::CancellationToken;
+
+/// A bug.
+const BUG: u8 = 70;
+/// It may well work later.
+const TRY_AGAIN: u8 = 75;
+/// The configuration is wrong.
+const CONFIG: u8 = 78;
+/// The command line is wrong.
+const USAGE: u8 = 64;
+
+/// Runs AWS Nitro Enclaves on their parent instance.
+///
+/// Reads its configuration, fetches and verifies the enclave images, launches the enclaves and keeps them running, with
+/// their traffic in and out. SIGHUP reads the configuration again; SIGTERM ends this process, not the enclaves.
+/// `enclavectl` shows and controls what it does.
+#[derive(Debug, Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    /// The configuration; conf.d/*.toml beside it is read too.
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
+    config: PathBuf,
+    /// Where to look for the last good configuration when FILE cannot be read at all.
+    #[arg(long, value_name = "DIR", env = "STATE_DIRECTORY", default_value = "/var/lib/enclaved")]
+    state_dir: PathBuf,
+    #[command(subcommand)]
+    command: Option<Subcommands>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Subcommands {
+    /// Run the proxy process: it carries the traffic, on routes it is handed over a socket.
+    Proxy {
+        /// Certificates and the last routes.
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/enclaved-proxy")]
+        state_dir: PathBuf,
+        /// The socket on which the control process hands over routes.
+        #[arg(long, value_name = "SOCKET", default_value = "/run/enclaved/proxy.sock")]
+        link: PathBuf,
+        /// Leave the session of whoever started it, to outlive them.
+        #[arg(long)]
+        own_session: bool,
+    },
+    /// Launch one enclave as its traces say; started by the control process.
+    #[command(hide = true)]
+    Launch {
+        /// The traces of the launch.
+        #[arg(long, value_name = "DIR")]
+        trace_dir: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Printing help fails only where nobody reads.
+            drop(error.print());
+            return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    log();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("enclaved: starting the runtime: {error}");
+            return ExitCode::from(TRY_AGAIN);
+        }
+    };
+    let code = match cli.command {
+        None => runtime.block_on(control(Arguments { config: cli.config, state_dir: cli.state_dir })),
+        Some(Subcommands::Proxy { state_dir, link, own_session }) => {
+            runtime.block_on(proxy(enclaved_proxy::Options { state_dir, link }, own_session))
+        }
+        Some(Subcommands::Launch { trace_dir }) => runtime.block_on(enclaved::launch::run(&trace_dir)),
+    };
+    // What still runs on a thread of its own (a hash, a name being resolved) is not waited for.
+    runtime.shutdown_background();
+    code
+}
+
+/// To stderr, which systemd hands to the journal with times of its own. RUST_LOG chooses levels.
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,aws=warn,hyper=warn,rustls=warn"));
+    let format = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
+    if std::env::var_os("JOURNAL_STREAM").is_some() { format.without_time().init() } else { format.init() }
+}
+
+async fn control(arguments: Arguments) -> ExitCode {
+    match app::run(arguments).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(StartError::Config { refused, last_good }) => {
+            eprintln!("{refused}\nenclaved: the configuration is refused, and there is no former one: {last_good}");
+            ExitCode::from(CONFIG)
+        }
+        Err(StartError::TryAgain(error)) => {
+            tracing::error!("{error:#}");
+            ExitCode::from(TRY_AGAIN)
+        }
+        Err(StartError::Bug(error)) => {
+            tracing::error!("{error:#}");
+            ExitCode::from(BUG)
+        }
+    }
+}
+
+async fn proxy(options: enclaved_proxy::Options, own_session: bool) -> ExitCode {
+    if own_session && let Err(error) = rustix::process::setsid() {
+        // A leader of a session already: started by hand.
+        tracing::debug!("no session of its own: {error}");
+    }
+    let stop = CancellationToken::new();
+    let asked = stop.clone();
+    let signals = tokio::spawn(async move {
+        match app::asked_to_end().await {
+            Ok(signal) => tracing::info!("{signal}, the proxy ends"),
+            Err(error) => tracing::error!("{error:#}"),
+        }
+        asked.cancel();
+    });
+    let ended = enclaved_proxy::run(options, stop).await;
+    signals.abort();
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{}", enclaved_core::failure::Failure::from_error(&error));
+            ExitCode::from(TRY_AGAIN)
+        }
+    }
+}

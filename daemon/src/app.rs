@@ -1,0 +1,506 @@
+//! The control process put together: the only place that names the concrete effects. Its life is [`run`], on one page.
+
+use crate::admin::{self, Reload, Source};
+use crate::config::{self, AllocatorMode, Config, OnStop};
+use crate::control_plane::Reporter;
+use crate::events::{Event, Events};
+use crate::host::allocator::{ExternalAllocator, SysfsAllocator};
+use crate::host::direct::{Direct, DirectSettings, HelperCommand};
+use crate::host::image_store::Store;
+use crate::host::ledger_file::LedgerFile;
+use crate::host::proxy_link::{Link, LinkSettings};
+use crate::host::vsock_prober::VsockProber;
+use crate::host::{Allocator, Clock, Host, Outcome, instance_metadata};
+use crate::last_good;
+use crate::metrics::Metrics;
+use crate::reconciler::{self, Command, Inputs, Report};
+use crate::{procfs, service_manager};
+use anyhow::Context;
+use enclaved_core::failure::Failure;
+use enclaved_core::id::{MemoryMib, Timestamp};
+use enclaved_core::observed::Pool;
+use enclaved_core::status::{Facts, HostStatus, Problem};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+/// How long ending all enclaves may take beyond their drain time (`on_stop = "terminate"`).
+const TERMINATE: Duration = Duration::from_secs(60);
+/// A metrics address that is taken is tried again this often.
+const METRICS_RETRY: Duration = Duration::from_secs(5);
+
+/// What the command line says.
+#[derive(Debug, Clone)]
+pub struct Arguments {
+    /// The configuration file.
+    pub config: PathBuf,
+    /// Where the last good configuration is looked for when the file itself does not tell.
+    pub state_dir: PathBuf,
+}
+
+/// Why the process does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Neither the configuration nor the last good one can be used: exit 78.
+    #[error("{refused}\nand there is no former one to go on with: {last_good}")]
+    Config {
+        /// What is wrong with the configuration.
+        refused: config::ConfigErrors,
+        /// What is wrong with the last good one.
+        last_good: last_good::LastGoodError,
+    },
+    /// Something that may pass: exit 75.
+    #[error(transparent)]
+    TryAgain(anyhow::Error),
+    /// A bug: exit 70.
+    #[error(transparent)]
+    Bug(anyhow::Error),
+}
+
+/// Runs the control process until it is asked to end.
+///
+/// # Errors
+/// It could not start, or a bug ended it. Enclaves and traffic go on either way.
+pub async fn run(arguments: Arguments) -> Result<(), StartError> {
+    let (config, refused) = configuration(&arguments)?;
+    let metrics = Metrics::new().map_err(|error| StartError::Bug(error.into()))?;
+    let events = Events::new(metrics.clone());
+    let _lock = prepare(&config).map_err(StartError::TryAgain)?;
+    let boot_id = procfs::boot_id().context("reading the boot id").map_err(StartError::TryAgain)?;
+    let host = RealHost::new(&config).map_err(|failure| StartError::TryAgain(anyhow::anyhow!("{failure}")))?;
+    let socket = admin::open(&config.host.admin_socket()).map_err(|error| StartError::TryAgain(error.into()))?;
+
+    let stop = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+    let (commands, command_receiver) = mpsc::channel(16);
+    let (reloads, reload_receiver) = mpsc::channel(4);
+    let (report_sender, reports) = watch::channel(None);
+    let (facts, fact_receiver) = watch::channel(first_facts(&config));
+    let keeper = Keeper { arguments, config, commands: commands.clone(), facts: facts.clone(), events: events.clone() };
+    match refused {
+        None => keeper.in_force(),
+        Some(errors) => keeper.refused(&errors.to_string()),
+    }
+    let config = keeper.config.clone();
+    let source = Source { reports: reports.clone(), commands: commands.clone(), reloads, metrics };
+    tasks.spawn(admin::serve_socket(socket, source.clone(), stop.clone()));
+    tasks.spawn(serve_metrics(config.metrics.listen, source, facts.clone(), stop.clone()));
+    tasks.spawn(identify(config.clone(), facts, reports.clone(), events.clone(), stop.clone()));
+    tasks.spawn(service_manager::tell(reports, stop.clone()));
+    tasks.spawn(keeper.serve(reload_receiver, stop.clone()));
+    let inputs = Inputs {
+        desired: config.desired.clone(),
+        boot_id,
+        commands: command_receiver,
+        facts: fact_receiver,
+        reports: report_sender,
+        events,
+    };
+    let mut reconciler = tokio::spawn(reconciler::run(Arc::new(host), inputs, stop.clone()));
+
+    let ended = tokio::select! {
+        // The handle is polled again below unless it has ended here.
+        ended = &mut reconciler => Some(ended),
+        // A plain wait.
+        signal = asked_to_end() => {
+            info!("{}, ending; {}", signal.map_err(StartError::TryAgain)?, on_stop_text(config.host.on_stop));
+            None
+        }
+        // A task that panics is a bug; the rest end only with the process.
+        Some(Err(error)) = tasks.join_next() => {
+            return Err(StartError::Bug(anyhow::Error::new(error).context("a part of the control process ended")));
+        }
+    };
+    service_manager::stopping();
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
+            if config.host.on_stop == OnStop::Terminate {
+                drop(commands.send(Command::Terminate).await);
+                let patience = config.desired.host.drain + TERMINATE;
+                if tokio::time::timeout(patience, &mut reconciler).await.is_ok() {
+                    return Ok(());
+                }
+                warn!("not every enclave ended within {}", humantime::format_duration(patience));
+            }
+            stop.cancel();
+            reconciler.await
+        }
+    };
+    stop.cancel();
+    let bug = |error: anyhow::Error| StartError::Bug(error.context("the reconcile loop ended"));
+    ended.map_err(|error| bug(error.into()))?.map_err(|error| bug(error.into()))
+}
+
+fn on_stop_text(on_stop: OnStop) -> &'static str {
+    match on_stop {
+        OnStop::Keep => "enclaves and their traffic go on",
+        OnStop::Terminate => "so do the enclaves (on_stop = \"terminate\")",
+    }
+}
+
+/// Waits for SIGTERM or SIGINT.
+///
+/// # Errors
+/// Signals cannot be listened for.
+pub async fn asked_to_end() -> anyhow::Result<&'static str> {
+    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+    tokio::select! {
+        // A signal that is not seen here ends nothing that has to be kept.
+        _ = terminate.recv() => Ok("SIGTERM"),
+        _ = interrupt.recv() => Ok("SIGINT"),
+    }
+}
+
+/// The configuration, or the last good one and what is wrong with the new one.
+fn configuration(arguments: &Arguments) -> Result<(Config, Option<config::ConfigErrors>), StartError> {
+    match config::load(&arguments.config) {
+        Ok(config) => Ok((config, None)),
+        Err(refused) => {
+            let state_dir = last_good::state_dir_of(&arguments.config).unwrap_or_else(|| arguments.state_dir.clone());
+            match last_good::recall(&state_dir) {
+                Ok(config) => Ok((config, Some(refused))),
+                Err(last_good) => Err(StartError::Config { refused, last_good }),
+            }
+        }
+    }
+}
+
+/// Makes the folders, and takes the lock that only one control process can hold.
+fn prepare(config: &Config) -> anyhow::Result<std::fs::File> {
+    for dir in [&config.host.state_dir, &config.host.run_dir] {
+        std::fs::create_dir_all(dir).with_context(|| format!("making the folder {}", dir.display()))?;
+    }
+    let path = config.host.run_dir.join("enclaved.lock");
+    let lock = std::fs::File::create(&path).with_context(|| format!("opening {}", path.display()))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            anyhow::bail!("another enclaved runs on {} (it holds {})", config.host.run_dir.display(), path.display())
+        }
+        Err(std::fs::TryLockError::Error(error)) => Err(error).with_context(|| format!("locking {}", path.display())),
+    }
+}
+
+fn first_facts(config: &Config) -> Facts {
+    let host = HostStatus {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id(),
+        started_at: SystemTime::now().into(),
+        config_revision: config.revision.clone(),
+        ..HostStatus::default()
+    };
+    Facts { host, ..Facts::default() }
+}
+
+/// Serves metrics; an address that is taken is a problem that is shown, not the end.
+async fn serve_metrics(listen: SocketAddr, source: Source, facts: watch::Sender<Facts>, stop: CancellationToken) {
+    let mut said = false;
+    loop {
+        match TcpListener::bind(listen).await {
+            Ok(listener) => {
+                let address = listener.local_addr().map_or_else(|_| listen.to_string(), |address| address.to_string());
+                facts.send_modify(|facts| {
+                    facts.problems.retain(|problem| problem.about != "metrics");
+                    facts.host.metrics = Some(address);
+                });
+                return admin::serve_metrics(listener, source, stop).await;
+            }
+            Err(error) if !said => {
+                said = true;
+                let failure =
+                    Failure::new(format!("/metrics, /live and /ready are not served: listening on {listen}: {error}"))
+                        .with_remedy("set [metrics] listen to a free address and restart enclaved");
+                error!("{failure}");
+                let problem = Problem { about: "metrics".to_owned(), failure };
+                facts.send_modify(|facts| facts.problems.push(problem));
+            }
+            Err(_) => {}
+        }
+        tokio::select! {
+            // Both are plain waits.
+            () = tokio::time::sleep(METRICS_RETRY) => {}
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+/// Learns who this host is, then reports to the control plane under that name, if there is one.
+async fn identify(
+    config: Config,
+    facts: watch::Sender<Facts>,
+    reports: watch::Receiver<Option<Arc<Report>>>,
+    events: Events,
+    stop: CancellationToken,
+) {
+    let identity = tokio::select! {
+        // Asking changes nothing.
+        identity = instance_metadata::identity() => identity,
+        () = stop.cancelled() => return,
+    };
+    let mut id = None;
+    match identity {
+        Ok(identity) => {
+            id.clone_from(&identity.instance_id);
+            facts.send_modify(|facts| {
+                facts.host.instance_id = identity.instance_id;
+                facts.host.instance_type = identity.instance_type;
+                facts.host.region = identity.region;
+                facts.host.availability_zone = identity.availability_zone;
+                facts.host.tags = identity.tags;
+            });
+        }
+        Err(failure) => warn!("this host's name and tags are not known: {failure}"),
+    }
+    let Some(control_plane) = &config.control_plane else { return };
+    let id = id.or_else(|| rustix::system::uname().nodename().to_str().ok().map(str::to_owned));
+    let id = id.unwrap_or_else(|| "unknown".to_owned());
+    match Reporter::new(&control_plane.url, &id, control_plane.interval) {
+        Ok(reporter) => reporter.run(reports, events, stop).await,
+        Err(error) => {
+            let failure = Failure::from_error(&error);
+            error!("nothing is reported to the control plane: {failure}");
+            let problem = Problem { about: "control plane".to_owned(), failure };
+            facts.send_modify(|facts| facts.problems.push(problem));
+        }
+    }
+}
+
+/// Reads configurations when asked to, and keeps the last good one.
+struct Keeper {
+    arguments: Arguments,
+    /// In force.
+    config: Config,
+    commands: mpsc::Sender<Command>,
+    facts: watch::Sender<Facts>,
+    events: Events,
+}
+
+impl Keeper {
+    async fn serve(mut self, mut reloads: mpsc::Receiver<Reload>, stop: CancellationToken) {
+        let mut hangup = match signal(SignalKind::hangup()) {
+            Ok(hangup) => hangup,
+            Err(error) => return error!("SIGHUP is not listened for: {error}"),
+        };
+        loop {
+            tokio::select! {
+                // Both are cancel-safe: what is not received now is received by the next call.
+                Some(reply) = reloads.recv() => {
+                    let answer = self.reload().await;
+                    drop(reply.send(answer));
+                }
+                Some(()) = hangup.recv() => drop(self.reload().await),
+                // A plain wait.
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    async fn reload(&mut self) -> Result<String, String> {
+        service_manager::reloading();
+        let answer = match config::load(&self.arguments.config) {
+            Ok(config) => {
+                self.config = self.with_what_cannot_change(config);
+                self.in_force();
+                let desired = Box::new(self.config.desired.clone());
+                match self.commands.send(Command::Configure(desired)).await {
+                    Ok(()) => Ok(self.config.revision.clone()),
+                    Err(_) => Err("enclaved is ending".to_owned()),
+                }
+            }
+            Err(errors) => {
+                let reason = errors.to_string();
+                self.refused(&reason);
+                Err(reason)
+            }
+        };
+        service_manager::ready();
+        answer
+    }
+
+    /// Some settings count at the start of the process only. A new value is shown as waiting for a restart.
+    fn with_what_cannot_change(&self, new: Config) -> Config {
+        let old = &self.config;
+        let mut waiting = Vec::new();
+        if new.host != old.host {
+            waiting.push("[host] folders, supervisor, allocator or on_stop");
+        }
+        if new.nitro_cli != old.nitro_cli {
+            waiting.push("[nitro] cli");
+        }
+        if new.metrics != old.metrics {
+            waiting.push("[metrics]");
+        }
+        if new.control_plane != old.control_plane {
+            waiting.push("[control_plane]");
+        }
+        if new.desired.vsock != old.desired.vsock {
+            waiting.push("[vsock]");
+        }
+        self.problem(
+            "restart",
+            (!waiting.is_empty()).then(|| {
+                let text = format!("the new values of {} count after a restart of enclaved", waiting.join(", "));
+                Failure::new(text).with_remedy("systemctl restart enclaved; enclaves and traffic go on meanwhile")
+            }),
+        );
+        let mut desired = new.desired;
+        desired.vsock = old.desired.vsock.clone();
+        Config {
+            host: old.host.clone(),
+            nitro_cli: old.nitro_cli.clone(),
+            metrics: old.metrics,
+            control_plane: old.control_plane.clone(),
+            desired,
+            ..new
+        }
+    }
+
+    fn in_force(&self) {
+        self.events.emit(&Event::Configured { revision: &self.config.revision });
+        for warning in &self.config.warnings {
+            warn!("{warning}");
+        }
+        self.facts.send_modify(|facts| facts.host.config_revision.clone_from(&self.config.revision));
+        self.problem("config", None);
+        let kept = last_good::keep(&self.config.host.state_dir, &self.config);
+        self.problem("last good configuration", kept.err().map(|error| Failure::from_error(&error)));
+    }
+
+    fn refused(&self, reason: &str) {
+        self.events.emit(&Event::ConfigRefused { reason });
+        let failure = Failure::new(format!("{reason}; the last good one ({}) stays in force", self.config.revision))
+            .with_remedy("correct the file, then `systemctl reload enclaved`; `enclavectl check` tries it beforehand");
+        self.problem("config", Some(failure));
+    }
+
+    fn problem(&self, about: &str, failure: Option<Failure>) {
+        self.facts.send_modify(|facts| {
+            facts.problems.retain(|problem| problem.about != about);
+            facts.problems.extend(failure.map(|failure| Problem { about: about.to_owned(), failure }));
+        });
+    }
+}
+
+/// The real host.
+struct RealHost {
+    supervisor: Direct,
+    images: Store,
+    allocator: AnyAllocator,
+    proxy: Link,
+    prober: VsockProber,
+    ledger: LedgerFile,
+    clock: SystemClock,
+}
+
+impl RealHost {
+    fn new(config: &Config) -> Outcome<Self> {
+        let host = &config.host;
+        let program = own_program()?;
+        let images_dir = host.state_dir.join("images");
+        let supervisor = Direct::new(DirectSettings {
+            run_dir: host.run_dir.clone(),
+            images_dir: images_dir.clone(),
+            nitro_cli: config.nitro_cli.clone(),
+            helper: HelperCommand { program: program.clone(), arguments: vec!["launch".into()] },
+        })?;
+        let proxy = Link::new(LinkSettings {
+            program,
+            socket: host.run_dir.join("proxy.sock"),
+            state_dir: host.proxy_state_dir.clone(),
+        });
+        let allocator = match host.allocator {
+            AllocatorMode::Verify => AnyAllocator::Sysfs(SysfsAllocator::new(&host.sysfs)),
+            AllocatorMode::External => AnyAllocator::External(ExternalAllocator),
+        };
+        Ok(Self {
+            supervisor,
+            images: Store::new(&images_dir)?,
+            allocator,
+            proxy,
+            prober: VsockProber::new(config.desired.vsock.clone()),
+            ledger: LedgerFile::new(host.state_dir.join("ledger.json")),
+            clock: SystemClock,
+        })
+    }
+}
+
+/// The executable of this process, for the launch helper and the proxy. Not by its name in /proc, which would follow a
+/// package upgrade to a file that is being replaced.
+fn own_program() -> Outcome<PathBuf> {
+    let program = std::env::current_exe()
+        .map_err(|error| Failure::new(format!("finding the executable of enclaved: {error}")))?;
+    // After an upgrade, Linux shows the path of a running executable with this mark; the new one is at the path itself.
+    let text = program.to_string_lossy();
+    Ok(text.strip_suffix(" (deleted)").map_or_else(|| program.clone(), |path| Path::new(path).to_owned()))
+}
+
+enum AnyAllocator {
+    Sysfs(SysfsAllocator),
+    External(ExternalAllocator),
+}
+
+impl Allocator for AnyAllocator {
+    async fn observe(&self) -> Outcome<Pool> {
+        match self {
+            Self::Sysfs(allocator) => allocator.observe().await,
+            Self::External(allocator) => allocator.observe().await,
+        }
+    }
+
+    async fn reserve(&self, cpus: u32, memory: MemoryMib) -> Outcome<()> {
+        match self {
+            Self::Sysfs(allocator) => allocator.reserve(cpus, memory).await,
+            Self::External(allocator) => allocator.reserve(cpus, memory).await,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct SystemClock;
+
+impl Clock for SystemClock {
+    fn now(&self) -> Timestamp {
+        SystemTime::now().into()
+    }
+}
+
+impl Host for RealHost {
+    type Supervisor = Direct;
+    type Images = Store;
+    type Allocator = AnyAllocator;
+    type Proxy = Link;
+    type Prober = VsockProber;
+    type Ledger = LedgerFile;
+    type Clock = SystemClock;
+
+    fn supervisor(&self) -> &Direct {
+        &self.supervisor
+    }
+    fn images(&self) -> &Store {
+        &self.images
+    }
+    fn allocator(&self) -> &AnyAllocator {
+        &self.allocator
+    }
+    fn proxy(&self) -> &Link {
+        &self.proxy
+    }
+    fn prober(&self) -> &VsockProber {
+        &self.prober
+    }
+    fn ledger(&self) -> &LedgerFile {
+        &self.ledger
+    }
+    fn clock(&self) -> &SystemClock {
+        &self.clock
+    }
+}
