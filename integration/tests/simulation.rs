@@ -178,6 +178,22 @@ fn every_effect_may_fail_in_every_way_at_every_place_and_the_host_becomes_what_i
 }
 
 #[test]
+fn an_image_is_fetched_once_and_a_failed_fetch_is_not_repeated_at_once() {
+    let counts = check(Scenario::Launch, |_| {}).unwrap();
+    // Both enclaves run the same image.
+    assert_eq!(counts[&Effect::ImageStoreFetch], 1);
+    runtime().block_on(async {
+        let mut harness = Harness::new(world(), two(1));
+        harness.world.set_images_away(true);
+        harness.start().await;
+        harness.pass(Duration::from_secs(60)).await;
+        // A fetch takes a second here; the pauses are 2, 4, 8, 16 and 32 seconds.
+        let fetches = harness.world.counts()[&Effect::ImageStoreFetch];
+        assert!((4..=6).contains(&fetches), "{fetches} fetches in a minute");
+    });
+}
+
+#[test]
 fn a_torn_ledger_costs_no_enclave() {
     runtime().block_on(async {
         let mut harness = Harness::new(world(), two(1));

@@ -234,7 +234,13 @@ impl Planner<'_> {
 
     /// Fetches the image unless that is under way, or failed and pauses.
     fn fetch(&mut self, name: &EnclaveName, request: &ImageRequest) {
-        if self.observed.running.contains(&JobKey::Fetch(request.clone())) {
+        let news = |step: &Step| match step {
+            Step::Record(Change::ImageVerified { request: of, .. } | Change::ImageFailed { request: of, .. }) => {
+                of == request
+            }
+            _ => false,
+        };
+        if self.observed.running.contains(&JobKey::Fetch(request.clone())) || self.plan.steps.iter().any(news) {
             return self.wait(name, "its image is being fetched");
         }
         if let Some(ImageOutcome::Failed { at, count, failure }) = self.ledger.image(request) {
