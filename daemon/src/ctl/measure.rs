@@ -3,7 +3,6 @@
 use super::CtlError;
 use enclaved_core::image::{EifReport, Limits, Measurer, os_image_hash, required_memory};
 use serde_json::json;
-use std::fmt::Write;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
@@ -90,11 +89,7 @@ fn as_text(path: &Path, report: &EifReport) -> String {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a String can't fail.
-        drop(write!(text, "{byte:02x}"));
-        text
-    })
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
