@@ -247,7 +247,7 @@ impl<H: Host> Loop<H> {
 
     async fn save(&mut self) -> bool {
         if let Some(failed) = &self.unsaved
-            && self.now() < failed.at.plus(restart::STEP.after(failed.count))
+            && restart::pause_end(failed.at, restart::STEP.after(failed.count), self.now()).is_some()
         {
             return false;
         }

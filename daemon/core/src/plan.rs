@@ -163,12 +163,10 @@ impl Planner<'_> {
         if self.observed.running.contains(job) {
             return;
         }
-        if let Some(failed) = self.observed.failed.get(job) {
-            let again = failed.at.plus(backoff.after(failed.count));
-            if self.now < again {
-                self.wake(again);
-                return;
-            }
+        if let Some(failed) = self.observed.failed.get(job)
+            && let Some(again) = restart::pause_end(failed.at, backoff.after(failed.count), self.now)
+        {
+            return self.wake(again);
         }
         self.plan.steps.push(step);
     }
@@ -243,12 +241,11 @@ impl Planner<'_> {
         if self.observed.running.contains(&JobKey::Fetch(request.clone())) || self.plan.steps.iter().any(news) {
             return self.wait(name, "its image is being fetched");
         }
-        if let Some(ImageOutcome::Failed { at, count, failure }) = self.ledger.image(request) {
-            let again = at.plus(restart::IMAGE.after(*count));
-            if self.now < again {
-                self.wait(name, format!("its image could not be had and is tried again at {again}: {failure}"));
-                return self.wake(again);
-            }
+        if let Some(ImageOutcome::Failed { at, count, failure }) = self.ledger.image(request)
+            && let Some(again) = restart::pause_end(*at, restart::IMAGE.after(*count), self.now)
+        {
+            self.wait(name, format!("its image could not be had and is tried again at {again}: {failure}"));
+            return self.wake(again);
         }
         self.wait(name, "its image is being fetched");
         let step = Step::Fetch(request.clone());

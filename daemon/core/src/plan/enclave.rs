@@ -127,13 +127,14 @@ impl Planner<'_> {
     /// Ends what is drained, or has drained long enough.
     fn drains(&mut self, name: &EnclaveName, record: &EnclaveRecord) {
         for (generation, record) in &record.generations {
-            let Phase::Draining { until, why, .. } = &record.phase else { continue };
+            let Phase::Draining { since, until, why, .. } = &record.phase else { continue };
             let open = match &self.observed.proxy {
                 Observation::Known(report) if self.routes_applied() => report.ingress_open.get(&record.cid).copied(),
                 // It may still be sending new requests there.
                 Observation::Known(_) | Observation::Unknown(_) => Some(u64::MAX),
             };
-            if open.unwrap_or(0) == 0 || self.now >= *until {
+            let over = restart::pause_end(*since, until.since(*since), self.now).is_none();
+            if open.unwrap_or(0) == 0 || over {
                 let key = EnclaveKey { name: name.clone(), generation: *generation };
                 self.record(Change::Stopping { key, why: why.clone() });
             } else {
@@ -273,7 +274,9 @@ impl Planner<'_> {
     /// Brings the generation that is wanted one phase further.
     fn advance(&mut self, key: &EnclaveKey, record: &GenerationRecord, spec: &EnclaveSpec, instances: &Instances) {
         match &record.phase {
-            Phase::Planned { not_before, .. } if self.now < *not_before => {
+            Phase::Planned { since, not_before }
+                if restart::pause_end(*since, not_before.since(*since), self.now).is_some() =>
+            {
                 self.wait(&key.name, format!("it is launched again at {not_before}"));
                 self.wake(*not_before);
             }
@@ -394,7 +397,8 @@ impl Planner<'_> {
             Some(Err(error)) => {
                 let grace = since.plus(check.start_period);
                 let streak = report.map_or(0, |report| report.streak);
-                let unhealthy = if booting { self.now >= grace } else { streak >= check.failures };
+                let patient = restart::pause_end(since, check.start_period, self.now).is_some();
+                let unhealthy = if booting { !patient } else { streak >= check.failures };
                 if booting {
                     self.wait(&key.name, format!("it is not ready yet: {error}"));
                     self.wake(grace);
@@ -409,8 +413,7 @@ impl Planner<'_> {
             None => {}
         }
         let pause = if booting { check.interval.min(BOOT_PROBE_INTERVAL) } else { check.interval };
-        let due = report.map_or(self.now, |report| report.at.plus(pause));
-        if self.now < due {
+        if let Some(due) = report.and_then(|report| restart::pause_end(report.at, pause, self.now)) {
             return self.wake(due);
         }
         let step = Step::Probe { key: key.clone(), cid: record.cid, check: check.clone() };

@@ -1,6 +1,7 @@
 //! How long to wait before something is tried again: always a function of the ledger (or of the jobs' failures) and of
 //! the time, so that it means the same after a restart.
 
+use crate::id::Timestamp;
 use std::time::Duration;
 
 /// Pauses that double from `first` up to `most`.
@@ -34,9 +35,29 @@ impl Backoff {
     }
 }
 
+/// A time that lies this far ahead was written before the clock was set back.
+const SET_BACK: Duration = Duration::from_secs(60);
+
+/// When the pause that began at `since` ends; `None` if it is over. A pause that began in the future is over too: the
+/// host's clock was set back, and nothing shall stay down until it has caught up.
+pub fn pause_end(since: Timestamp, pause: Duration, now: Timestamp) -> Option<Timestamp> {
+    let end = since.plus(pause);
+    (now < end && since <= now.plus(SET_BACK)).then_some(end)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pause_ends_in_time_and_does_not_outlast_a_clock_that_was_set_back() {
+        let at = |seconds: u64| Timestamp::from_millis(1_800_000_000_000 + seconds * 1000);
+        let pause = Duration::from_secs(10);
+        assert_eq!(pause_end(at(0), pause, at(9)), Some(at(10)));
+        assert_eq!(pause_end(at(0), pause, at(10)), None);
+        assert_eq!(pause_end(at(5), pause, at(4)), Some(at(15)), "a clock that was slewed");
+        assert_eq!(pause_end(at(3600), pause, at(0)), None, "a clock that was set back by an hour");
+    }
 
     #[test]
     fn pauses_double_from_the_first_to_the_most_and_stay_there() {
