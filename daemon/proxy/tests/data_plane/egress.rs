@@ -90,7 +90,9 @@ async fn resets_pass_from_either_end_to_the_other() {
     host.publish(&Routes { egress: vec![route], ..host.routes() }).await;
 
     let mut enclave = host.connect_from(16, 8000).await.unwrap();
-    let (upstream, _) = soon("the connection", listener.accept()).await.unwrap();
+    let (mut upstream, _) = soon("the connection", listener.accept()).await.unwrap();
+    enclave.write_all(b"x").await.unwrap();
+    assert_eq!(soon("the enclave's word", upstream.read_u8()).await.unwrap(), b'x');
     upstream.set_zero_linger().unwrap();
     drop(upstream);
     // A Unix socket knows no reset; its end is what there is.

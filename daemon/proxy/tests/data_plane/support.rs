@@ -74,7 +74,8 @@ impl Host {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("vsock")).unwrap();
         let mut limits = Limits::default();
-        limits.listener_retry = Duration::from_millis(100);
+        limits.retry = Duration::from_millis(100);
+        limits.maintenance = Duration::from_millis(100);
         limits.drain = Duration::from_millis(300);
         Self { dir, limits, proxy: None }
     }
