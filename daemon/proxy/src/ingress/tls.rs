@@ -45,13 +45,13 @@ struct Resolver {
 }
 
 impl ResolvesServerCert for Resolver {
-    /// An unknown name gets an alert. A client that names none gets the first site's certificate, and its request is judged
-    /// by its Host.
+    /// An unknown name gets an alert. A client that names none gets some site's certificate, and its request is judged by
+    /// its Host.
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let sites = self.sites.get();
         let domain = match hello.server_name() {
             Some(name) => sites.find(name).map(|(domain, _)| domain),
-            None => sites.first_domain(),
+            None => sites.unnamed(),
         };
         if domain.is_none() {
             self.counters.refused.count(Refused::UnknownHost);
