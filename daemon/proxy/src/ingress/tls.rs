@@ -59,3 +59,17 @@ impl ResolvesServerCert for Resolver {
         self.certificates.certificate(domain?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustls::NamedGroup;
+
+    #[test]
+    fn key_exchanges_are_those_listed_whatever_the_process_prefers() {
+        // Fails only if another test was faster, which is as good.
+        drop(aws_lc_rs::default_provider().install_default());
+        let groups: Vec<_> = provider().kx_groups.iter().map(|group| group.name()).collect();
+        assert_eq!(groups, [NamedGroup::X25519, NamedGroup::secp256r1, NamedGroup::secp384r1]);
+    }
+}

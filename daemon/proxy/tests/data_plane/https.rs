@@ -1,12 +1,15 @@
 //! HTTPS: names, paths, generations, and what passes in both directions.
 
 use crate::support::{Body, Enclave, Host, Upstream, body, cid, egress, https_address, soon, text, traffic};
+use bytes::Bytes;
 use enclaved_core::routes::{Direction, PathRoute, Routes};
 use http::{Request, Response};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
+use hyper::body::{Frame, Incoming};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -422,4 +425,92 @@ async fn a_connection_that_changes_its_protocol_is_carried_both_ways() {
     routes.sites[0].target = None;
     host.publish(&routes).await;
     assert!(soon("the cut", stream.read_u8()).await.is_err());
+}
+
+/// Sends bytes over HTTP/1.1 and returns all that comes back until the proxy closes.
+async fn exchange(host: &Host, address: std::net::SocketAddr, sent: &str) -> String {
+    let mut client = host.tls(address, "a.test", b"http/1.1").await.unwrap();
+    client.write_all(sent.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    // A close without close_notify is an error to rustls, and as good an end as any here.
+    drop(soon("the answer", client.read_to_end(&mut answer)).await);
+    String::from_utf8(answer).unwrap()
+}
+
+#[tokio::test]
+async fn the_authority_of_an_absolute_target_wins_over_host() {
+    let host = Host::new().await;
+    let _enclave = Enclave::http(&host.vsock(), 16, tell);
+    let address = https_address(&host.publish(&host.site(&["a.test"], Some(16))).await);
+    let request = "GET https://a.test:8443/x?y HTTP/1.1\r\nhost: c.test\r\nconnection: close\r\n\r\n";
+    let answer = exchange(&host, address, request).await;
+    assert!(answer.contains("GET /x?y\n") && answer.contains("\nhost: a.test:8443\n"), "{answer}");
+    assert!(!answer.contains("c.test"), "{answer}");
+}
+
+#[tokio::test]
+async fn the_length_that_head_promises_and_a_body_that_ends_with_the_connection_are_passed_on() {
+    let host = Host::new().await;
+    let _enclave = Enclave::raw(&host.vsock(), 16, |_, mut stream| async move {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.unwrap());
+        }
+        let answer: &[u8] = if head.starts_with(b"HEAD") {
+            b"HTTP/1.1 200 OK\r\ncontent-length: 1234\r\n\r\n"
+        } else {
+            b"HTTP/1.0 200 OK\r\n\r\nto the end"
+        };
+        stream.write_all(answer).await.unwrap();
+    });
+    let address = https_address(&host.publish(&host.site(&["a.test"], Some(16))).await);
+    let answer = exchange(&host, address, "HEAD / HTTP/1.1\r\nhost: a.test\r\nconnection: close\r\n\r\n").await;
+    assert!(answer.contains("content-length: 1234\r\n") && answer.ends_with("\r\n\r\n"), "{answer}");
+    let answer = exchange(&host, address, "GET / HTTP/1.1\r\nhost: a.test\r\nconnection: close\r\n\r\n").await;
+    assert!(answer.ends_with("A\r\nto the end\r\n0\r\n\r\n"), "{answer}");
+    let answer = exchange(&host, address, "GET / HTTP/1.0\r\nhost: a.test\r\n\r\n").await;
+    assert!(answer.ends_with("\r\n\r\nto the end"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_client_that_waits_for_100_continue_gets_it() {
+    let host = Host::new().await;
+    let _enclave = Enclave::http(&host.vsock(), 16, echo);
+    let address = https_address(&host.publish(&host.site(&["a.test"], Some(16))).await);
+    let mut client = host.tls(address, "a.test", b"http/1.1").await.unwrap();
+    let head =
+        "POST / HTTP/1.1\r\nhost: a.test\r\nexpect: 100-continue\r\ncontent-length: 5\r\nconnection: close\r\n\r\n";
+    client.write_all(head.as_bytes()).await.unwrap();
+    let mut interim = [0; 25];
+    soon("100 Continue", client.read_exact(&mut interim)).await.unwrap();
+    assert_eq!(&interim, b"HTTP/1.1 100 Continue\r\n\r\n");
+    client.write_all(b"hello").await.unwrap();
+    let mut answer = Vec::new();
+    drop(soon("the answer", client.read_to_end(&mut answer)).await);
+    assert!(answer.ends_with(b"hello"), "{}", answer.escape_ascii());
+}
+
+/// A body that begins and never ends.
+struct Unfinished(Option<Bytes>);
+
+impl hyper::body::Body for Unfinished {
+    type Data = Bytes;
+    type Error = hyper::Error;
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        self.0.take().map_or(Poll::Pending, |bytes| Poll::Ready(Some(Ok(Frame::data(bytes)))))
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_comes_before_the_body_is_through_reaches_the_client() {
+    let host = Host::new().await;
+    let _enclave = Enclave::http(&host.vsock(), 16, |_, _| async {
+        Response::builder().status(413).body(body("too much")).unwrap()
+    });
+    let address = https_address(&host.publish(&host.site(&["a.test"], Some(16))).await);
+    for mut client in [host.http1(address, "a.test").await, host.http2(address, "a.test").await] {
+        let request = Request::post("/").body(Unfinished(Some("begun".into())).boxed()).unwrap();
+        let response = client.send(request).await.unwrap();
+        assert_eq!((response.status().as_u16(), text(response).await), (413, "too much".to_owned()));
+    }
 }
