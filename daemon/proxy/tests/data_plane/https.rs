@@ -514,3 +514,44 @@ async fn an_answer_that_comes_before_the_body_is_through_reaches_the_client() {
         assert_eq!((response.status().as_u16(), text(response).await), (413, "too much".to_owned()));
     }
 }
+
+#[tokio::test]
+async fn garbage_before_and_after_the_handshake_ends_its_own_connection_only() {
+    let host = Host::new().await;
+    let _enclave = Enclave::saying(&host.vsock(), 16, "well");
+    let address = https_address(&host.publish(&host.site(&["a.test"], Some(16))).await);
+    let garbage: [&[u8]; 5] = [
+        b"GET / HTTP/1.1\r\nhost: a.test\r\n\r\n",
+        b"\x16\x03\x01\xff\xff\x01\x00\xff\xfb\x03\x03",
+        &[0; 20_000],
+        &[0xff; 20_000],
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\x04\x00\x00\x00\x00\x00",
+    ];
+    for sent in garbage {
+        let mut plain = tokio::net::TcpStream::connect(address).await.unwrap();
+        drop(plain.write_all(sent).await);
+        drop(plain.shutdown().await);
+        drop(soon("the end of a plain connection", plain.read_to_end(&mut Vec::new())).await);
+        for alpn in [&b"h2"[..], b"http/1.1"] {
+            let mut client = host.tls(address, "a.test", alpn).await.unwrap();
+            drop(client.write_all(sent).await);
+            drop(client.shutdown().await);
+            drop(soon("the end of a TLS connection", client.read_to_end(&mut Vec::new())).await);
+        }
+    }
+    let mut client = host.http2(address, "a.test").await;
+    assert_eq!(client.get_text("/").await, (200, "well".to_owned()));
+    let report = host.report().await;
+    assert_eq!((report.panics, report.refused["handshake"]), (0, 5));
+}
+
+#[tokio::test]
+async fn a_client_that_connects_by_address_is_served_by_its_host_header() {
+    let host = Host::new().await;
+    let _enclave = Enclave::saying(&host.vsock(), 16, "well");
+    let report = host.publish(&host.site(&["a.test", "127.0.0.1"], Some(16))).await;
+    let mut client = host.http1(https_address(&report), "127.0.0.1").await;
+    assert_eq!(client.get_text("/").await, (200, "well".to_owned()));
+    let elsewhere = Request::get("/").header("host", "10.0.0.1").body(body("")).unwrap();
+    assert_eq!(client.send(elsewhere).await.unwrap().status(), 421);
+}
