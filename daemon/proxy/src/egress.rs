@@ -34,9 +34,11 @@ impl Endpoint {
     }
 
     async fn carry(&self, mut enclave: Stream, shared: &Shared) {
+        // A token of its own: waiting on a shared one takes its lock at every turn.
+        let cut = self.live.cut.child_token();
         let carried = tokio::select! {
             // Cancel-safe: a token stays cancelled.
-            () = self.live.cut.cancelled() => Err((Failure::Cut, None)),
+            () = cut.cancelled() => Err((Failure::Cut, None)),
             // Not finished is what it must be when the enclave is cut off: dropping it resets the upstream.
             carried = self.dial_and_relay(&mut enclave, shared) => carried,
         };

@@ -45,9 +45,6 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use vsock::Transport;
 
-/// The time between two rounds of maintenance.
-const MAINTENANCE: Duration = Duration::from_secs(5);
-
 /// How long connections have to end once they were cut.
 const CUT: Duration = Duration::from_secs(2);
 
@@ -129,7 +126,7 @@ pub async fn run_with(options: Options, limits: Limits, shutdown: CancellationTo
         // Neither returns; dropping them closes the link and ends maintenance between two rounds or within one, none of
         // which leaves anything half done on disk.
         () = link::run(link, &options.link, plane.clone(), shared.clone()) => {}
-        () = maintain(&plane) => {}
+        () = maintain(&plane, shared.limits.maintenance) => {}
     }
 
     tracing::info!("ending: no new connections; requests in flight may finish");
@@ -146,8 +143,8 @@ pub async fn run_with(options: Options, limits: Limits, shutdown: CancellationTo
     Ok(())
 }
 
-async fn maintain(plane: &Plane) {
-    let mut rounds = interval(MAINTENANCE);
+async fn maintain(plane: &Plane, period: Duration) {
+    let mut rounds = interval(period);
     rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         rounds.tick().await;

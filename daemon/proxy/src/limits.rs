@@ -7,8 +7,10 @@ use std::time::Duration;
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Limits {
-    /// How long a listener that could not be opened waits before it is tried again.
-    pub listener_retry: Duration,
+    /// How long a listener, or the link, that could not be opened waits before it is tried again.
+    pub retry: Duration,
+    /// The time between two rounds of maintenance: certificates, idle connections, routes that are not on disk yet.
+    pub maintenance: Duration,
     /// How long requests in flight may go on after the proxy was told to end.
     pub drain: Duration,
     /// A relayed connection without a byte in either direction ends after this. Long: database pools keep connections for
@@ -51,7 +53,8 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            listener_retry: Duration::from_secs(3),
+            retry: Duration::from_secs(3),
+            maintenance: Duration::from_secs(5),
             drain: Duration::from_secs(5),
             relay_idle: Duration::from_secs(24 * 3600),
             relay_half_closed: Duration::from_secs(600),

@@ -24,9 +24,6 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The group of the socket's directory may connect, others may not.
 const MODE: Mode = Mode::from_bits_retain(0o660);
 
-/// The time between two tries to open the socket, and after accepting failed.
-const RETRY: Duration = Duration::from_secs(3);
-
 /// The link, opened.
 #[derive(Debug)]
 pub(crate) struct Link {
@@ -42,9 +39,9 @@ impl Link {
     }
 
     /// As [`Self::open`], until it succeeds.
-    pub(crate) async fn open_eventually(path: &Path) -> Self {
+    async fn open_eventually(path: &Path, retry: Duration) -> Self {
         loop {
-            sleep(RETRY).await;
+            sleep(retry).await;
             if let Ok(link) = Self::open(path).await {
                 return link;
             }
@@ -58,7 +55,7 @@ impl Link {
                 Ok(client) => client,
                 Err(error) => {
                     tracing::warn!(%error, "the link could not accept a client");
-                    sleep(RETRY).await;
+                    sleep(shared.limits.retry).await;
                     continue;
                 }
             };
@@ -176,7 +173,7 @@ async fn read_line(reader: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Line>
 pub(crate) async fn run(opened: Option<Link>, path: &Path, plane: Arc<Plane>, shared: Arc<Shared>) {
     let link = match opened {
         Some(link) => link,
-        None => Link::open_eventually(path).await,
+        None => Link::open_eventually(path, shared.limits.retry).await,
     };
     link.serve(plane, shared).await;
 }

@@ -220,7 +220,7 @@ impl<S: Service> Keeper<S> {
             // Cancel-safe: a permit that is not taken stays.
             () = self.retry.notified() => {}
             // Cancel-safe: nothing is lost with a timer.
-            () = sleep(self.shared.limits.listener_retry) => {}
+            () = sleep(self.shared.limits.retry) => {}
         }
     }
 }
@@ -321,7 +321,7 @@ mod tests {
         let start = Instant::now();
         changes.changed().await.unwrap();
         assert_eq!(listening.report(), ("there".to_owned(), None));
-        assert_eq!(start.elapsed().as_secs(), 2 * shared.limits.listener_retry.as_secs());
+        assert_eq!(start.elapsed().as_secs(), 2 * shared.limits.retry.as_secs());
         listening.close().await;
     }
 

@@ -63,7 +63,9 @@ impl Routes {
     }
 
     fn check_listeners(&self) -> Result<(), InvalidRoutes> {
-        let mut seen: HashSet<_> = self.https.iter().map(|https| https.listen).collect();
+        // With port 0 the kernel chooses: HTTPS and a raw port do not meet there.
+        let https = self.https.iter().map(|https| https.listen).filter(|listen| listen.port() != 0);
+        let mut seen: HashSet<_> = https.collect();
         for route in &self.tcp {
             if !vsock_port_exists(route.vsock_port) {
                 refuse!(

@@ -175,6 +175,8 @@ async fn send(
         }
         Refusal::of(&error)
     })?;
+    // Each hop speaks its own version (RFC 9110, 6.2); what the client does not understand is left out by the server.
+    *response.version_mut() = Version::HTTP_11;
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let Some(client_upgrade) = client_upgrade else {
             let reason = "the enclave changed to another protocol, which nobody asked for";

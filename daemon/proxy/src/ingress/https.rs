@@ -31,7 +31,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
@@ -150,7 +150,7 @@ impl Https {
                 .keep_alive_interval(limits.client_stall)
                 .serve_connection(stream, service);
             // HTTP/2 has no timeout of its own for the next request.
-            let idle = in_flight.none_for(limits.request_head);
+            let idle = || in_flight.none_for(limits.request_head);
             self.until_closing(served, |served| served.graceful_shutdown(), idle).await;
         } else {
             let served = http1::Builder::new()
@@ -161,17 +161,16 @@ impl Https {
                 .max_buf_size(HTTP1_BUFFER)
                 .serve_connection(stream, service)
                 .with_upgrades();
-            self.until_closing(served, |served| served.graceful_shutdown(), std::future::pending()).await;
+            self.until_closing(served, |served| served.graceful_shutdown(), std::future::pending::<()>).await;
         }
     }
 
-    /// Serves a connection to its end; once the proxy is closing, or `enough` says so, only requests in flight.
-    async fn until_closing<C: Future<Output = hyper::Result<()>>>(
-        &self,
-        served: C,
-        close: impl FnOnce(Pin<&mut C>),
-        enough: impl Future<Output = ()>,
-    ) {
+    /// Serves a connection to its end; once the proxy is closing, or it is idle, only requests in flight.
+    async fn until_closing<C, I>(&self, served: C, close: impl FnOnce(Pin<&mut C>), idle: impl Fn() -> I)
+    where
+        C: Future<Output = hyper::Result<()>>,
+        I: Future<Output = ()>,
+    {
         let (closing, cut) = (self.shared.closing.child_token(), self.shared.cut.child_token());
         let mut served = pin!(served);
         let done = |result: hyper::Result<()>| {
@@ -187,7 +186,7 @@ impl Https {
             // Cancel-safe: a token stays cancelled.
             () = closing.cancelled() => {}
             // Cancel-safe: nothing is lost with it.
-            () = enough => {}
+            () = idle() => {}
         }
         close(served.as_mut());
         tokio::select! {
@@ -195,6 +194,9 @@ impl Https {
             result = served => done(result),
             // Cancel-safe: a token stays cancelled.
             () = cut.cancelled() => {}
+            // Cancel-safe: nothing is lost with it. A client that does not take part in closing (one that has not even
+            // begun to speak HTTP/2) is left alone.
+            () = async { sleep(self.shared.limits.handshake).await; idle().await } => {}
         }
     }
 }

@@ -4,6 +4,7 @@ use crate::counters::{Live, Traffic};
 use enclaved_core::routes::PathRoute;
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 /// The domains of one enclave.
@@ -61,10 +62,12 @@ impl Sites {
         &self.domains
     }
 
-    /// The first domain that is a name and no wildcard, or the first of all.
-    pub(crate) fn first_domain(&self) -> Option<&str> {
-        let plain = self.domains.iter().find(|domain| !domain.starts_with('*'));
-        plain.or(self.domains.first()).map(String::as_str)
+    /// The domain for a client that names none in its handshake: an address, as who connects by address does just that; else
+    /// the first that is no wildcard; else the first.
+    pub(crate) fn unnamed(&self) -> Option<&str> {
+        let address = self.domains.iter().find(|domain| domain.parse::<IpAddr>().is_ok());
+        let plain = || self.domains.iter().find(|domain| !domain.starts_with('*'));
+        address.or_else(plain).or(self.domains.first()).map(String::as_str)
     }
 
     /// The site of a host name without port, in either case: an exact domain, else a wildcard for its first label. Also the
@@ -149,7 +152,9 @@ mod tests {
         ] {
             assert_eq!(port(host), expected, "{host}");
         }
-        assert_eq!(sites.first_domain(), Some("a.example.com"));
+        assert_eq!(sites.unnamed(), Some("127.0.0.1"));
+        let sites = Sites::new([(vec!["*.example.com".into(), "a.test".into()], backend(&[("/", 1)]))]);
+        assert_eq!(sites.unnamed(), Some("a.test"));
     }
 
     #[test]

@@ -38,9 +38,11 @@ impl TcpPort {
     }
 
     async fn carry(&self, client: TcpStream, backend: &Backend, target: &Live) {
+        // A token of its own: waiting on a shared one takes its lock at every turn.
+        let cut = target.cut.child_token();
         let carried = tokio::select! {
             // Cancel-safe: a token stays cancelled.
-            () = target.cut.cancelled() => Err((Failure::Cut, None)),
+            () = cut.cancelled() => Err((Failure::Cut, None)),
             // Not finished is what it must be when the enclave is cut off: dropping it resets the client.
             carried = self.connect_and_relay(client, backend, target) => carried,
         };

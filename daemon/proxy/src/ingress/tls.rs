@@ -45,17 +45,31 @@ struct Resolver {
 }
 
 impl ResolvesServerCert for Resolver {
-    /// An unknown name gets an alert. A client that names none gets the first site's certificate, and its request is judged
-    /// by its Host.
+    /// An unknown name gets an alert. A client that names none gets some site's certificate, and its request is judged by
+    /// its Host.
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let sites = self.sites.get();
         let domain = match hello.server_name() {
             Some(name) => sites.find(name).map(|(domain, _)| domain),
-            None => sites.first_domain(),
+            None => sites.unnamed(),
         };
         if domain.is_none() {
             self.counters.refused.count(Refused::UnknownHost);
         }
         self.certificates.certificate(domain?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustls::NamedGroup;
+
+    #[test]
+    fn key_exchanges_are_those_listed_whatever_the_process_prefers() {
+        // Fails only if another test was faster, which is as good.
+        drop(aws_lc_rs::default_provider().install_default());
+        let groups: Vec<_> = provider().kx_groups.iter().map(|group| group.name()).collect();
+        assert_eq!(groups, [NamedGroup::X25519, NamedGroup::secp256r1, NamedGroup::secp384r1]);
     }
 }

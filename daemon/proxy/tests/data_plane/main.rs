@@ -1,0 +1,11 @@
+//! The data plane as its neighbours see it: a control process on the link, clients on TCP and HTTPS, enclaves over hybrid
+//! vsock, upstreams on loopback. Everything real but the enclaves, which are tasks of the test.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed; helpers are tests, too")]
+
+mod egress;
+mod https;
+mod link;
+mod routes;
+mod support;
+mod tcp;
