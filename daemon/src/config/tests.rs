@@ -78,6 +78,17 @@ fn the_example_is_good_with_everything_switched_on() {
     assert_eq!(ledger.health.as_ref().unwrap().probe, Probe::Connect { port: 9100 });
 }
 
+/// The example of the README, with a measurement in the place of its ellipsis.
+#[test]
+fn the_readmes_configuration_is_good() {
+    let readme = include_str!("../../../README.md");
+    let (_, rest) = readme.split_once("```toml\n").unwrap();
+    let (text, _) = rest.split_once("```").unwrap();
+    let config = good(&text.replace('…', &"ab".repeat(48)));
+    assert_eq!(config.warnings, Vec::<String>::new());
+    assert!(config.desired.https.is_some());
+}
+
 /// Every key below `schema`, as the instances of it that `values` holds.
 fn walk(
     root: &serde_json::Value,
