@@ -16,7 +16,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use client::Client;
 use enclaved_core::id::EnclaveName;
 use enclaved_core::status::Status;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
@@ -92,6 +92,9 @@ enum Command {
     Check {
         /// The file [default: that of --config].
         file: Option<PathBuf>,
+        /// Print JSON: whether it is ok, and every error and warning.
+        #[arg(long)]
+        json: bool,
     },
     /// Show the steps that enclaved would take now, and what enclaves wait for.
     Plan {
@@ -115,6 +118,9 @@ enum Command {
     Hosts {
         /// Its name.
         name: EnclaveName,
+        /// Print JSON: the endpoints.
+        #[arg(long)]
+        json: bool,
     },
     /// Measure an enclave image: prints the [enclave.measurements] of a configuration.
     Measure {
@@ -198,7 +204,7 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
             let show = (terminal || args.progress).then_some(wait::Show { redraw: terminal });
             wait::wait(&client(), &args.names, args.timeout, show).await
         }
-        Command::Check { file } => check(&file.unwrap_or(cli.config)),
+        Command::Check { file, json } => check(&file.unwrap_or(cli.config), json),
         Command::Plan { json } => plan(&client(), json).await,
         Command::Stop { name } => {
             told(&client(), &name, "stop").await?;
@@ -215,11 +221,11 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
             let revision = answer.get("revision").and_then(Value::as_str).unwrap_or("(unnamed)");
             print(&format!("configuration {revision} is in force\n"))
         }
-        Command::Hosts { name } => {
+        Command::Hosts { name, json } => {
             let config = config::load(&cli.config).map_err(|errors| CtlError::Unfit(errors.to_string()))?;
             let spec =
                 config.desired.enclaves.get(&name).ok_or_else(|| unknown(&name, config.desired.enclaves.keys()))?;
-            print(&hosts::lines(&name, spec))
+            print(&if json { format!("{:#}\n", json!(spec.egress)) } else { hosts::lines(&name, spec) })
         }
         Command::Measure { file, json } => measure::measure(&file, json).and_then(|text| print(&text)),
         Command::Schema { of } => print(&format!(
@@ -251,9 +257,15 @@ async fn show_status(client: &Client, args: &StatusArgs) -> Result<(), CtlError>
     })
 }
 
-fn check(file: &std::path::Path) -> Result<(), CtlError> {
-    let config =
-        config::load(file).map_err(|errors| CtlError::Unfit(format!("{} is refused\n{errors}", file.display())))?;
+fn check(file: &std::path::Path, json: bool) -> Result<(), CtlError> {
+    let loaded = config::load(file);
+    if json {
+        print(&format!("{:#}\n", checked(&loaded)))?;
+    }
+    let config = loaded.map_err(|errors| CtlError::Unfit(format!("{} is refused\n{errors}", file.display())))?;
+    if json {
+        return Ok(());
+    }
     let mut stderr = std::io::stderr().lock();
     for warning in &config.warnings {
         drop(writeln!(stderr, "warning: {warning}"));
@@ -267,6 +279,20 @@ fn check(file: &std::path::Path) -> Result<(), CtlError> {
         if files == 1 { "file" } else { "files" },
         config.revision
     ))
+}
+
+/// What a check found, for programs.
+fn checked(loaded: &Result<config::Config, config::ConfigErrors>) -> Value {
+    match loaded {
+        Ok(config) => json!({
+            "ok": true,
+            "revision": config.revision,
+            "enclaves": config.desired.enclaves.keys().collect::<Vec<_>>(),
+            "warnings": config.warnings,
+            "errors": [],
+        }),
+        Err(errors) => json!({ "ok": false, "warnings": [], "errors": errors.iter().collect::<Vec<_>>() }),
+    }
 }
 
 async fn plan(client: &Client, json: bool) -> Result<(), CtlError> {

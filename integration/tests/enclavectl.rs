@@ -235,6 +235,26 @@ async fn check_accepts_a_good_file_with_its_warnings_and_refuses_a_bad_one_with_
 }
 
 #[tokio::test]
+async fn check_and_hosts_speak_json_too() {
+    let dir = TempDir::new().unwrap();
+    let enclave = "[[enclave]]\nname = \"signer\"\nimage = \"file:///x\"\ncpus = 2\nmemory_mib = 64\n";
+    let egress = "[[enclave.egress]]\nhostname = \"a.example\"\nvsock_port = 8000\n";
+    let good = file(&dir, "good.toml", format!("{enclave}{egress}"));
+    let json = async |args: &[&OsStr]| {
+        let done = enclavectl(args.iter().chain([&OsStr::new("--json")])).await;
+        (done.code, serde_json::from_str::<serde_json::Value>(&done.out).unwrap())
+    };
+    let (code, checked) = json(&[OsStr::new("check"), good.as_os_str()]).await;
+    assert_eq!((code, &checked["ok"], &checked["enclaves"][0]), (Some(0), &json!(true), &json!("signer")));
+    let config = [OsStr::new("--config"), good.as_os_str(), OsStr::new("hosts"), OsStr::new("signer")];
+    let (code, endpoints) = json(&config).await;
+    assert_eq!((code, &endpoints[0]["vsock_port"]), (Some(0), &json!(8000)));
+    let bad = file(&dir, "bad.toml", "[host]\nx = 1");
+    let (code, checked) = json(&[OsStr::new("check"), bad.as_os_str()]).await;
+    assert_eq!((code, &checked["ok"], &checked["errors"][0]["line"]), (Some(78), &json!(false), &json!(2)));
+}
+
+#[tokio::test]
 async fn what_measure_prints_is_a_configuration_that_pins_the_image() {
     let dir = TempDir::new().unwrap();
     let image = eif::sample("signer", 1, 100_000).with_metadata(eif::metadata("signer", "1.2")).to_bytes();

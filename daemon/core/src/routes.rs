@@ -14,7 +14,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 mod check;
+mod names;
 pub use check::InvalidRoutes;
+pub use names::{is_domain, is_host};
 
 /// How vsock is reached on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]

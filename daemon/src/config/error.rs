@@ -2,6 +2,7 @@
 //! while a configuration is judged.
 
 use super::source::{Path, Place, Tree};
+use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -27,11 +28,12 @@ fn lines(errors: &[ConfigError]) -> String {
 
 /// One thing that is wrong with a configuration, written
 /// `enclaved.toml:12:5: [[enclave]] "signer": unknown key "memroy_mib"; did you mean "memory_mib"?`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ConfigError {
     /// In which file.
     pub file: PathBuf,
     /// Where in it; `None` if it is the file as a whole.
+    #[serde(flatten)]
     pub position: Option<Position>,
     /// The table or key, such as `[[enclave]] "signer" egress[1].port`; empty if it is none.
     pub key: String,
@@ -53,7 +55,7 @@ impl fmt::Display for ConfigError {
 }
 
 /// A place in a text, both numbers from 1; columns are counted in characters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Position {
     /// The line.
     pub line: usize,

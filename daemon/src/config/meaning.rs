@@ -7,7 +7,7 @@ use super::source::{Path, Tree, quoted};
 use super::{Config, ControlPlaneSettings, HostSettings, MetricsSettings, SourceFile};
 use enclaved_core::desired::{Desired, EnclaveSpec, HostPolicy};
 use enclaved_core::id::{EnclaveName, MemoryMib};
-use enclaved_core::routes::{HttpsListener, VsockTransport};
+use enclaved_core::routes::{HttpsListener, VsockTransport, is_host};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -16,7 +16,6 @@ use std::str::FromStr;
 use std::time::Duration;
 
 mod enclave;
-mod names;
 
 /// Folders in which Unix sockets are opened: of the 108 bytes that a socket's path may have, the names in them need 27.
 const MAX_SOCKET_DIR: usize = 80;
@@ -142,7 +141,7 @@ impl Judge<'_> {
         let host = url.host().unwrap_or_default().trim_matches(['[', ']']);
         let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback());
         let plain = url.scheme_str() == Some("http");
-        if host.is_empty() || !(plain || url.scheme_str() == Some("https")) || !names::is_host(host) {
+        if host.is_empty() || !(plain || url.scheme_str() == Some("https")) || !is_host(host) {
             self.refuse(&url_at, format!("is {}; allowed: {allowed}", quoted(&form.url)));
         } else if plain && !loopback {
             self.refuse(

@@ -2,8 +2,9 @@
 
 use super::*;
 use enclaved_core::desired::{Probe, UpdatePolicy};
-use enclaved_core::id::MemoryMib;
-use enclaved_core::routes::VsockTransport;
+use enclaved_core::id::{Cid, MemoryMib};
+use enclaved_core::ledger::Ledger;
+use enclaved_core::routes::{EgressRoute, Routes, VsockTransport};
 use proptest::prelude::*;
 
 mod bad;
@@ -75,6 +76,17 @@ fn the_example_is_good_with_everything_switched_on() {
     assert_eq!(config.control_plane.unwrap().url, "https://control.example.com");
     let ledger = &config.desired.enclaves[&"ledger".parse().unwrap()];
     assert_eq!(ledger.health.as_ref().unwrap().probe, Probe::Connect { port: 9100 });
+}
+
+/// The example of the README, with a measurement in the place of its ellipsis.
+#[test]
+fn the_readmes_configuration_is_good() {
+    let readme = include_str!("../../../README.md");
+    let (_, rest) = readme.split_once("```toml\n").unwrap();
+    let (text, _) = rest.split_once("```").unwrap();
+    let config = good(&text.replace('…', &"ab".repeat(48)));
+    assert_eq!(config.warnings, Vec::<String>::new());
+    assert!(config.desired.https.is_some());
 }
 
 /// Every key below `schema`, as the instances of it that `values` holds.
@@ -267,27 +279,83 @@ fn what_is_unwise_is_a_warning_with_its_place() {
     );
 }
 
-/// Texts that resemble configurations: lines of the example, cut, doubled and mixed.
+/// The example, with lines cut, left out, doubled, or with other numbers and words in them.
 fn nearly_toml() -> impl Strategy<Value = String> {
-    let lines: Vec<String> =
-        whole_example().lines().filter(|line| !line.starts_with("# ")).map(str::to_owned).collect();
-    let line = (proptest::sample::select(lines), any::<prop::sample::Index>(), ".{0,3}", 0..4_u8).prop_map(
-        |(line, at, junk, how)| {
-            let at = (0..=at.index(line.len() + 1)).rev().find(|at| line.is_char_boundary(*at)).unwrap_or(0);
-            match how {
-                0 => line[..at].to_owned() + &junk,
-                1 => line[..at].to_owned() + &junk + &line[at..],
-                _ => line,
-            }
-        },
-    );
-    prop::collection::vec(line, 0..40).prop_map(|lines| lines.join("\n"))
+    let lines: Vec<String> = whole_example().lines().filter(|line| !line.starts_with('#')).map(str::to_owned).collect();
+    const WORDS: &[&str] = &[
+        "0",
+        "1",
+        "443",
+        "8000",
+        "65536",
+        "-1",
+        "\"\"",
+        "\"/\"",
+        "\"a.example\"",
+        "\"1s\"",
+        "[]",
+        "{}",
+        "true",
+        "é",
+        "\"127.0.0.1:0\"",
+    ];
+    let change = (any::<prop::sample::Index>(), 0..7_u8, any::<prop::sample::Index>(), proptest::sample::select(WORDS));
+    prop::collection::vec(change, 0..6).prop_map(move |changes| {
+        let mut lines = lines.clone();
+        for (line, how, at, word) in changes {
+            let number = line.index(lines.len());
+            let line = lines[number].clone();
+            let cut = (0..=at.index(line.len() + 1)).rev().find(|at| line.is_char_boundary(*at)).unwrap_or(0);
+            lines[number] = match how {
+                0 => String::new(),
+                1 => line[..cut].to_owned(),
+                2 => format!("{}{word}{}", &line[..cut], &line[cut..]),
+                3 => format!("{line}\n{line}"),
+                // Another value for the key.
+                _ => format!("{}= {word}", line.split('=').next().unwrap_or_default()),
+            };
+        }
+        lines.join("\n")
+    })
+}
+
+/// The routes as if every enclave had one generation.
+fn routes(config: &Config) -> Routes {
+    let mut routes = enclaved_core::plan::routing::routes(&config.desired, &Ledger::default());
+    let mut cid = Cid::FIRST;
+    for (enclave, spec) in &config.desired.enclaves {
+        cid = cid.next();
+        routes.egress.extend(spec.egress.iter().map(|endpoint| EgressRoute {
+            enclave: enclave.clone(),
+            cid,
+            vsock_port: endpoint.vsock_port,
+            hostname: endpoint.hostname.clone(),
+            port: endpoint.port,
+            allow_addresses: endpoint.allow_addresses.clone(),
+        }));
+    }
+    routes
+}
+
+#[test]
+fn the_examples_routes_are_ones_that_the_proxy_takes() {
+    let routes = routes(&good(&whole_example()));
+    assert!(routes.egress.len() > 1 && !routes.sites.is_empty() && !routes.tcp.is_empty());
+    routes.check().unwrap();
 }
 
 proptest! {
     #[test]
     fn no_text_makes_it_panic(text in ".{0,200}") {
         drop(parsed(&text));
+    }
+
+    /// The proxy refuses a snapshot as a whole: a configuration must not lead to one that it refuses.
+    #[test]
+    fn what_is_good_makes_routes_that_the_proxy_takes(text in nearly_toml()) {
+        if let Ok(config) = parsed(&text) {
+            routes(&config).check().map_err(|error| TestCaseError::fail(error.to_string()))?;
+        }
     }
 
     #[test]

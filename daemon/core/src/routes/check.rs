@@ -1,19 +1,14 @@
 //! Whether a snapshot of the routes makes sense. A snapshot that does not is refused as a whole and nothing changes; what
 //! can only be found out by trying (a port in use, a name that does not resolve) is no subject here.
 
-use super::{EgressRoute, ROUTES_FORMAT, Routes, Site, VsockTransport};
+use super::{EgressRoute, ROUTES_FORMAT, Routes, Site, VsockTransport, is_domain, is_host};
 use std::collections::HashSet;
-use std::net::IpAddr;
 
 /// Why a snapshot cannot be served.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct InvalidRoutes(String);
 
-/// Longest DNS name, in bytes without the final dot (RFC 1035, 2.3.4).
-const NAME_BYTES: usize = 253;
-/// Longest label of a DNS name, in bytes.
-const LABEL_BYTES: usize = 63;
 /// Longest path prefix, in bytes.
 const PREFIX_BYTES: usize = 1024;
 
@@ -126,28 +121,6 @@ impl Routes {
 /// 0 means nothing, 2^32-1 means any port, to bind(2).
 fn vsock_port_exists(port: u32) -> bool {
     port != 0 && port != u32::MAX
-}
-
-/// A DNS name in either case (a final dot is welcome: it keeps the resolver's search list out), or an IP address.
-fn is_host(text: &str) -> bool {
-    text.parse::<IpAddr>().is_ok() || is_name(text.strip_suffix('.').unwrap_or(text))
-}
-
-fn is_domain(text: &str) -> bool {
-    let name = text.strip_prefix("*.").unwrap_or(text);
-    text.parse::<IpAddr>().is_ok() || (is_name(name) && !text.bytes().any(|byte| byte.is_ascii_uppercase()))
-}
-
-fn is_name(text: &str) -> bool {
-    let byte_ok = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
-    let label_ok = |label: &str| {
-        !label.is_empty()
-            && label.len() <= LABEL_BYTES
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-            && label.bytes().all(byte_ok)
-    };
-    text.len() <= NAME_BYTES && text.split('.').all(label_ok)
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What one `[[enclave]]` means.
 
-use super::{Judge, names};
+use super::Judge;
 use crate::config::form::{
     EgressForm, EnclaveForm, FullPortForm, HealthForm, IngressForm, ListenForm, MeasurementsForm, PortForm,
 };
@@ -8,9 +8,10 @@ use crate::config::source::{Path, quoted};
 use enclaved_core::desired::{
     EgressSpec, EnclaveSpec, HealthCheck, ImageRequest, ImageSource, IngressSpec, Probe, TcpPort,
 };
+use enclaved_core::egress_policy;
 use enclaved_core::id::{MemoryMib, Pcr};
 use enclaved_core::image::ExpectedImage;
-use enclaved_core::routes::PathRoute;
+use enclaved_core::routes::{PathRoute, is_domain, is_host};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -126,7 +127,7 @@ impl Judge<'_> {
         let mut endpoints = Vec::new();
         for (index, form) in forms.into_iter().enumerate() {
             let path = path.index(index);
-            if !names::is_host(&form.hostname) {
+            if !is_host(&form.hostname) {
                 let message = format!("is {}; allowed: a DNS name or an IP address", quoted(&form.hostname));
                 self.refuse(&path.key("hostname"), message);
             }
@@ -162,6 +163,14 @@ impl Judge<'_> {
             let allowed = form.allow_addresses.iter().enumerate();
             let allow_addresses: Vec<IpAddr> =
                 allowed.filter_map(|(index, text)| self.ip(text, &allow_at.index(index))).collect();
+            let address = form.hostname.parse::<IpAddr>();
+            if let Ok(Err(refusal)) = address.map(|address| egress_policy::check(address, &allow_addresses, &[])) {
+                let message = format!(
+                    "{} is {refusal}, which is refused unless it is listed: allow_addresses = [\"{}\"]",
+                    form.hostname, form.hostname
+                );
+                self.refuse(&path.key("hostname"), message);
+            }
             endpoints.push(EgressSpec {
                 hostname: form.hostname,
                 port: form.port,
@@ -179,7 +188,7 @@ impl Judge<'_> {
         for (index, domain) in form.domains.iter().enumerate() {
             let at = path.key("domains").index(index);
             let domain = domain.to_ascii_lowercase();
-            if !names::is_domain(&domain) {
+            if !is_domain(&domain) {
                 let message = format!(
                     "is {}; allowed: a name as \"api.example.com\" or \"*.example.com\", without scheme and port",
                     quoted(&domain)

@@ -532,6 +532,16 @@ loopback = "127.0.0.2""#,
 }
 
 #[test]
+fn an_address_that_the_egress_policy_refuses_must_be_listed() {
+    check_enclave(&[(
+        "[[enclave.egress]]\nhostname = \"169.254.169.254\"\nvsock_port = 1",
+        r#"t.toml:7:12: [[enclave]] "signer" egress[0].hostname: 169.254.169.254 is the address of a metadata service, which is refused unless it is listed: allow_addresses = ["169.254.169.254"]"#,
+    )]);
+    let listed = "hostname = \"127.0.0.1\"\nvsock_port = 1\nallow_addresses = [\"127.0.0.1\"]";
+    super::good(&format!("{SIGNER}[[enclave.egress]]\n{listed}"));
+}
+
+#[test]
 fn domains_are_names_and_listed_once() {
     check_enclave(&[
         (

@@ -1,4 +1,4 @@
-//! Which texts are names of hosts and domains.
+//! Which texts are names of hosts and domains: one rule for the configuration and for the proxy.
 
 use std::net::IpAddr;
 
@@ -7,14 +7,16 @@ const NAME_BYTES: usize = 253;
 /// Longest label of a DNS name, in bytes.
 const LABEL_BYTES: usize = 63;
 
-/// A DNS name (a final dot is welcome: it keeps the resolver's search list out), or an IP address.
-pub(super) fn is_host(text: &str) -> bool {
+/// Whether it is a DNS name in either case (a final dot is welcome: it keeps the resolver's search list out), or an IP
+/// address.
+pub fn is_host(text: &str) -> bool {
     text.parse::<IpAddr>().is_ok() || is_name(text.strip_suffix('.').unwrap_or(text))
 }
 
-/// A DNS name without final dot, with `*.` before it or not, or an IP address.
-pub(super) fn is_domain(text: &str) -> bool {
-    text.parse::<IpAddr>().is_ok() || is_name(text.strip_prefix("*.").unwrap_or(text))
+/// Whether it is a lower-case DNS name without final dot, with `*.` before it or not, or an IP address.
+pub fn is_domain(text: &str) -> bool {
+    let name = text.strip_prefix("*.").unwrap_or(text);
+    text.parse::<IpAddr>().is_ok() || (is_name(name) && !text.bytes().any(|byte| byte.is_ascii_uppercase()))
 }
 
 fn is_name(text: &str) -> bool {
@@ -53,7 +55,9 @@ mod tests {
         for good in ["example.com", "*.example.com", "localhost", "127.0.0.1"] {
             assert!(is_domain(good), "{good}");
         }
-        for bad in ["*", "*.", "*.*.a", "a.*.b", "example.com.", "example.com:443", "https://example.com"] {
+        for bad in
+            ["*", "*.", "*.*.a", "a.*.b", "example.com.", "example.com:443", "https://example.com", "Example.com"]
+        {
             assert!(!is_domain(bad), "{bad}");
         }
     }
