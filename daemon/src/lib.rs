@@ -8,6 +8,7 @@ pub mod control_plane;
 pub mod ctl;
 pub mod events;
 pub mod host;
+pub mod imds;
 pub mod jobs;
 pub mod last_good;
 pub mod launch;

@@ -8,6 +8,7 @@
     reason = "written for another crate, and not all of it is used here"
 )]
 pub(crate) mod eif;
+pub(crate) mod http;
 
 use crate::launch_trace::{FORMAT, LaunchSpec};
 use crate::{pidfd::Pidfd, procfs};
