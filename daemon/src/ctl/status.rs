@@ -21,7 +21,7 @@ pub(super) fn overview(status: &Status, wide: bool) -> String {
         let rows: Vec<_> = status.enclaves.iter().map(|enclave| row(enclave, status.at, wide)).collect();
         text.push_str(&render(HEADS, &rows));
     }
-    section(&mut text, "under way", status.enclaves.iter().flat_map(under_way));
+    section(&mut text, "waiting or under way", status.enclaves.iter().flat_map(under_way));
     section(&mut text, "next steps", status.steps.iter().cloned());
     section(&mut text, "problems", status.problems.iter().flat_map(problem));
     text
@@ -59,8 +59,8 @@ pub(super) fn detail(status: &Status, name: &EnclaveName) -> String {
         lines.push(("download", download(fetch.bytes, fetch.total)));
     }
     if let Some(error) = &enclave.last_error {
-        lines.push(("last error", format!("{} ({} ago)", error.at, span(status.at.since(error.at)))));
-        lines.push(("", error.failure.message.clone()));
+        let ago = span(status.at.since(error.at));
+        lines.push(("last error", format!("{} ({ago} ago): {}", error.at, error.failure.message)));
         lines.extend(error.failure.remedy.iter().map(|remedy| ("remedy", remedy.clone())));
     }
     let mut text = pairs(&lines);
@@ -100,9 +100,15 @@ pub(super) fn stand(enclave: &EnclaveStatus) -> String {
         _ => None,
     };
     let mut text = format!("{}: {state}", enclave.name);
-    for part in detail.into_iter().chain(error.map(|error| error.failure.to_string())) {
-        text.push_str(": ");
-        text.push_str(&part);
+    if let Some(detail) = detail {
+        text.push_str(&format!(": {detail}"));
+    }
+    // What it waits for may have said it already.
+    if let Some(error) = error.filter(|error| !text.contains(&error.failure.message)) {
+        text.push_str(&format!(": {}", error.failure.message));
+    }
+    if let Some(remedy) = error.and_then(|error| error.failure.remedy.as_ref()) {
+        text.push_str(&format!(" ({remedy})"));
     }
     text
 }
@@ -137,12 +143,13 @@ fn host(status: &Status) -> String {
         (
             "enclaved",
             format!(
-                "{}; {} (pid {}), up {}, configuration {}",
+                "{}; {} (pid {}), up {}, configuration {}{}",
                 if status.ready { "ready" } else { "NOT READY" },
                 host.version,
                 host.pid,
                 span(status.at.since(host.started_at)),
-                host.config_revision
+                host.config_revision,
+                host.metrics.as_ref().map(|address| format!(", metrics on {address}")).unwrap_or_default()
             ),
         ),
         ("proxy", proxy),
@@ -332,7 +339,7 @@ ledger    -  held   -             -     2  1024 MiB  -             -            
         let text = overview(&status, false);
         assert!(text.contains("enclaved: NOT READY; "), "{text}");
         let expected = "
-under way:
+waiting or under way:
   signer: its image, 3.0 MiB of 12.0 MiB (25%)
   signer: other generations: 2: draining
 
@@ -367,6 +374,14 @@ problems:
             assert!(text.contains(part), "{part:?} is missing in\n{text}");
         }
         assert!(!text.contains("about ledger"), "{text}");
+    }
+
+    #[test]
+    fn an_error_that_the_wait_names_already_is_not_said_twice() {
+        let mut failed = sample(json!([with(enclave("a", "image-failed"), json!({ "waiting_for": "later: 403" }))]));
+        failed.enclaves[0].last_error =
+            Some(LastError { at: failed.at, failure: Failure::new("403").with_remedy("allow it") });
+        assert_eq!(stand(&failed.enclaves[0]), "a: image-failed: later: 403 (allow it)");
     }
 
     #[test]

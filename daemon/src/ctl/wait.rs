@@ -4,7 +4,7 @@ use super::client::Client;
 use super::status::{problem, stand};
 use super::{CtlError, unknown};
 use enclaved_core::id::EnclaveName;
-use enclaved_core::status::{EnclaveState, EnclaveStatus, Status};
+use enclaved_core::status::{EnclaveState, EnclaveStatus, Problem, Status};
 use std::io::Write;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -110,7 +110,10 @@ fn judge(status: &Status, names: &[EnclaveName]) -> Result<Verdict, CtlError> {
             || names.iter().any(|name| name.as_str() == about)
             || !status.enclaves.iter().any(|enclave| enclave.name.as_str() == about)
     };
-    reasons.extend(status.problems.iter().filter(|problem| concerns(&problem.about)).flat_map(problem));
+    // What an enclave's own line says already is not said twice.
+    let new = |about: &Problem| !reasons.iter().any(|reason| reason.contains(&about.failure.message));
+    let problems: Vec<_> = status.problems.iter().filter(|about| concerns(&about.about) && new(about)).collect();
+    reasons.extend(problems.into_iter().flat_map(problem));
     Ok(Verdict::NotReady { lines, reasons })
 }
 
@@ -151,7 +154,7 @@ mod tests {
     use super::super::status::tests::{enclave, sample};
     use super::*;
     use enclaved_core::failure::Failure;
-    use enclaved_core::status::{FetchStatus, Problem};
+    use enclaved_core::status::FetchStatus;
     use serde_json::json;
 
     fn host(state: &str) -> Status {
