@@ -6,6 +6,7 @@
 pub mod application;
 pub mod binaries;
 pub mod control_plane;
+pub mod demo;
 pub mod eif;
 pub mod enclave;
 pub mod host;

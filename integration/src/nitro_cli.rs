@@ -38,7 +38,7 @@ mod output;
 mod wire;
 
 pub use accounts::settle;
-pub use calls::{Call, calls};
+pub use calls::{Call, calls, listening};
 pub use failure::{Code, VERSION};
 pub(crate) use image::pcr0;
 pub use image::{Image, Measured, measure};

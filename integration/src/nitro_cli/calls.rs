@@ -16,6 +16,9 @@ pub struct Call {
     pub pid: u32,
     /// Its arguments, without the program's name.
     pub args: Vec<String>,
+    /// The host's side of vsock as it was then: the sockets that listened, as `<cid>.sock_<port>`.
+    #[serde(default)]
+    pub listening: Vec<String>,
 }
 
 impl Call {
@@ -33,6 +36,7 @@ pub(super) fn record(environment: &Environment) {
         at_millis: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
         pid: std::process::id(),
         args: std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect(),
+        listening: environment.vsock.as_deref().map(listening).unwrap_or_default(),
     };
     let append = || -> io::Result<()> {
         fs::create_dir_all(state)?;
@@ -46,6 +50,27 @@ pub(super) fn record(environment: &Environment) {
     }
 }
 
+/// The sockets in a vsock folder on which the host listens now, as `<cid>.sock_<port>`, by the kernel's own list: nobody is
+/// connected to, so nobody counts a connection. None if there is no such list.
+pub fn listening(vsock_folder: &Path) -> Vec<String> {
+    let list = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    let mut names: Vec<String> = list.lines().filter_map(|line| listener_in(line, vsock_folder)).collect();
+    names.sort_unstable();
+    names
+}
+
+/// `Num RefCount Protocol Flags Type St Inode Path`
+fn listener_in(line: &str, folder: &Path) -> Option<String> {
+    /// `__SO_ACCEPTCON`
+    const LISTENS: u32 = 1 << 16;
+    let mut fields = line.split_ascii_whitespace().skip(3);
+    let flags = u32::from_str_radix(fields.next()?, 16).ok()?;
+    let path = Path::new(fields.nth(3)?);
+    let name = path.file_name()?.to_str()?;
+    let is_host_side = path.parent() == Some(folder) && name.contains(".sock_");
+    (flags & LISTENS != 0 && is_host_side).then(|| name.to_owned())
+}
+
 /// The calls so far, in the order in which they began.
 ///
 /// # Errors
@@ -56,4 +81,23 @@ pub fn calls(state_folder: &Path) -> io::Result<Vec<Call>> {
         other => other?,
     };
     text.lines().map(|line| serde_json::from_str(line).map_err(io::Error::from)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    #[test]
+    fn only_what_listens_in_the_folder_is_listed() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(listening(folder.path()), [] as [String; 0]);
+        let egress = UnixListener::bind(folder.path().join("16.sock_8000")).unwrap();
+        let _enclave = UnixListener::bind(folder.path().join("16.sock")).unwrap();
+        let _connected = UnixStream::connect(folder.path().join("16.sock_8000")).unwrap();
+        assert_eq!(listening(folder.path()), ["16.sock_8000"]);
+        drop(egress);
+        assert!(folder.path().join("16.sock_8000").exists(), "the file stays");
+        assert_eq!(listening(folder.path()), [] as [String; 0]);
+    }
 }
