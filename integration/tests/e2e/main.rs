@@ -1,0 +1,17 @@
+//! End to end: the real `enclaved`, its proxy, its launch helper and `enclavectl` on simulated machines. Each test has a
+//! machine of its own, and none leaves anything behind.
+//!
+//! What is tested here is that the parts work together as a person sees it; what each decides has tests of its own.
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
+
+mod commands;
+mod config;
+mod crashes;
+mod deaths;
+mod fixture;
+mod images;
+mod launch;
+mod nitro_cli;
+mod observability;
+mod traffic;
+mod updates;
