@@ -104,6 +104,7 @@ pub async fn run<H: Host>(host: Arc<H>, inputs: Inputs, stop: CancellationToken)
         images: BTreeMap::new(),
         health: BTreeMap::new(),
         failed: BTreeMap::new(),
+        succeeded: BTreeMap::new(),
         unsaved: None,
         terminating: false,
     };
@@ -166,6 +167,7 @@ struct Loop<H: Host> {
     images: BTreeMap<ImageRequest, VerifiedImage>,
     health: BTreeMap<EnclaveKey, HealthReport>,
     failed: BTreeMap<JobKey, JobFailure>,
+    succeeded: BTreeMap<JobKey, Timestamp>,
     /// The ledger in memory is not on disk: when that was noticed, how often it failed, why.
     unsaved: Option<JobFailure>,
     terminating: bool,
@@ -216,6 +218,7 @@ impl<H: Host> Loop<H> {
             health: self.health.clone(),
             running: self.jobs.running().clone(),
             failed: self.failed.clone(),
+            succeeded: self.succeeded.clone(),
         }
     }
 
@@ -318,6 +321,7 @@ impl<H: Host> Loop<H> {
         match outcome {
             Ok(done) => {
                 self.failed.remove(&key);
+                self.succeeded.insert(key.clone(), at);
                 match (key, done) {
                     (JobKey::Fetch(request), Done::Image(image)) => {
                         self.images.insert(request, *image);
@@ -340,6 +344,8 @@ impl<H: Host> Loop<H> {
 
     /// Forgets what is about nothing any more, so that memory stays bounded by what is configured.
     fn prune(&mut self) {
+        let now = self.now();
+        self.succeeded.retain(|_, at| restart::pause_end(*at, restart::AGAIN, now).is_some());
         let (ledger, desired) = (&self.ledger, &self.desired);
         let wanted = |request: &ImageRequest| desired.enclaves.values().any(|spec| spec.image == *request);
         self.images.retain(|request, _| wanted(request));

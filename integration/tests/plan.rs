@@ -72,7 +72,7 @@ fn record(seed: &Seed, cid: Cid, number: u32) -> GenerationRecord {
         2 => Phase::Booting { since, launch },
         3 => Phase::Ready { since, launch },
         4 => Phase::Draining { since, until: since.plus(Duration::from_secs(30)), launch, why },
-        5 => Phase::Stopping { since, why },
+        5 => Phase::Stopping { since, launch: Some(launch), why },
         _ => Phase::Ended { at: since },
     };
     let (cpus, memory) = if seed.name == 1 { (4, 2048) } else { (2, 1024) };
@@ -112,6 +112,7 @@ fn world(seeds: &[Seed], pool: (u32, u64)) -> (Ledger, Observed) {
         health: BTreeMap::new(),
         running: BTreeSet::new(),
         failed: BTreeMap::new(),
+        succeeded: BTreeMap::new(),
     };
     (ledger, observed)
 }

@@ -165,6 +165,9 @@ pub enum Phase {
     Stopping {
         /// Since when.
         since: Timestamp,
+        /// Its process, if it has one: what runs is found by it even if every other trace of it is lost.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        launch: Option<LaunchRecord>,
         /// Why.
         why: StopReason,
     },
@@ -492,9 +495,11 @@ impl Ledger {
             }),
             Change::Draining { key, until, why } => self.set_phase(&key, |record| match record.launch() {
                 Some(launch) => Phase::Draining { since: now, until, launch: launch.clone(), why },
-                None => Phase::Stopping { since: now, why },
+                None => Phase::Stopping { since: now, launch: None, why },
             }),
-            Change::Stopping { key, why } => self.set_phase(&key, |_| Phase::Stopping { since: now, why }),
+            Change::Stopping { key, why } => {
+                self.set_phase(&key, |record| Phase::Stopping { since: now, launch: record.launch().cloned(), why })
+            }
             Change::Ended { key, failure } => self.end(&key, failure, now),
             Change::Forgotten(key) => {
                 if let Some(enclave) = self.enclaves.get_mut(&key.name) {

@@ -48,6 +48,8 @@ pub struct Observed {
     pub running: BTreeSet<JobKey>,
     /// Jobs that failed, and have not succeeded since.
     pub failed: BTreeMap<JobKey, JobFailure>,
+    /// When each job succeeded last, as far as it was in the last while.
+    pub succeeded: BTreeMap<JobKey, Timestamp>,
 }
 
 /// One launch, as its traces on the host show it.
@@ -66,6 +68,9 @@ pub enum InstanceState {
     Launching,
     /// The enclave's process is there: same PID, same start time.
     Running(LaunchRecord),
+    /// It cannot be told whether it runs (nitro-cli does not answer, traces contradict each other). It may: so it keeps its
+    /// name, its CID and its resources, and is neither ended nor forgotten.
+    Unknown(Failure),
     /// It is over: the launch failed, or the enclave's process is gone.
     Ended {
         /// When it was noticed.

@@ -134,7 +134,15 @@ impl Planner<'_> {
     fn someone_is_launching(&self) -> bool {
         use crate::ledger::Phase;
         use crate::observed::InstanceState;
-        let in_ledger = self.ledger.generations().any(|(_, record)| matches!(record.phase, Phase::Launching { .. }));
+        // nitro-cli is not at work on what cannot be judged: that is found out only after it has ended.
+        let unknown = |key: &EnclaveKey| {
+            let instance = self.observed.instances.known().and_then(|all| all.get(key));
+            instance.is_some_and(|instance| matches!(instance.state, InstanceState::Unknown(_)))
+        };
+        let in_ledger = self
+            .ledger
+            .generations()
+            .any(|(key, record)| matches!(record.phase, Phase::Launching { .. }) && !unknown(&key));
         let on_host = self
             .observed
             .instances
@@ -165,6 +173,16 @@ impl Planner<'_> {
         }
         if let Some(failed) = self.observed.failed.get(job)
             && let Some(again) = restart::pause_end(failed.at, backoff.after(failed.count), self.now)
+        {
+            return self.wake(again);
+        }
+        let slow = matches!(
+            job,
+            JobKey::Stop(_) | JobKey::Forget(_) | JobKey::Reserve | JobKey::Launch(_) | JobKey::StartProxy
+        );
+        if slow
+            && let Some(last) = self.observed.succeeded.get(job)
+            && let Some(again) = restart::pause_end(*last, restart::AGAIN, self.now)
         {
             return self.wake(again);
         }

@@ -23,7 +23,8 @@ async fn a_stopped_enclave_stays_stopped_over_reload_and_restart_until_it_is_sta
     assert!(host.status().await.unwrap().ready, "what is held on purpose is no fault");
 
     host.hang_up();
-    eventually("the reload is done", async || (host.log_lines("configuration is in force").len() > 1).then_some(())).await;
+    eventually("the reload is done", async || (host.log_lines("configuration is in force").len() > 1).then_some(()))
+        .await;
     host.kill_daemon();
     host.start();
     let status = host.until("the restarted daemon is up", |status| status.ready && status.proxy.current).await;

@@ -134,7 +134,9 @@ async fn a_download_shows_how_far_it_is_until_it_is_there() {
     host.start();
     let progress = |signer: &EnclaveStatus| signer.fetch.map(|fetch| (fetch.bytes, fetch.total));
     let first = host
-        .until_signer("some has come", |signer| progress(signer).is_some_and(|(bytes, total)| 0 < bytes && bytes < total))
+        .until_signer("some has come", |signer| {
+            progress(signer).is_some_and(|(bytes, total)| 0 < bytes && bytes < total)
+        })
         .await;
     let shown = host.ctl_ok(&["status"]);
     assert!(shown.contains("signer: its image, ") && shown.contains("%)"), "{shown}");

@@ -82,7 +82,9 @@ async fn two_enclaves_are_launched_one_after_the_other() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_log_has_one_line_for_the_download_and_one_for_the_launch() {
     let host = Host::ready().await;
-    for text in ["fetching the image", "image is verified", "signer-1: nitro-cli run-enclave", "INFO launching", " ready"] {
+    for text in
+        ["fetching the image", "image is verified", "signer-1: nitro-cli run-enclave", "INFO launching", " ready"]
+    {
         let log = host.machine.log();
         let _ = &log;
         if text.starts_with("signer-1:") {

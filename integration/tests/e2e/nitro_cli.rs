@@ -68,12 +68,9 @@ async fn of_an_exit_39_the_first_code_and_its_remedy_are_shown() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_launch_whose_answer_is_lost_or_wrong_makes_no_second_enclave() {
-    for fault in [
-        Fault::KilledAfterAnswer,
-        Fault::KilledBeforeAnswer,
-        Fault::SucceedButExit { code: 1 },
-        Fault::GarbledAnswer,
-    ] {
+    for fault in
+        [Fault::KilledAfterAnswer, Fault::KilledBeforeAnswer, Fault::SucceedButExit { code: 1 }, Fault::GarbledAnswer]
+    {
         let host = Host::with_image().await;
         host.machine.nitro.switch_on(&[Hazard::once("run-enclave", fault.clone())]).unwrap();
         host.configure(&host.signer());

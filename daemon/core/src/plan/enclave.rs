@@ -54,7 +54,7 @@ impl Planner<'_> {
                 continue;
             }
             let phase = match &instance.state {
-                InstanceState::Launching => Phase::Launching { since: self.now },
+                InstanceState::Launching | InstanceState::Unknown(_) => Phase::Launching { since: self.now },
                 // It ran before this ledger began, so presumably it served: taken as ready, for otherwise its traffic
                 // would be cut for nothing; its health check goes on at once.
                 InstanceState::Running(launch) => Phase::Ready { since: self.now, launch: launch.clone() },
@@ -78,6 +78,14 @@ impl Planner<'_> {
         let state = seen.map(|instance| &instance.state);
         let key = key.clone();
         match (&record.phase, state) {
+            (
+                Phase::Launching { .. } | Phase::Booting { .. } | Phase::Ready { .. },
+                Some(InstanceState::Unknown(failure)),
+            )
+            | (
+                Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Ended { .. },
+                Some(InstanceState::Unknown(failure)),
+            ) => self.wait(&key.name, format!("it cannot be told whether {key} runs: {}", failure.message)),
             (Phase::Planned { .. }, Some(_)) => self.record(Change::Launching(key)),
             (Phase::Launching { .. }, Some(InstanceState::Running(launch))) => {
                 self.record(Change::Booting { key, launch: launch.clone() });

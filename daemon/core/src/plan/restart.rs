@@ -20,6 +20,10 @@ pub const STEP: Backoff = Backoff { first: Duration::from_millis(200), most: Dur
 /// Asking the allocator again.
 pub const RESERVE: Backoff = Backoff { first: Duration::from_secs(5), most: Duration::from_secs(300) };
 
+/// A step that succeeded and is still asked for (an enclave that takes its time to end, memory that others hold) is not
+/// taken again before this.
+pub const AGAIN: Duration = Duration::from_secs(1);
+
 impl Backoff {
     /// Pauses that double from `first` up to `most`.
     pub const fn new(first: Duration, most: Duration) -> Self {
