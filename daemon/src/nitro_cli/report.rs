@@ -50,7 +50,7 @@ pub(super) fn failure(command: &str, captured: &Captured) -> Report {
     }
     Report {
         failure: Failure::new(message).with_code(code),
-        says_nothing_runs: !UNCLEAR.contains(&code.0),
+        says_nothing_runs: !UNCLEAR.contains(&code.0) && says_nothing(captured),
         partial: partial && code == ECode::PROCESS_CONNECTION,
     }
 }
@@ -75,9 +75,14 @@ fn without_block(command: &str, captured: &Captured, partial: bool) -> Report {
     };
     Report {
         failure: Failure::new(format!("nitro-cli {command} {how}; {words}")).with_remedy(remedy),
-        says_nothing_runs: captured.status.code() == Some(2),
+        says_nothing_runs: captured.status.code() == Some(2) && says_nothing(captured),
         partial,
     }
+}
+
+/// Whatever it prints on stdout may be the answer of an enclave that runs.
+fn says_nothing(captured: &Captured) -> bool {
+    captured.stdout.trim_ascii().is_empty()
 }
 
 /// One error block: `[ E19 ] text`, lines with details, an empty line, a URL, the path of the error's log.

@@ -127,6 +127,8 @@ async fn a_lost_connection_to_the_background_process_leaves_open_whether_it_runs
         ("echo '[ E39 ] Enclave process connection failure. Such' >&2; exit 39", Some(ECode(39))),
         ("echo '[ E10 ] x' >&2; exit 39", Some(ECode(10))),
         ("kill -9 $$", None),
+        ("echo '{}'; exit 2", None),
+        ("echo '{}'; echo '[ E26 ] x' >&2; exit 26", Some(ECode(26))),
         ("echo 'thread main panicked' >&2; exit 101", None),
         ("exit 0", None),
         ("echo 'Hello, world'", None),
