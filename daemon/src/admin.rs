@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -30,6 +30,8 @@ use tracing::{debug, warn};
 const LIVE: Duration = Duration::from_secs(60);
 /// A client has this long for the head of its request.
 const HEAD: Duration = Duration::from_secs(10);
+/// A connection, with all that is asked on it, takes no longer than this.
+const CONNECTION: Duration = Duration::from_secs(60);
 /// Connections at a time on each listener; more wait.
 const CONNECTIONS: usize = 128;
 
@@ -105,19 +107,18 @@ impl Accept for TcpListener {
 }
 
 async fn serve(listener: impl Accept, surface: Surface, source: Source, stop: CancellationToken) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
-        // The semaphore is never closed, so this waits until a slot is free.
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         tokio::select! {
             // Accepting is cancel-safe.
-            accepted = listener.next() => match accepted {
+            accepted = listener.next(), if connections.len() < CONNECTIONS => match accepted {
                 Ok(stream) => {
                     let source = source.clone();
                     connections.spawn(async move {
-                        connection(stream, surface, source).await;
-                        drop(slot);
+                        // A client that does not read its answers shall not hold its place for ever.
+                        if tokio::time::timeout(CONNECTION, connection(stream, surface, source)).await.is_err() {
+                            debug!(?surface, "a client took too long");
+                        }
                     });
                 }
                 Err(error) => pause(surface, &error).await,
@@ -149,6 +150,7 @@ async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin, surface: Surfac
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(16 << 10);
+    http.keep_alive(surface == Surface::Admin);
     if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
         debug!("a client of the admin API: {error}");
     }

@@ -25,14 +25,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-/// How long ending all enclaves may take beyond their drain time (`on_stop = "terminate"`).
-const TERMINATE: Duration = Duration::from_secs(60);
 /// A metrics address that is taken is tried again this often.
 const METRICS_RETRY: Duration = Duration::from_secs(5);
 
@@ -69,6 +67,8 @@ pub enum StartError {
 /// # Errors
 /// It could not start, or a bug ended it. Enclaves and traffic go on either way.
 pub async fn run(arguments: Arguments) -> Result<(), StartError> {
+    // First of all: until it is listened for, SIGHUP ends the process.
+    let hangup = signal(SignalKind::hangup()).context("listening for SIGHUP").map_err(StartError::TryAgain)?;
     let (config, refused) = configuration(&arguments)?;
     let metrics = Metrics::new().map_err(|error| StartError::Bug(error.into()))?;
     let events = Events::new(metrics.clone());
@@ -94,7 +94,7 @@ pub async fn run(arguments: Arguments) -> Result<(), StartError> {
     tasks.spawn(serve_metrics(config.metrics.listen, source, facts.clone(), stop.clone()));
     tasks.spawn(identify(config.clone(), facts, reports.clone(), events.clone(), stop.clone()));
     tasks.spawn(service_manager::tell(reports, stop.clone()));
-    tasks.spawn(keeper.serve(reload_receiver, stop.clone()));
+    tasks.spawn(keeper.serve(reload_receiver, hangup, stop.clone()));
     let inputs = Inputs {
         desired: config.desired.clone(),
         boot_id,
@@ -113,8 +113,8 @@ pub async fn run(arguments: Arguments) -> Result<(), StartError> {
             info!("{}, ending; {}", signal.map_err(StartError::TryAgain)?, on_stop_text(config.host.on_stop));
             None
         }
-        // A task that panics is a bug; the rest end only with the process.
-        Some(Err(error)) = tasks.join_next() => {
+        // Cancel-safe: what is not reaped here is reaped with the process.
+        error = panicked(&mut tasks) => {
             return Err(StartError::Bug(anyhow::Error::new(error).context("a part of the control process ended")));
         }
     };
@@ -123,20 +123,28 @@ pub async fn run(arguments: Arguments) -> Result<(), StartError> {
         Some(ended) => ended,
         None => {
             if config.host.on_stop == OnStop::Terminate {
+                // The loop ends by itself when every enclave has, or when it has taken too long.
                 drop(commands.send(Command::Terminate).await);
-                let patience = config.desired.host.drain + TERMINATE;
-                if tokio::time::timeout(patience, &mut reconciler).await.is_ok() {
-                    return Ok(());
-                }
-                warn!("not every enclave ended within {}", humantime::format_duration(patience));
+            } else {
+                stop.cancel();
             }
-            stop.cancel();
             reconciler.await
         }
     };
     stop.cancel();
     let bug = |error: anyhow::Error| StartError::Bug(error.context("the reconcile loop ended"));
     ended.map_err(|error| bug(error.into()))?.map_err(|error| bug(error.into()))
+}
+
+/// Waits until a part of the process panics. Parts that end in an orderly way are not missed.
+async fn panicked(tasks: &mut JoinSet<()>) -> tokio::task::JoinError {
+    loop {
+        match tasks.join_next().await {
+            Some(Ok(())) => {}
+            Some(Err(error)) => return error,
+            None => std::future::pending().await,
+        }
+    }
 }
 
 fn on_stop_text(on_stop: OnStop) -> &'static str {
@@ -285,11 +293,7 @@ struct Keeper {
 }
 
 impl Keeper {
-    async fn serve(mut self, mut reloads: mpsc::Receiver<Reload>, stop: CancellationToken) {
-        let mut hangup = match signal(SignalKind::hangup()) {
-            Ok(hangup) => hangup,
-            Err(error) => return error!("SIGHUP is not listened for: {error}"),
-        };
+    async fn serve(mut self, mut reloads: mpsc::Receiver<Reload>, mut hangup: Signal, stop: CancellationToken) {
         loop {
             tokio::select! {
                 // Both are cancel-safe: what is not received now is received by the next call.
@@ -322,7 +326,7 @@ impl Keeper {
                 Err(reason)
             }
         };
-        service_manager::ready();
+        service_manager::reloaded();
         answer
     }
 

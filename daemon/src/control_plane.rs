@@ -77,6 +77,12 @@ impl Reporter {
         let mut due = Instant::now();
         let mut failures: u32 = 0;
         let mut fate: Option<bool> = None;
+        tokio::select! {
+            // Nothing is consumed by waiting.
+            first = reports.wait_for(Option::is_some) => if first.is_err() { return },
+            // A plain wait.
+            () = stop.cancelled() => return,
+        }
         loop {
             tokio::select! {
                 // A change that is not seen now is seen by the next call.

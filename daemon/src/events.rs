@@ -118,7 +118,7 @@ impl Events {
             Change::ImageVerified { request, digest, measurements } => {
                 info!(image = %request.source, sha256 = %digest, pcr0 = %measurements.pcr0, "image is verified");
             }
-            Change::ImageFailed { request, failure } => error!(image = %request.source, "{failure}"),
+            Change::ImageFailed { request, failure, .. } => error!(image = %request.source, "{failure}"),
             Change::Planned { key, cid, not_before, .. } => {
                 info!(enclave = %key, %cid, %not_before, "generation is planned")
             }
@@ -150,7 +150,9 @@ impl Events {
             }
             Change::Held(name) => info!(enclave = %name, "held stopped by an operator"),
             Change::Released(name) => info!(enclave = %name, "released by an operator"),
-            Change::ImageForgotten(_) | Change::Forgotten(_) | Change::Removed(_) => debug!("{change}"),
+            Change::Endpoints { .. } | Change::ImageForgotten(_) | Change::Forgotten(_) | Change::Removed(_) => {
+                debug!("{change}")
+            }
         }
     }
 

@@ -69,8 +69,10 @@ pub fn recall(state_dir: &Path) -> Result<Config, LastGoodError> {
 /// Where the state folder is according to a configuration that is refused: a file with a wrong key in one place may well
 /// be right in this one. `None` if that can't be told.
 pub fn state_dir_of(path: &Path) -> Option<PathBuf> {
-    let table: toml::Table = config::read(path).ok()?.first()?.text.parse().ok()?;
-    Some(PathBuf::from(table.get("host")?.get("state_dir")?.as_str()?))
+    config::read(path).ok()?.iter().find_map(|source| {
+        let table: toml::Table = source.text.parse().ok()?;
+        Some(PathBuf::from(table.get("host")?.get("state_dir")?.as_str()?))
+    })
 }
 
 #[cfg(test)]

@@ -59,6 +59,8 @@ struct StateSeries {
     proxy_current: IntGauge,
     listener_open: IntGaugeVec,
     accept_errors: IntCounterVec,
+    panics: IntCounterVec,
+    refused: IntCounterVec,
     open: IntGaugeVec,
     total: IntCounterVec,
     bytes: IntCounterVec,
@@ -128,11 +130,21 @@ impl Metrics {
             fetch_size: gauges("enclaved_image_fetch_size_bytes", "Size of a download under way.", enclave)?,
             proxy_up: gauge("enclaved_proxy_up", "1 if the proxy process answers.")?,
             proxy_current: gauge("enclaved_proxy_routes_current", "1 if the proxy serves the wanted routes.")?,
-            listener_open: gauges("enclaved_proxy_listener_open", "1 if a listener is open.", &["kind", "address"])?,
+            listener_open: gauges(
+                "enclaved_proxy_listener_open",
+                "1 if a listener is open; cid is that of the enclave it is for, where it is for one.",
+                &["kind", "address", "cid"],
+            )?,
             accept_errors: counters(
                 "enclaved_proxy_accept_errors_total",
                 "Connections lost to a shortage of descriptors or memory.",
                 &[],
+            )?,
+            panics: counters("enclaved_proxy_panics_total", "Connections that ended by a bug in the proxy.", &[])?,
+            refused: counters(
+                "enclaved_proxy_refused_total",
+                "Connections that belong to no enclave: unknown peers, unknown names, failed handshakes.",
+                &["reason"],
             )?,
             open: gauges("enclaved_traffic_open", "Open connections; for HTTPS, requests.", traffic)?,
             total: counters("enclaved_traffic_total", "Accepted connections; for HTTPS, requests.", traffic)?,
@@ -278,7 +290,15 @@ impl StateSeries {
         ];
         gauges.iter().for_each(|series| series.reset());
         self.enclave_since.reset();
-        let counters = [&self.accept_errors, &self.total, &self.bytes, &self.failures, &self.responses];
+        let counters = [
+            &self.accept_errors,
+            &self.panics,
+            &self.refused,
+            &self.total,
+            &self.bytes,
+            &self.failures,
+            &self.responses,
+        ];
         counters.iter().for_each(|series| series.reset());
     }
 
@@ -311,14 +331,18 @@ impl StateSeries {
 
     fn proxy(&self, report: &ProxyReport) {
         self.accept_errors.with_label_values::<&str>(&[]).inc_by(report.accept_errors);
+        self.panics.with_label_values::<&str>(&[]).inc_by(report.panics);
+        for (reason, count) in &report.refused {
+            self.refused.with_label_values(&[reason]).inc_by(*count);
+        }
         for listener in &report.listeners {
-            let kind = match listener.listener {
-                ListenerKey::Egress { .. } => "egress",
-                ListenerKey::Https { .. } => "https",
-                ListenerKey::Tcp { .. } => "tcp",
+            let (kind, cid) = match listener.listener {
+                ListenerKey::Egress { cid, .. } => ("egress", cid.to_string()),
+                ListenerKey::Https { .. } => ("https", String::new()),
+                ListenerKey::Tcp { .. } => ("tcp", String::new()),
             };
             let open = i64::from(listener.error.is_none());
-            self.listener_open.with_label_values(&[kind, &listener.address]).set(open);
+            self.listener_open.with_label_values(&[kind, &listener.address, &cid]).set(open);
         }
         for traffic in &report.traffic {
             self.traffic(traffic);

@@ -13,7 +13,7 @@ use enclaved_core::observed::{HealthReport, JobFailure, JobKey, Observation, Obs
 use enclaved_core::plan::{Plan, Step, plan, restart};
 use enclaved_core::routes::ProxyReport;
 use enclaved_core::status::{Facts, Problem, Status, status};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +24,8 @@ use tokio_util::sync::CancellationToken;
 const TICK: Duration = Duration::from_secs(5);
 /// An observation that takes longer is unknown in this pass.
 const OBSERVE: Duration = Duration::from_secs(10);
+/// How long ending all enclaves may take beyond their drain time: longer than a supervisor takes to resort to force.
+const TERMINATE: Duration = Duration::from_secs(120);
 /// The shortest pause between two wake-ups by the same port: a port that cries all the time does not starve the rest.
 const NUDGE: Duration = Duration::from_millis(10);
 
@@ -58,6 +60,12 @@ pub enum LoopError {
     /// A job panicked.
     #[error("a job of the reconcile loop panicked; this is a bug")]
     Job(#[source] tokio::task::JoinError),
+    /// Some enclaves did not end in time (`on_stop = "terminate"`).
+    #[error("{left} enclaves did not end in time")]
+    NotEnded {
+        /// How many.
+        left: usize,
+    },
     /// Whoever sends commands is gone.
     #[error("the reconcile loop lost its commands; this is a bug")]
     CommandsClosed,
@@ -106,7 +114,7 @@ pub async fn run<H: Host>(host: Arc<H>, inputs: Inputs, stop: CancellationToken)
         failed: BTreeMap::new(),
         succeeded: BTreeMap::new(),
         unsaved: None,
-        terminating: false,
+        terminating: None,
     };
     state.run(&nudge, &stop).await
 }
@@ -142,6 +150,7 @@ async fn load<H: Host>(host: &H, inputs: &Inputs, stop: &CancellationToken) -> O
             Err(failure) => {
                 failures += 1;
                 inputs.events.emit(&Event::LedgerUnavailable { failure: &failure });
+                inputs.reports.send_replace(Some(Arc::new(blind(host, inputs, &failure))));
                 tokio::select! {
                     // Both are plain waits.
                     () = tokio::time::sleep(restart::STEP.after(failures)) => {}
@@ -150,6 +159,27 @@ async fn load<H: Host>(host: &H, inputs: &Inputs, stop: &CancellationToken) -> O
             }
         }
     }
+}
+
+/// The report while there is no ledger: nothing was looked at, and why.
+fn blind<H: Host>(host: &H, inputs: &Inputs, failure: &Failure) -> Report {
+    let observed = Observed {
+        boot_id: inputs.boot_id.clone(),
+        instances: Observation::Unknown(failure.clone()),
+        pool: Observation::Unknown(failure.clone()),
+        proxy: Observation::Unknown(failure.clone()),
+        images: BTreeMap::new(),
+        health: BTreeMap::new(),
+        running: BTreeSet::new(),
+        failed: BTreeMap::new(),
+        succeeded: BTreeMap::new(),
+    };
+    let facts = inputs.facts.borrow().clone();
+    let (ledger, plan, now) = (Ledger::default(), Plan::default(), host.clock().now());
+    let mut status = status(&inputs.desired, &observed, &ledger, &plan, &facts, now);
+    status.problems = facts.problems;
+    status.problems.push(Problem { about: "ledger".to_owned(), failure: failure.clone() });
+    Report { status, proxy: None, made: tokio::time::Instant::now() }
 }
 
 struct Loop<H: Host> {
@@ -170,7 +200,8 @@ struct Loop<H: Host> {
     succeeded: BTreeMap<JobKey, Timestamp>,
     /// The ledger in memory is not on disk: when that was noticed, how often it failed, why.
     unsaved: Option<JobFailure>,
-    terminating: bool,
+    /// Every enclave is to end, and the loop with them, at this time at the latest.
+    terminating: Option<tokio::time::Instant>,
 }
 
 impl<H: Host> Loop<H> {
@@ -182,8 +213,14 @@ impl<H: Host> Loop<H> {
             let again = self.carry_out(&plan).await;
             self.tell(&observed, &plan);
             self.events.emit(&Event::Pass { took: started.elapsed(), steps: plan.steps.len() });
-            if self.terminating && self.ledger.enclaves.is_empty() {
-                return Ok(());
+            if let Some(latest) = self.terminating {
+                let left = self.ledger.generations().count();
+                if left == 0 {
+                    return Ok(());
+                }
+                if tokio::time::Instant::now() >= latest {
+                    return Err(LoopError::NotEnded { left });
+                }
             }
             if stop.is_cancelled() {
                 return Ok(());
@@ -227,7 +264,9 @@ impl<H: Host> Loop<H> {
         let now = self.now();
         let mut changed = false;
         for step in &plan.steps {
-            if let Step::Record(change) = step {
+            if let Step::Record(change) = step
+                && !self.keeps(change)
+            {
                 self.record(change.clone(), now);
                 changed = true;
             }
@@ -241,6 +280,12 @@ impl<H: Host> Loop<H> {
             self.jobs.start(&self.host, step);
         }
         changed
+    }
+
+    /// Ending everything with the process (`on_stop = "terminate"`) is not forgetting it: what an operator holds stopped
+    /// is still held when the next process starts.
+    fn keeps(&self, change: &Change) -> bool {
+        self.terminating.is_some() && matches!(change, Change::Removed(_) | Change::ImageForgotten(_))
     }
 
     fn record(&mut self, change: Change, now: Timestamp) {
@@ -362,7 +407,7 @@ impl<H: Host> Loop<H> {
     async fn obey(&mut self, command: Command) {
         match command {
             Command::Configure(desired) => {
-                if !self.terminating {
+                if self.terminating.is_none() {
                     self.desired = *desired;
                     self.failed.remove(&JobKey::Publish);
                     self.failed.remove(&JobKey::Reserve);
@@ -380,7 +425,7 @@ impl<H: Host> Loop<H> {
                 drop(reply.send(answer));
             }
             Command::Terminate => {
-                self.terminating = true;
+                self.terminating = Some(tokio::time::Instant::now() + self.desired.host.drain + TERMINATE);
                 self.desired.enclaves.clear();
             }
         }

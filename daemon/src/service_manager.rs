@@ -5,6 +5,7 @@ use crate::reconciler::Report;
 use enclaved_core::status::{EnclaveState, Status};
 use sd_notify::NotifyState;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
@@ -16,6 +17,7 @@ pub async fn tell(mut reports: watch::Receiver<Option<Arc<Report>>>, stop: Cance
         let line = reports.borrow_and_update().as_ref().map(|report| line(&report.status));
         if let Some(line) = line {
             if told.is_none() {
+                READY.store(true, Ordering::Relaxed);
                 notify(&[NotifyState::Ready]);
             }
             if told.as_deref() != Some(line.as_str()) {
@@ -32,14 +34,21 @@ pub async fn tell(mut reports: watch::Receiver<Option<Arc<Report>>>, stop: Cance
     }
 }
 
+/// READY was said; before that, a reload must not say it.
+static READY: AtomicBool = AtomicBool::new(false);
+
 /// A configuration is being read.
 pub fn reloading() {
-    notify(&[NotifyState::Reloading]);
+    if READY.load(Ordering::Relaxed) {
+        notify(&[NotifyState::Reloading]);
+    }
 }
 
 /// The reading is over.
-pub fn ready() {
-    notify(&[NotifyState::Ready]);
+pub fn reloaded() {
+    if READY.load(Ordering::Relaxed) {
+        notify(&[NotifyState::Ready]);
+    }
 }
 
 /// The process ends.

@@ -29,6 +29,8 @@ use tokio::time::Instant;
 const LAUNCH: Duration = Duration::from_secs(2);
 /// How long an enclave takes from there until it is ready.
 const BOOT: Duration = Duration::from_secs(3);
+/// How long an enclave takes to end when it is asked to.
+const STOP: Duration = Duration::from_secs(2);
 
 /// What can go wrong with an effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,7 +72,16 @@ struct Launched {
     record: GenerationRecord,
     process: LaunchRecord,
     up_at: Instant,
-    ended: Option<Timestamp>,
+    /// From when on it is over.
+    over: Option<Instant>,
+    /// Its traces are lost; only its process tells that it runs.
+    traceless: bool,
+}
+
+impl Launched {
+    fn is_over(&self) -> bool {
+        self.over.is_some_and(|over| over <= Instant::now())
+    }
 }
 
 #[derive(Debug)]
@@ -86,6 +97,9 @@ struct State {
     images: BTreeMap<ImageRequest, VerifiedImage>,
     images_away: bool,
     open: BTreeMap<Cid, u64>,
+    /// Hugepage memory that somebody else holds.
+    foreign: u64,
+    sick: bool,
     next_pid: u32,
     sequence: u64,
     counts: BTreeMap<Effect, u32>,
@@ -125,7 +139,7 @@ impl State {
     }
 
     fn alive(&self) -> impl Iterator<Item = (&EnclaveKey, &Launched)> {
-        self.launched.iter().filter(|(_, launched)| launched.ended.is_none())
+        self.launched.iter().filter(|(_, launched)| !launched.is_over())
     }
 
     fn launch(&mut self, launch: &Launch, now: Instant, at: Timestamp) {
@@ -154,7 +168,8 @@ impl State {
             wrong.push(format!("{key} is launched with another image than decided"));
         }
         let served = |port| {
-            self.routes.iter().flat_map(|routes| &routes.egress).any(|e| e.cid == record.cid && e.vsock_port == port)
+            let routes = self.proxy.and(self.routes.as_ref());
+            routes.into_iter().flat_map(|routes| &routes.egress).any(|e| e.cid == record.cid && e.vsock_port == port)
         };
         for endpoint in record.egress.iter().filter(|endpoint| !served(endpoint.vsock_port)) {
             wrong.push(format!("{key} is launched before its egress port {} listens", endpoint.vsock_port));
@@ -169,7 +184,7 @@ impl State {
             at,
         };
         self.launches.push(key.clone());
-        let launched = Launched { record: record.clone(), process, up_at: now + LAUNCH, ended: None };
+        let launched = Launched { record: record.clone(), process, up_at: now + LAUNCH, over: None, traceless: false };
         self.launched.insert(key.clone(), launched);
     }
 }
@@ -189,6 +204,8 @@ impl World {
             images: BTreeMap::new(),
             images_away: false,
             open: BTreeMap::new(),
+            foreign: 0,
+            sick: false,
             next_pid: 1000,
             sequence: 0,
             counts: BTreeMap::new(),
@@ -312,11 +329,32 @@ impl World {
 
     /// An enclave dies on its own.
     pub fn kill(&self, key: &EnclaveKey) {
-        let at = self.now();
         if let Some(launched) = self.lock().launched.get_mut(key) {
-            launched.ended.get_or_insert(at);
+            launched.over = Some(Instant::now());
         }
         self.enclaves_changed.notify_one();
+    }
+
+    /// Every trace of every launch is removed; the enclaves run on.
+    pub fn lose_traces(&self) {
+        let mut state = self.lock();
+        state.launched.retain(|_, launched| !launched.is_over());
+        state.launched.values_mut().for_each(|launched| launched.traceless = true);
+    }
+
+    /// Somebody else holds that much of the pool's memory (MiB).
+    pub fn set_foreign(&self, memory: u64) {
+        self.lock().foreign = memory;
+    }
+
+    /// Whether every enclave answers its probes badly.
+    pub fn set_sick(&self, sick: bool) {
+        self.lock().sick = sick;
+    }
+
+    /// Whether the planned fault has struck.
+    pub fn fault_struck(&self) -> bool {
+        self.lock().planned.is_none()
     }
 
     /// The proxy process dies.
@@ -348,19 +386,23 @@ impl World {
 }
 
 impl Supervisor for World {
-    async fn observe(&self, _: &BTreeMap<EnclaveKey, LaunchRecord>) -> Outcome<BTreeMap<EnclaveKey, Instance>> {
-        let now = Instant::now();
+    async fn observe(&self, known: &BTreeMap<EnclaveKey, LaunchRecord>) -> Outcome<BTreeMap<EnclaveKey, Instance>> {
+        let (now, at) = (Instant::now(), self.now());
         self.effect(Effect::SupervisorObserve, |state| {
             let instance = |launched: &Launched| {
-                let generation = Some(launched.record.clone());
-                let state = match launched.ended {
-                    Some(at) => InstanceState::Ended { at, launch_failure: None },
-                    None if now < launched.up_at => InstanceState::Launching,
-                    None => InstanceState::Running(launched.process.clone()),
+                let generation = (!launched.traceless).then(|| launched.record.clone());
+                let state = match launched.over {
+                    Some(over) if over <= now => InstanceState::Ended { at, launch_failure: None },
+                    _ if now < launched.up_at => InstanceState::Launching,
+                    _ => InstanceState::Running(launched.process.clone()),
                 };
                 Instance { generation, state }
             };
-            Ok(state.launched.iter().map(|(key, launched)| (key.clone(), instance(launched))).collect())
+            let traced = |key: &EnclaveKey, launched: &Launched| {
+                !launched.traceless || (known.contains_key(key) && !launched.is_over())
+            };
+            let seen = state.launched.iter().filter(|(key, launched)| traced(key, launched));
+            Ok(seen.map(|(key, launched)| (key.clone(), instance(launched))).collect())
         })
         .await
     }
@@ -377,13 +419,12 @@ impl Supervisor for World {
     }
 
     async fn stop(&self, key: &EnclaveKey, launch: &LaunchRecord) -> Outcome<()> {
-        let at = self.now();
         self.effect(Effect::SupervisorStop, |state| {
             if let Some(launched) = state.launched.get_mut(key)
                 && launched.process.process == launch.process
-                && launched.ended.is_none()
+                && launched.over.is_none()
             {
-                launched.ended = Some(at);
+                launched.over = Some(Instant::now() + STOP);
                 state.stops.push(key.clone());
             }
             Ok(())
@@ -395,7 +436,7 @@ impl Supervisor for World {
 
     async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {
         self.effect(Effect::SupervisorForget, |state| {
-            if state.launched.get(key).is_some_and(|launched| launched.ended.is_none()) {
+            if state.launched.get(key).is_some_and(|launched| !launched.is_over()) {
                 state.violations.push(format!("{key} is to be forgotten while it runs"));
                 return Err(Failure::new("it runs"));
             }
@@ -433,7 +474,7 @@ impl Allocator for World {
     async fn observe(&self) -> Outcome<Pool> {
         self.effect(Effect::AllocatorObserve, |state| {
             let used: u64 = state.alive().map(|(_, launched)| launched.record.identity.memory.0).sum();
-            let memory_free = MemoryMib(state.pool.1.saturating_sub(used));
+            let memory_free = MemoryMib(state.pool.1.saturating_sub(used + state.foreign));
             Ok(Pool::Sized { cpus: state.pool.0, memory: MemoryMib(state.pool.1), memory_free })
         })
         .await
@@ -520,7 +561,7 @@ impl Prober for World {
         self.effect(Effect::ProberProbe, |state| {
             let found = state.alive().find(|(_, launched)| launched.record.cid == cid);
             Ok(match found {
-                Some((_, launched)) if now >= launched.up_at + BOOT => Ok(()),
+                Some((_, launched)) if now >= launched.up_at + BOOT && !state.sick => Ok(()),
                 Some(_) => Err("connection refused".to_owned()),
                 None => Err("no such enclave".to_owned()),
             })

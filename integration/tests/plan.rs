@@ -205,7 +205,7 @@ proptest! {
         observed.instances = unknown();
         for step in plan(&wanted(), &observed, &ledger, NOW).steps {
             let harmless = matches!(step, Step::Fetch(_) | Step::StartProxy)
-                || matches!(step, Step::Record(Change::ImageForgotten(_) | Change::ImageVerified { .. } | Change::Booted(_)));
+                || matches!(step, Step::Record(Change::ImageForgotten(_) | Change::ImageVerified { .. } | Change::Endpoints { .. }));
             prop_assert!(harmless, "{step}");
         }
     }
@@ -220,6 +220,7 @@ proptest! {
             let followed = matches!(&step, Step::Record(Change::Launching(key)) if
                 observed.instances.known().is_some_and(|all| all.contains_key(key)));
             prop_assert!(followed || !matches!(step, Step::Record(Change::Launching(_))), "{step}");
+            prop_assert!(which != 0 || !matches!(step, Step::Launch(_)), "{step}");
         }
     }
 

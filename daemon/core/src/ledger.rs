@@ -75,6 +75,8 @@ pub struct EndRecord {
     pub at: Timestamp,
     /// What was running.
     pub identity: Identity,
+    /// Whether it ran at all; otherwise its launch failed.
+    pub ran: bool,
     /// What happened.
     pub failure: Failure,
 }
@@ -246,7 +248,8 @@ impl GenerationRecord {
             Phase::Booting { launch, .. } | Phase::Ready { launch, .. } | Phase::Draining { launch, .. } => {
                 Some(launch)
             }
-            Phase::Planned { .. } | Phase::Launching { .. } | Phase::Stopping { .. } | Phase::Ended { .. } => None,
+            Phase::Stopping { launch, .. } => launch.as_ref(),
+            Phase::Planned { .. } | Phase::Launching { .. } | Phase::Ended { .. } => None,
         }
     }
 
@@ -326,6 +329,8 @@ pub enum Change {
     ImageFailed {
         /// What was asked for.
         request: ImageRequest,
+        /// When it failed.
+        at: Timestamp,
         /// Why.
         failure: Failure,
     },
@@ -352,6 +357,13 @@ pub enum Change {
         key: EnclaveKey,
         /// As it was told to the supervisor.
         record: GenerationRecord,
+    },
+    /// What it may reach was configured anew.
+    Endpoints {
+        /// Which.
+        key: EnclaveKey,
+        /// What it may reach.
+        egress: Vec<EgressSpec>,
     },
     /// The launch is decided.
     Launching(EnclaveKey),
@@ -404,10 +416,11 @@ impl fmt::Display for Change {
             Self::ImageVerified { request, digest, .. } => {
                 write!(f, "note that {} is verified (sha256 {})", request.source, digest.short())
             }
-            Self::ImageFailed { request, failure } => write!(f, "note that {} failed: {failure}", request.source),
+            Self::ImageFailed { request, failure, .. } => write!(f, "note that {} failed: {failure}", request.source),
             Self::ImageForgotten(request) => write!(f, "forget image {}", request.source),
             Self::Planned { key, cid, .. } => write!(f, "plan {key} with CID {cid}"),
             Self::Adopted { key, .. } => write!(f, "adopt {key}"),
+            Self::Endpoints { key, .. } => write!(f, "note the new endpoints of {key}"),
             Self::Launching(key) => write!(f, "decide to launch {key}"),
             Self::Booting { key, launch } => write!(f, "note that {key} runs as process {}", launch.process.pid),
             Self::Ready(key) => write!(f, "note that {key} is ready"),
@@ -459,12 +472,12 @@ impl Ledger {
             Change::ImageVerified { request, digest, measurements } => {
                 self.set_image(request, ImageOutcome::Verified { at: now, digest, measurements });
             }
-            Change::ImageFailed { request, failure } => {
+            Change::ImageFailed { request, at, failure } => {
                 let count = match self.image(&request) {
                     Some(ImageOutcome::Failed { count, .. }) => count.saturating_add(1),
                     Some(ImageOutcome::Verified { .. }) | None => 1,
                 };
-                self.set_image(request, ImageOutcome::Failed { at: now, count, failure });
+                self.set_image(request, ImageOutcome::Failed { at, count, failure });
             }
             Change::ImageForgotten(request) => self.images.retain(|record| record.request != request),
             Change::Planned { key, cid, identity, measurements, egress, not_before } => {
@@ -487,6 +500,12 @@ impl Ledger {
                 enclave.last_generation = enclave.last_generation.max(key.generation);
                 enclave.generations.insert(key.generation, record);
             }
+            Change::Endpoints { key, egress } => {
+                let enclave = self.enclaves.get_mut(&key.name);
+                if let Some(record) = enclave.and_then(|enclave| enclave.generations.get_mut(&key.generation)) {
+                    record.egress = egress;
+                }
+            }
             Change::Launching(key) => self.set_phase(&key, |_| Phase::Launching { since: now }),
             Change::Booting { key, launch } => self.set_phase(&key, |_| Phase::Booting { since: now, launch }),
             Change::Ready(key) => self.set_phase(&key, |record| match record.launch() {
@@ -498,7 +517,13 @@ impl Ledger {
                 None => Phase::Stopping { since: now, launch: None, why },
             }),
             Change::Stopping { key, why } => {
-                self.set_phase(&key, |record| Phase::Stopping { since: now, launch: record.launch().cloned(), why })
+                // It counts as long as it was ready, not as long as it takes to end.
+                if self.is_stable(&key, now)
+                    && let Some(enclave) = self.enclaves.get_mut(&key.name)
+                {
+                    enclave.failures = 0;
+                }
+                self.set_phase(&key, |record| Phase::Stopping { since: now, launch: record.launch().cloned(), why });
             }
             Change::Ended { key, failure } => self.end(&key, failure, now),
             Change::Forgotten(key) => {
@@ -536,18 +561,25 @@ impl Ledger {
         }
     }
 
+    /// Whether it has been ready long enough for earlier failures to be forgiven.
+    fn is_stable(&self, key: &EnclaveKey, now: Timestamp) -> bool {
+        let phase = self.generation(key).map(|record| &record.phase);
+        matches!(phase, Some(Phase::Ready { since, .. }) if now.since(*since) >= STABLE_AFTER)
+    }
+
     fn end(&mut self, key: &EnclaveKey, failure: Option<Failure>, now: Timestamp) {
+        let stable = self.is_stable(key, now);
         let Some(enclave) = self.enclaves.get_mut(&key.name) else { return };
         let Some(record) = enclave.generations.get_mut(&key.generation) else { return };
         if matches!(record.phase, Phase::Ended { .. }) {
             return;
         }
         if let Some(failure) = failure {
-            let stable = matches!(&record.phase, Phase::Ready { since, .. } if now.since(*since) >= STABLE_AFTER);
+            let ran = !matches!(record.phase, Phase::Planned { .. } | Phase::Launching { .. });
             enclave.failures = if stable { 1 } else { enclave.failures.saturating_add(1) };
             enclave.restarts = enclave.restarts.saturating_add(1);
             enclave.last_end =
-                Some(EndRecord { generation: key.generation, at: now, identity: record.identity, failure });
+                Some(EndRecord { generation: key.generation, at: now, identity: record.identity, ran, failure });
         }
         record.phase = Phase::Ended { at: now };
     }

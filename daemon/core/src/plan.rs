@@ -13,8 +13,8 @@ use crate::desired::{Desired, HealthCheck, ImageRequest};
 use crate::failure::Failure;
 use crate::id::{Cid, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
 use crate::image::VerifiedImage;
-use crate::ledger::{Change, GenerationRecord, ImageOutcome, LaunchRecord, Ledger};
-use crate::observed::{JobKey, Observation, Observed};
+use crate::ledger::{Change, GenerationRecord, ImageOutcome, LaunchRecord, Ledger, Phase};
+use crate::observed::{Instance, InstanceState, JobKey, Observation, Observed};
 use crate::routes::Routes;
 use restart::Backoff;
 use std::collections::BTreeMap;
@@ -107,7 +107,8 @@ pub fn plan(desired: &Desired, observed: &Observed, ledger: &Ledger, now: Timest
     let routes = routing::routes(desired, ledger);
     let mut planner = Planner { desired, observed, ledger, now, routes, launching: false, plan: Plan::default() };
     planner.launching = planner.someone_is_launching();
-    if ledger.boot_id.as_ref() != Some(&observed.boot_id) {
+    // Only together with a look at what the boot left: what is gone then was ended by it.
+    if ledger.boot_id.as_ref() != Some(&observed.boot_id) && observed.instances.known().is_some() {
         planner.record(Change::Booted(observed.boot_id.clone()));
     }
     planner.images();
@@ -132,8 +133,6 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     fn someone_is_launching(&self) -> bool {
-        use crate::ledger::Phase;
-        use crate::observed::InstanceState;
         // nitro-cli is not at work on what cannot be judged: that is found out only after it has ended.
         let unknown = |key: &EnclaveKey| {
             let instance = self.observed.instances.known().and_then(|all| all.get(key));
@@ -202,11 +201,10 @@ impl Planner<'_> {
         }
         // Routes are made from the ledger. As long as it may lack an enclave that runs (its file was lost, the
         // supervisor has not been heard), publishing them could cut that enclave off.
-        let complete = self
-            .observed
-            .instances
-            .known()
-            .is_some_and(|all| all.keys().all(|key| self.ledger.generation(key).is_some()));
+        let complete = self.observed.instances.known().is_some_and(|all| {
+            let over = |instance: &Instance| matches!(instance.state, InstanceState::Ended { .. });
+            all.iter().all(|(key, instance)| over(instance) || self.ledger.generation(key).is_some())
+        });
         if complete && !self.routes_applied() {
             let routes = self.routes.clone();
             self.job(&JobKey::Publish, restart::STEP, Step::Publish(routes));
@@ -238,12 +236,11 @@ impl Planner<'_> {
         }
         for (job, failed) in &self.observed.failed {
             let JobKey::Fetch(request) = job else { continue };
-            let known = match self.ledger.image(request) {
-                Some(ImageOutcome::Failed { at, .. } | ImageOutcome::Verified { at, .. }) => *at >= failed.at,
-                None => false,
-            };
+            // By equality, not by order: clocks step.
+            let known = matches!(self.ledger.image(request), Some(ImageOutcome::Failed { at, .. }) if *at == failed.at);
             if wanted(request) && !known {
-                self.record(Change::ImageFailed { request: request.clone(), failure: failed.failure.clone() });
+                let (request, failure) = (request.clone(), failed.failure.clone());
+                self.record(Change::ImageFailed { request, at: failed.at, failure });
             }
         }
     }

@@ -116,7 +116,7 @@ pub struct EnclaveStatus {
     /// Since when.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub since: Option<Timestamp>,
-    /// It serves.
+    /// It serves, and its health check does not say otherwise.
     pub ready: bool,
     /// It is in the configuration.
     pub wanted: bool,
@@ -361,10 +361,17 @@ impl Maker<'_> {
                 }
             }
         }
+        for (key, instance) in self.observed.instances.known().into_iter().flatten() {
+            let over = matches!(instance.state, InstanceState::Ended { .. });
+            if !over && self.ledger.generation(key).is_none() && instance.generation.is_none() {
+                let text = format!("{key} runs, or may run, and what it is cannot be read any more; it is left alone");
+                add(key.name.as_str(), Failure::new(text).with_remedy("end it with nitro-cli if it is not wanted"));
+            }
+        }
         for (job, failed) in &self.observed.failed {
             match job {
-                JobKey::Fetch(_) | JobKey::Probe(_) => {}
-                JobKey::Launch(key) | JobKey::Stop(key) | JobKey::Forget(key) => {
+                JobKey::Fetch(_) => {}
+                JobKey::Probe(key) | JobKey::Launch(key) | JobKey::Stop(key) | JobKey::Forget(key) => {
                     add(key.name.as_str(), failed.failure.clone());
                 }
                 JobKey::Reserve => add("host", failed.failure.clone()),
@@ -405,13 +412,14 @@ impl Maker<'_> {
         };
         let proof = shown.map(|(_, of)| (of.identity.image, of.measurements)).or(verified);
         let (state, since) = self.state(spec, record, shown);
+        let health = self.health(name, spec.and_then(|spec| spec.health.as_ref()), shown);
         let launch = shown.and_then(|(_, of)| of.launch());
         EnclaveStatus {
             name: name.clone(),
             generation: shown.map(|(generation, _)| generation),
             state,
             since,
-            ready: state == EnclaveState::Ready,
+            ready: state == EnclaveState::Ready && !matches!(health, Health::Unhealthy { .. }),
             wanted: spec.is_some(),
             cid: shown.map(|(_, of)| of.cid),
             cpus: running.map(|(_, of)| of.identity.cpus).or(spec.map(|spec| spec.cpus)).unwrap_or(0),
@@ -428,7 +436,7 @@ impl Maker<'_> {
             pcr2: proof.map(|(_, measurements)| measurements.pcr2),
             enclave_id: launch.map(|launch| launch.enclave_id.clone()),
             pid: launch.map(|launch| launch.process.pid),
-            health: self.health(name, spec.and_then(|spec| spec.health.as_ref()), shown),
+            health,
             restarts: record.restarts,
             last_error: match (image_error, end_error) {
                 (Some(a), Some(b)) => Some(if a.at >= b.at { a } else { b }),
@@ -498,6 +506,9 @@ impl Maker<'_> {
         });
         if gone {
             return Health::None;
+        }
+        if self.observed.failed.contains_key(&JobKey::Probe(key.clone())) {
+            return Health::Unknown;
         }
         match self.observed.health.get(&key) {
             None => Health::Unknown,

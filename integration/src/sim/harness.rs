@@ -14,7 +14,7 @@ use enclaved_core::id::{EnclaveKey, EnclaveName, MemoryMib};
 use enclaved_core::image::{ExpectedImage, Limits, Measurer, VerifiedImage, verify};
 use enclaved_core::ledger::Phase;
 use enclaved_core::plan::routing;
-use enclaved_core::status::Facts;
+use enclaved_core::status::{Facts, Status};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -97,6 +97,7 @@ struct Process {
     task: JoinHandle<Result<(), LoopError>>,
     commands: mpsc::Sender<Command>,
     reports: watch::Receiver<Option<Arc<Report>>>,
+    metrics: Metrics,
     _facts: watch::Sender<Facts>,
 }
 
@@ -116,16 +117,17 @@ impl Harness {
         let (commands, receiver) = mpsc::channel(8);
         let (facts, facts_receiver) = watch::channel(Facts::default());
         let (reports_sender, reports) = watch::channel(None);
+        let metrics = Metrics::new().expect("metrics are well defined");
         let inputs = Inputs {
             desired: self.desired.clone(),
             boot_id: self.world.boot_id(),
             commands: receiver,
             facts: facts_receiver,
             reports: reports_sender,
-            events: Events::new(Metrics::new().expect("metrics are well defined")),
+            events: Events::new(metrics.clone()),
         };
         let task = tokio::spawn(run(Arc::clone(&self.world), inputs, CancellationToken::new()));
-        self.process = Some(Process { task, commands, reports, _facts: facts });
+        self.process = Some(Process { task, commands, reports, metrics, _facts: facts });
     }
 
     /// Kills the control process, as kill -9 would: at whatever it is doing.
@@ -135,6 +137,30 @@ impl Harness {
             // It was just aborted, or has ended before; both are an end.
             drop(process.task.await);
         }
+    }
+
+    /// How many passes the loop made since the control process was started.
+    pub fn passes(&self) -> u64 {
+        let text = self.process.as_ref().and_then(|process| process.metrics.render(None).ok()).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("enclaved_reconcile_passes_total "));
+        line.and_then(|count| count.parse().ok()).unwrap_or(u64::MAX)
+    }
+
+    /// The last status, if there is one.
+    pub fn status(&self) -> Option<Status> {
+        let report = self.process.as_ref()?.reports.borrow().clone()?;
+        Some(report.status.clone())
+    }
+
+    /// Asks the control process to end every enclave and then itself; its result.
+    ///
+    /// # Panics
+    /// If it was not started.
+    #[expect(clippy::expect_used, reason = "a test fixture")]
+    pub async fn terminate(&mut self) -> Result<(), LoopError> {
+        let process = self.process.take().expect("it was started");
+        process.commands.send(Command::Terminate).await.expect("it takes commands");
+        process.task.await.expect("it does not panic")
     }
 
     /// Another configuration, now and after every restart.

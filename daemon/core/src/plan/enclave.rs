@@ -6,6 +6,7 @@ use crate::failure::Failure;
 use crate::id::{EnclaveKey, EnclaveName, Generation, Measurements};
 use crate::ledger::{Change, EnclaveRecord, GenerationRecord, Identity, ImageOutcome, Phase, StopReason};
 use crate::observed::{Instance, InstanceState, JobKey, Observation};
+use crate::routes::ListenerKey;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -41,6 +42,9 @@ impl Planner<'_> {
             // Something of that name runs that nobody can account for: no second one beside it.
             return;
         }
+        if let Some(spec) = spec {
+            self.endpoints(name, spec, record);
+        }
         match wanted {
             Some(spec) => self.pursue(name, spec, record, instances),
             None => self.abandon(name, spec.is_none(), record, instances),
@@ -64,6 +68,10 @@ impl Planner<'_> {
                 Some(told) => {
                     let record = GenerationRecord { phase, ..told.clone() };
                     self.record(Change::Adopted { key: key.clone(), record });
+                }
+                // Nothing of it runs, and nobody can say what it was.
+                None if matches!(instance.state, InstanceState::Ended { .. }) => {
+                    self.job(&JobKey::Forget(key.clone()), restart::STEP, Step::Forget(key.clone()));
                 }
                 None => self.wait(
                     name,
@@ -132,6 +140,16 @@ impl Planner<'_> {
         }
     }
 
+    /// Keeps what each generation may reach as it is configured, for the time when it is in no configuration any more.
+    fn endpoints(&mut self, name: &EnclaveName, spec: &EnclaveSpec, record: &EnclaveRecord) {
+        for (generation, of) in record.generations.iter().filter(|(_, of)| of.egress != spec.egress) {
+            if !matches!(of.phase, Phase::Ended { .. }) {
+                let key = EnclaveKey { name: name.clone(), generation: *generation };
+                self.record(Change::Endpoints { key, egress: spec.egress.clone() });
+            }
+        }
+    }
+
     /// Ends what is drained, or has drained long enough.
     fn drains(&mut self, name: &EnclaveName, record: &EnclaveRecord) {
         for (generation, record) in &record.generations {
@@ -141,7 +159,9 @@ impl Planner<'_> {
                 // It may still be sending new requests there.
                 Observation::Known(_) | Observation::Unknown(_) => Some(u64::MAX),
             };
-            let over = restart::pause_end(*since, until.since(*since), self.now).is_none();
+            // A deadline must not end what serves for a successor that the proxy does not know how to reach.
+            let counts = *why != StopReason::Replaced || self.routes_applied();
+            let over = counts && restart::pause_end(*since, until.since(*since), self.now).is_none();
             if open.unwrap_or(0) == 0 || over {
                 let key = EnclaveKey { name: name.clone(), generation: *generation };
                 self.record(Change::Stopping { key, why: why.clone() });
@@ -165,9 +185,14 @@ impl Planner<'_> {
         }
     }
 
+    /// Whether there is a trace of its launch, or may be one soon.
+    fn is_launched(&self, key: &EnclaveKey, instances: &Instances) -> bool {
+        instances.contains_key(key) || self.observed.running.contains(&JobKey::Launch(key.clone()))
+    }
+
     /// Ends one generation, in the way its phase allows.
     fn end(&mut self, key: EnclaveKey, record: &GenerationRecord, why: &StopReason, instances: &Instances) {
-        let launched = instances.contains_key(&key) || self.observed.running.contains(&JobKey::Launch(key.clone()));
+        let launched = self.is_launched(&key, instances);
         let why = why.clone();
         match &record.phase {
             Phase::Planned { .. } => self.record(Change::Ended { key, failure: None }),
@@ -189,9 +214,14 @@ impl Planner<'_> {
             Some(ImageOutcome::Verified { digest, measurements, .. }) => (*digest, *measurements),
             Some(ImageOutcome::Failed { .. }) | None => {
                 self.fetch(name, &spec.image);
-                // What runs goes on meanwhile.
+                // What runs goes on meanwhile. A launch that was decided and never taken would only be in the way of others'.
                 for (generation, of) in &current {
-                    self.watch(&key(generation), of, spec);
+                    let (key, launching) = (key(generation), matches!(of.phase, Phase::Launching { .. }));
+                    if launching && !self.is_launched(&key, instances) {
+                        self.end(key, of, &StopReason::Replaced, instances);
+                    } else {
+                        self.watch(&key, of, spec);
+                    }
                 }
                 return;
             }
@@ -223,6 +253,16 @@ impl Planner<'_> {
             }
         }
         // Nothing that works is ended for something that cannot be launched.
+        if serves {
+            if self.observed.images.get(&spec.image).is_none_or(|image| image.digest() != target.image) {
+                self.fetch(name, &spec.image);
+                return self.watch(&key(newest), of, spec);
+            }
+            if !self.routes_applied() {
+                self.wait(name, "its update waits until the proxy serves its routes");
+                return self.watch(&key(newest), of, spec);
+            }
+        }
         match self.room_for(spec, Some(name)) {
             Some(Ok(())) => self.end(key(newest), of, &StopReason::Replaced, instances),
             Some(Err(shortage)) => {
@@ -263,11 +303,12 @@ impl Planner<'_> {
         }
         let mut not_before = self.now;
         if let Some(end) = record.last_end.as_ref().filter(|end| end.identity == identity) {
-            if spec.restart == RestartPolicy::Never {
+            if spec.restart == RestartPolicy::Never && end.ran {
                 let text = format!("it ended and `restart = \"never\"`; `enclavectl start {name}` launches it again");
                 return self.wait(name, text);
             }
-            not_before = end.at.plus(restart::LAUNCH.after(record.failures));
+            not_before =
+                restart::pause_end(end.at, restart::LAUNCH.after(record.failures), self.now).unwrap_or(self.now);
         }
         // Two enclaves planned in one pass must not get the same CID: the second one waits for the next pass.
         let planned = |step: &Step| matches!(step, Step::Record(Change::Planned { .. } | Change::Adopted { .. }));
@@ -308,18 +349,8 @@ impl Planner<'_> {
         if self.observed.images.get(&spec.image).is_none_or(|image| image.digest() != record.identity.image) {
             return self.fetch(name, &spec.image);
         }
-        if !self.routes_applied() {
-            return self.wait(name, "the proxy does not serve its routes yet");
-        }
-        let closed = self.observed.proxy.known().and_then(|report| {
-            report.listeners.iter().find(|listener| {
-                listener.error.is_some()
-                    && matches!(listener.listener, crate::routes::ListenerKey::Egress { cid, .. } if cid == record.cid)
-            })
-        });
-        if let Some(listener) = closed {
-            let error = listener.error.as_deref().unwrap_or("not open");
-            return self.wait(name, format!("its egress listener {} is not open: {error}", listener.address));
+        if let Err(reason) = self.egress_open(record) {
+            return self.wait(name, reason);
         }
         let room = match &self.observed.pool {
             Observation::Unknown(failure) => {
@@ -342,6 +373,24 @@ impl Planner<'_> {
         }
         self.launching = true;
         self.record(Change::Launching(key.clone()));
+    }
+
+    /// Whether the proxy listens for everything that this generation may reach.
+    fn egress_open(&self, record: &GenerationRecord) -> Result<(), String> {
+        let report = match &self.observed.proxy {
+            Observation::Known(report) if self.routes_applied() => report,
+            Observation::Known(_) | Observation::Unknown(_) => {
+                return Err("the proxy does not serve its routes yet".to_owned());
+            }
+        };
+        for listener in &report.listeners {
+            if let (ListenerKey::Egress { cid, .. }, Some(error)) = (&listener.listener, &listener.error)
+                && *cid == record.cid
+            {
+                return Err(format!("its egress listener {} is not open: {error}", listener.address));
+            }
+        }
+        Ok(())
     }
 
     /// Ends what runs under that name before this generation.
@@ -375,6 +424,10 @@ impl Planner<'_> {
         let job = JobKey::Launch(key.clone());
         match self.observed.images.get(&spec.image) {
             Some(image) if image.digest() == record.identity.image => {
+                // Decided while its egress was open; the proxy may have gone since.
+                if let Err(reason) = self.egress_open(record) {
+                    return self.wait(&key.name, reason);
+                }
                 let said = self.observed.failed.get(&job).map(|failed| failed.failure.to_string());
                 self.wait(&key.name, said.unwrap_or_else(|| "it is being launched".to_owned()));
                 let launch = Launch { key: key.clone(), record: record.clone(), image: image.clone() };
