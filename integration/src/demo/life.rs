@@ -392,10 +392,9 @@ enum Seen {
 
 /// The sample application in an image of some size, and its measurements.
 fn image(machine: &Machine, label: &str) -> anyhow::Result<(Vec<u8>, Measured)> {
-    let mut application = machine.sample_application(label).to_line();
-    // Zeros after the application are padding.
-    application.resize(IMAGE_BYTES, 0);
-    let ramdisks = vec![b"simulated init".to_vec(), application];
+    let mut init = b"simulated init".to_vec();
+    init.resize(IMAGE_BYTES, 0);
+    let ramdisks = vec![init, machine.sample_application(label).to_line()];
     let bytes = Eif::new(*b"simulated kernel", "reboot=k panic=30", ramdisks).to_bytes();
     let file = tempfile::NamedTempFile::new_in(machine.path()).context("making a file for the image")?;
     std::fs::write(file.path(), &bytes).context("writing the image")?;
