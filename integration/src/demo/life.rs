@@ -338,27 +338,24 @@ impl<'a> Life<'a> {
 
     async fn metrics(&mut self) -> anyhow::Result<()> {
         let at = self.machine.metrics();
-        let (status, text) = page(at, "/metrics").await?;
-        ensure!(status.is_success(), "/metrics answers {status}: {text}");
-        let value = |series: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-            line.and_then(|value| value.parse::<f64>().ok()).with_context(|| format!("/metrics has no {series}"))
+        let began = Instant::now();
+        // The proxy's counters come with the next look that the control process takes at it.
+        let text = loop {
+            let (status, text) = page(at, "/metrics").await?;
+            ensure!(status.is_success(), "/metrics answers {status}: {text}");
+            match says_all(&text) {
+                Ok(()) => break text,
+                Err(error) => ensure!(began.elapsed() < PATIENCE, "{error:#}"),
+            }
+            sleep(POLL).await;
         };
-        for series in ["enclaved_ready", "enclaved_proxy_up", "enclaved_enclave_ready{enclave=\"signer\"}"] {
-            ensure!(value(series)? > 0.5, "{series} is not 1");
-        }
-        let carried =
-            text.lines().filter(|line| line.starts_with("enclaved_traffic_total{") && !line.ends_with(" 0")).count();
-        ensure!(carried >= 2, "/metrics has no traffic of the proxy, in and out");
         for path in ["/live", "/ready"] {
             let (status, text) = page(at, path).await?;
             ensure!(status.is_success(), "{path} answers {status}: {text}");
         }
         let series = text.lines().filter(|line| !line.starts_with('#')).count();
-        self.stages.stage(
-            "metrics",
-            format!("http://{at}/metrics has {series} series of both processes; /live and /ready are 200"),
-        );
+        let text = format!("http://{at}/metrics has {series} series of both processes; /live and /ready are 200");
+        self.stages.stage("metrics", text);
         Ok(())
     }
 
@@ -408,6 +405,24 @@ fn enclavectl(machine: &Machine, admin: &Admin, arguments: &[&str]) -> anyhow::R
     command.arg("--socket").arg(&admin.socket).args(arguments);
     command.stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
     Ok(command)
+}
+
+/// Whether the metrics tell of a ready host, of its enclave, and of the request in and out that its proxy carried.
+fn says_all(metrics: &str) -> anyhow::Result<()> {
+    let wanted = [
+        "enclaved_ready ",
+        "enclaved_proxy_up ",
+        "enclaved_enclave_ready{enclave=\"signer\"}",
+        "enclaved_traffic_total{direction=\"egress\"",
+        "enclaved_traffic_total{direction=\"https\"",
+    ];
+    for series in wanted {
+        let mut values =
+            metrics.lines().filter(|line| line.starts_with(series)).filter_map(|line| line.rsplit(' ').next());
+        let counts = values.any(|value| value.parse::<f64>().is_ok_and(|value| value >= 1.0));
+        ensure!(counts, "/metrics has no {series:?} of 1 or more");
+    }
+    Ok(())
 }
 
 /// An enclave of a status.
