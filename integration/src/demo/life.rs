@@ -215,7 +215,7 @@ impl<'a> Life<'a> {
             handed_out.with_context(|| format!("{} was not handed out to the role", request.access_key_id))?;
         let record = self.machine.imds.record();
         let text = format!(
-            "{} from the metadata service by IMDSv2 ({} token, {} requests without one), used for {}",
+            "{} from the metadata service by IMDSv2 ({} tokens, {} requests without one), used for {}",
             short(&request.access_key_id),
             record.tokens,
             record.refused_v1,
@@ -251,8 +251,11 @@ impl<'a> Life<'a> {
         }
         let pcr0 = enclave.pcr0.map(|pcr0| pcr0.to_string()).unwrap_or_default();
         let sha256 = enclave.image_digest.map(|digest| digest.to_string()).unwrap_or_default();
-        let text =
-            format!("PCR0 {}..., PCR1 and PCR2 are the pinned ones; SHA-256 {}...", short(&pcr0), short(&sha256));
+        let text = format!(
+            "PCR0 {}..., PCR1 and PCR2, measured as it arrived, are the pinned ones; SHA-256 {}...",
+            short(&pcr0),
+            short(&sha256)
+        );
         self.stages.stage("verified", text);
         Ok(())
     }
