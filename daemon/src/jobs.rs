@@ -21,6 +21,8 @@ const RESERVE: Duration = Duration::from_secs(600);
 /// A download that brings no byte for this long is given up (and tried again). Hashing a cached image of many GiB
 /// reports progress too.
 const FETCH_STALL: Duration = Duration::from_secs(120);
+/// How often is looked whether a download got on: often enough for a person who watches it.
+const FETCH_LOOK: Duration = Duration::from_millis(250);
 /// A probe has a deadline of its own; this is the margin over it.
 const PROBE_MARGIN: Duration = Duration::from_secs(1);
 
@@ -62,6 +64,19 @@ impl Jobs {
             FetchStatus { bytes, total }
         };
         self.progress.iter().map(|(request, progress)| (request.clone(), status(progress))).collect()
+    }
+
+    /// Returns when a download has got on, so that somebody may tell; pending forever while there is none.
+    pub fn got_on(&self) -> impl Future<Output = ()> + Send + use<> {
+        let seen: Vec<_> = self.progress.values().map(|progress| (Arc::clone(progress), progress.get())).collect();
+        async move {
+            if seen.is_empty() {
+                return std::future::pending().await;
+            }
+            while seen.iter().all(|(progress, seen)| progress.get() == *seen) {
+                tokio::time::sleep(FETCH_LOOK).await;
+            }
+        }
     }
 
     /// Starts the job of a step. A step whose key is at work, or that is none (a change of the ledger), starts nothing.
@@ -178,5 +193,26 @@ async fn unless_stalled(
             }
             Err(_) => seen = progress.get(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use enclaved_core::desired::ImageSource;
+    use enclaved_core::image::ExpectedImage;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_download_that_gets_on_is_news_and_one_that_stalls_is_none() {
+        let mut jobs = Jobs::new();
+        let later = Duration::from_secs(3600);
+        assert!(tokio::time::timeout(later, jobs.got_on()).await.is_err(), "there is none");
+        let source = ImageSource::File("/a.eif".into());
+        let progress = Arc::new(Progress::default());
+        jobs.progress.insert(ImageRequest { source, expected: ExpectedImage::default() }, Arc::clone(&progress));
+        assert!(tokio::time::timeout(later, jobs.got_on()).await.is_err(), "it stalls");
+        let news = jobs.got_on();
+        progress.add(1);
+        tokio::time::timeout(FETCH_LOOK, news).await.unwrap();
     }
 }

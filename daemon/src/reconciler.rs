@@ -334,6 +334,7 @@ impl<H: Host> Loop<H> {
         if let Some(failed) = &self.unsaved {
             pause = pause.min(failed.at.plus(restart::STEP.after(failed.count)).since(self.now()));
         }
+        let got_on = self.jobs.got_on();
         tokio::select! {
             // `ended` is cancel-safe: a job that has ended is reported by the next call.
             ended = self.jobs.ended() => {
@@ -353,6 +354,8 @@ impl<H: Host> Loop<H> {
                     return Err(LoopError::CommandsClosed);
                 }
             }
+            // Looks at counters, which stay as they are: the pass tells how far downloads are.
+            () = got_on => {}
             // Plain waits.
             () = tokio::time::sleep(pause) => {}
             () = stop.cancelled() => {}

@@ -19,6 +19,7 @@ use guard::Guard;
 use life::Life;
 use stages::Stages;
 use std::cell::RefCell;
+use std::ffi::OsString;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -91,7 +92,7 @@ pub fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|argument| argument == guard::ARGUMENT) {
         return guard::main();
     }
-    let args = match Args::try_parse() {
+    let args = match Args::try_parse_from(arguments(std::env::args_os())) {
         Ok(args) => args,
         Err(error) => {
             // Nobody is left to tell if even this can't be printed.
@@ -106,6 +107,11 @@ pub fn main() -> ExitCode {
             ExitCode::from(FAILED)
         }
     }
+}
+
+/// The alias `cargo demo` ends with `--`, so that `cargo demo --once` works; of `cargo demo -- --once` a `--` is left over.
+fn arguments(all: impl IntoIterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+    all.into_iter().enumerate().filter(|(at, argument)| *at != 1 || argument != "--").map(|(_, argument)| argument)
 }
 
 /// How far it is, for whoever ends it from outside.

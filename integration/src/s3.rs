@@ -24,7 +24,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep_until};
 
 /// How many requests are kept on record.
 const MAX_RECORD: usize = 10_000;
@@ -310,7 +310,7 @@ fn as_the_role_sees_it(response: Response<Body>, reads: bool, if_match: Option<&
 fn damage(body: Body, fault: Option<S3Fault>) -> Body {
     match fault {
         Some(fault @ (S3Fault::BreakOff { .. } | S3Fault::Slow { .. } | S3Fault::Corrupt { .. })) => {
-            Damaged { body, fault, sent: 0, pause: None, rest: Bytes::new() }.boxed()
+            Damaged { body, fault, sent: 0, began: None, pause: None, rest: Bytes::new() }.boxed()
         }
         _ => body,
     }
@@ -321,6 +321,8 @@ struct Damaged {
     body: Body,
     fault: S3Fault,
     sent: u64,
+    /// When the first piece was sent.
+    began: Option<Instant>,
     pause: Option<Pin<Box<Sleep>>>,
     rest: Bytes,
 }
@@ -338,8 +340,10 @@ impl Damaged {
             }
             S3Fault::Slow { bytes_per_second } => {
                 let piece = self.rest.split_to(self.rest.len().min(SLOW_PIECE));
-                let micros = (piece.len() as u64).saturating_mul(1_000_000) / bytes_per_second.max(1);
-                self.pause = Some(Box::pin(sleep(Duration::from_micros(micros))));
+                // By what was sent in all, so that timers that are late by a millisecond do not add up.
+                let micros = (self.sent + piece.len() as u64).saturating_mul(1_000_000) / bytes_per_second.max(1);
+                let began = *self.began.get_or_insert_with(Instant::now);
+                self.pause = Some(Box::pin(sleep_until(began + Duration::from_micros(micros))));
                 piece
             }
             S3Fault::Corrupt { at } => {

@@ -24,7 +24,7 @@ pub(super) async fn build(stages: &mut Stages) -> anyhow::Result<()> {
     let built = match timeout(LONG, &mut build).await {
         Ok(built) => built,
         Err(_) => {
-            stages.say("building enclaved, enclavectl and the stand-ins; the first time this takes minutes");
+            stages.say("building enclaved, enclavectl and the stand-ins; the first time this takes a minute");
             build.await
         }
     };

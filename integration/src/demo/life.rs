@@ -215,7 +215,7 @@ impl<'a> Life<'a> {
             handed_out.with_context(|| format!("{} was not handed out to the role", request.access_key_id))?;
         let record = self.machine.imds.record();
         let text = format!(
-            "{} from the metadata service by IMDSv2 ({} token, {} requests without one), used for {}",
+            "{} from the metadata service by IMDSv2 ({} tokens, {} requests without one), used for {}",
             short(&request.access_key_id),
             record.tokens,
             record.refused_v1,
@@ -251,8 +251,11 @@ impl<'a> Life<'a> {
         }
         let pcr0 = enclave.pcr0.map(|pcr0| pcr0.to_string()).unwrap_or_default();
         let sha256 = enclave.image_digest.map(|digest| digest.to_string()).unwrap_or_default();
-        let text =
-            format!("PCR0 {}..., PCR1 and PCR2 are the pinned ones; SHA-256 {}...", short(&pcr0), short(&sha256));
+        let text = format!(
+            "PCR0 {}..., PCR1 and PCR2, measured as it arrived, are the pinned ones; SHA-256 {}...",
+            short(&pcr0),
+            short(&sha256)
+        );
         self.stages.stage("verified", text);
         Ok(())
     }
@@ -338,27 +341,24 @@ impl<'a> Life<'a> {
 
     async fn metrics(&mut self) -> anyhow::Result<()> {
         let at = self.machine.metrics();
-        let (status, text) = page(at, "/metrics").await?;
-        ensure!(status.is_success(), "/metrics answers {status}: {text}");
-        let value = |series: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-            line.and_then(|value| value.parse::<f64>().ok()).with_context(|| format!("/metrics has no {series}"))
+        let began = Instant::now();
+        // The proxy's counters come with the next look that the control process takes at it.
+        let text = loop {
+            let (status, text) = page(at, "/metrics").await?;
+            ensure!(status.is_success(), "/metrics answers {status}: {text}");
+            match says_all(&text) {
+                Ok(()) => break text,
+                Err(error) => ensure!(began.elapsed() < PATIENCE, "{error:#}"),
+            }
+            sleep(POLL).await;
         };
-        for series in ["enclaved_ready", "enclaved_proxy_up", "enclaved_enclave_ready{enclave=\"signer\"}"] {
-            ensure!(value(series)? > 0.5, "{series} is not 1");
-        }
-        let carried =
-            text.lines().filter(|line| line.starts_with("enclaved_traffic_total{") && !line.ends_with(" 0")).count();
-        ensure!(carried >= 2, "/metrics has no traffic of the proxy, in and out");
         for path in ["/live", "/ready"] {
             let (status, text) = page(at, path).await?;
             ensure!(status.is_success(), "{path} answers {status}: {text}");
         }
         let series = text.lines().filter(|line| !line.starts_with('#')).count();
-        self.stages.stage(
-            "metrics",
-            format!("http://{at}/metrics has {series} series of both processes; /live and /ready are 200"),
-        );
+        let text = format!("http://{at}/metrics has {series} series of both processes; /live and /ready are 200");
+        self.stages.stage("metrics", text);
         Ok(())
     }
 
@@ -392,10 +392,9 @@ enum Seen {
 
 /// The sample application in an image of some size, and its measurements.
 fn image(machine: &Machine, label: &str) -> anyhow::Result<(Vec<u8>, Measured)> {
-    let mut application = machine.sample_application(label).to_line();
-    // Zeros after the application are padding.
-    application.resize(IMAGE_BYTES, 0);
-    let ramdisks = vec![b"simulated init".to_vec(), application];
+    let mut init = b"simulated init".to_vec();
+    init.resize(IMAGE_BYTES, 0);
+    let ramdisks = vec![init, machine.sample_application(label).to_line()];
     let bytes = Eif::new(*b"simulated kernel", "reboot=k panic=30", ramdisks).to_bytes();
     let file = tempfile::NamedTempFile::new_in(machine.path()).context("making a file for the image")?;
     std::fs::write(file.path(), &bytes).context("writing the image")?;
@@ -409,6 +408,24 @@ fn enclavectl(machine: &Machine, admin: &Admin, arguments: &[&str]) -> anyhow::R
     command.arg("--socket").arg(&admin.socket).args(arguments);
     command.stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
     Ok(command)
+}
+
+/// Whether the metrics tell of a ready host, of its enclave, and of the request in and out that its proxy carried.
+fn says_all(metrics: &str) -> anyhow::Result<()> {
+    let wanted = [
+        "enclaved_ready ",
+        "enclaved_proxy_up ",
+        "enclaved_enclave_ready{enclave=\"signer\"}",
+        "enclaved_traffic_total{direction=\"egress\"",
+        "enclaved_traffic_total{direction=\"https\"",
+    ];
+    for series in wanted {
+        let mut values =
+            metrics.lines().filter(|line| line.starts_with(series)).filter_map(|line| line.rsplit(' ').next());
+        let counts = values.any(|value| value.parse::<f64>().is_ok_and(|value| value >= 1.0));
+        ensure!(counts, "/metrics has no {series:?} of 1 or more");
+    }
+    Ok(())
 }
 
 /// An enclave of a status.

@@ -133,15 +133,16 @@ impl Stages {
         let mut stderr = std::io::stderr().lock();
         drop(stderr.write_all(text.as_bytes()));
         if self.json {
-            self.print_json(folder, Some(&reason));
+            self.print_json(folder, Some((&reason, &failed.last_lines)));
         }
     }
 
-    fn print_json(&self, folder: Option<&Path>, failure: Option<&str>) {
+    fn print_json(&self, folder: Option<&Path>, failure: Option<(&str, &[String])>) {
         let of = |stage: &Stage| json!({ "name": stage.name, "seconds": rounded(stage.took), "what": stage.what });
         let summary = json!({
             "ok": failure.is_none(),
-            "failure": failure,
+            "failure": failure.map(|(reason, _)| reason),
+            "log": failure.map(|(_, last_lines)| last_lines),
             "folder": folder,
             "seconds": rounded(self.began.elapsed()),
             "stages": self.done.iter().map(of).collect::<Vec<_>>(),

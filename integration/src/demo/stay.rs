@@ -112,7 +112,7 @@ fn told(enclave: &EnclaveStatus) -> String {
         text.push_str(&format!(", CID {cid}, process {pid}"));
     }
     if let Some(waits) = &enclave.waiting_for {
-        text.push_str(&format!(", waiting for {waits}"));
+        text.push_str(&format!(": {waits}"));
     }
     text
 }
