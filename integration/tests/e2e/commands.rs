@@ -20,7 +20,7 @@ async fn a_stopped_enclave_stays_stopped_over_reload_and_restart_until_it_is_sta
     host.until_signer_is(EnclaveState::Held).await;
     eventually("the enclave is gone", async || (!is_alive(pid)).then_some(())).await;
     assert_eq!(client.get("/").await.unwrap().0, 503);
-    assert!(host.status().await.unwrap().ready, "what is held on purpose is no fault");
+    host.until("what is held on purpose is no fault", |status| status.ready).await;
 
     host.hang_up();
     eventually("the reload is done", async || (host.log_lines("configuration is in force").len() > 1).then_some(()))
