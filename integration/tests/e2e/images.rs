@@ -24,7 +24,8 @@ async fn refusal(host: &Host) -> String {
     let shown = host.ctl_ok(&["status", "signer"]);
     assert!(shown.contains(&failure.message), "{shown}");
     assert_eq!(host.launches().len(), 0);
-    assert!(failure.message.contains("signer.eif"), "{failure:?} does not name the image");
+    let line = host.log_lines(&failure.message).pop().unwrap();
+    assert!(line.contains("signer.eif"), "{line} does not name the image");
     failure.to_string()
 }
 

@@ -92,7 +92,8 @@ async fn the_log_has_one_line_each_for_the_download_the_launch_and_readiness() {
     assert!(one("fetching the image").contains(&image));
     let verified = one("image is verified");
     assert!(verified.contains(&image) && verified.contains("pcr0="), "{verified}");
-    assert!(one(" launching ").contains("enclave=signer-1"));
-    assert!(one(" launched, ").contains("enclave=signer-1"));
-    assert!(one(" ready ").contains("enclave=signer-1"));
+    assert!(one("INFO launching").contains("enclave=signer-1"));
+    assert!(one("INFO launched").contains("enclave=signer-1"));
+    assert_eq!(host.log_lines("INFO launch").len(), 2, "one as it begins, one as it ends");
+    assert!(one("INFO ready").contains("enclave=signer-1"));
 }
