@@ -1,11 +1,12 @@
 //! Images that can't be had, or are not what they must be; and how far a download is.
 
-use crate::fixture::{Host, of};
+use crate::fixture::{DEADLINE, Host, of};
 use crate::traffic::Client;
 use enclaved_core::status::{EnclaveState, EnclaveStatus};
 use enclaved_integration::eif::Eif;
 use enclaved_integration::imds::ImdsFault;
 use enclaved_integration::s3::S3Fault;
+use std::collections::BTreeSet;
 
 /// The image of the sample application, with a kernel of that many bytes.
 fn image(host: &Host, kernel: usize) -> Vec<u8> {
@@ -112,7 +113,7 @@ async fn bytes_that_were_changed_on_the_way_are_never_launched() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_metadata_service_that_is_away_is_named_as_the_reason() {
+async fn a_metadata_service_that_is_away_is_named_as_the_reason_and_asked_again() {
     let host = Host::with_image().await;
     host.machine.imds.set_fault(Some(ImdsFault::Down));
     host.configure(&host.signer());
@@ -121,6 +122,12 @@ async fn a_metadata_service_that_is_away_is_named_as_the_reason() {
     assert!(message.contains("metadata service"), "{message}");
     host.machine.imds.set_fault(None);
     host.until_ready().await;
+
+    let id = "i-0123456789abcdef0";
+    host.until("the host knows its name", |status| status.host.instance_id.as_deref() == Some(id)).await;
+    host.machine.control_plane.report_where(DEADLINE, |body| body["ready"] == true).await.unwrap();
+    let paths: BTreeSet<_> = host.machine.control_plane.reports().into_iter().map(|report| report.path).collect();
+    assert_eq!(paths, BTreeSet::from([format!("/v1/hosts/{id}/status")]), "a host has one name");
 }
 
 #[tokio::test(flavor = "multi_thread")]
