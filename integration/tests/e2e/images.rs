@@ -99,17 +99,17 @@ async fn a_download_that_breaks_off_midway_is_begun_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bytes_that_were_changed_on_the_way_are_never_launched() {
+async fn bytes_that_were_changed_on_the_way_are_fetched_again_and_never_launched() {
     let host = Host::empty().await;
     put(&host, image(&host, 10_000)).await;
     // Within the kernel: everything else of the image is as it should be.
-    host.machine.s3.add_fault(S3Fault::Corrupt { at: 5000 }, None);
+    host.machine.s3.add_fault(S3Fault::Corrupt { at: 5000 }, Some(2));
     host.configure(&host.signer());
     host.start();
-    let message = refusal(&host).await;
-    assert!(message.contains("CRC") || message.contains("checksum"), "{message}");
-    host.machine.s3.clear_faults();
-    host.until_ready().await;
+    let status = host.until_ready().await;
+    let lines = host.log_lines("came damaged");
+    assert!(lines.len() == 2 && lines[0].contains("signer.eif") && lines[0].contains("checksum"), "{lines:?}");
+    assert_eq!((of(&status, "signer").restarts, host.launches().len()), (0, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
