@@ -19,6 +19,7 @@ use anyhow::Context;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{MemoryMib, Timestamp};
 use enclaved_core::observed::Pool;
+use enclaved_core::plan::restart::Backoff;
 use enclaved_core::status::{Facts, HostStatus, Problem};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,10 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+/// So long the metadata service is waited for before reports go out under the host's own name.
+const IDENTITY_PATIENCE: Duration = Duration::from_secs(30);
+/// Pauses between questions to a metadata service that does not answer.
+const IDENTITY_RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
 /// A metrics address that is taken is tried again this often.
 const METRICS_RETRY: Duration = Duration::from_secs(5);
 
@@ -241,7 +246,9 @@ async fn serve_metrics(listen: SocketAddr, source: Source, facts: watch::Sender<
     }
 }
 
-/// Learns who this host is, then reports to the control plane under that name, if there is one.
+/// Learns who this host is, and reports to the control plane under that name, if there is one. A metadata service that is
+/// late (it is, on a young instance) is waited for a while, so that a host has one name; after that the host's own name
+/// has to do until it answers.
 async fn identify(
     config: Config,
     facts: watch::Sender<Facts>,
@@ -249,30 +256,68 @@ async fn identify(
     events: Events,
     stop: CancellationToken,
 ) {
-    let identity = tokio::select! {
-        // Asking changes nothing.
-        identity = instance_metadata::identity() => identity,
+    let learning = learn_identity(&facts);
+    tokio::pin!(learning);
+    let learned = tokio::select! {
+        // Goes on below where it was.
+        id = &mut learning => Some(id),
+        // Plain waits.
+        () = tokio::time::sleep(IDENTITY_PATIENCE) => None,
         () = stop.cancelled() => return,
     };
-    let mut id = None;
-    match identity {
-        Ok(identity) => {
-            id.clone_from(&identity.instance_id);
-            facts.send_modify(|facts| {
-                facts.host.instance_id = identity.instance_id;
-                facts.host.instance_type = identity.instance_type;
-                facts.host.region = identity.region;
-                facts.host.availability_zone = identity.availability_zone;
-                facts.host.tags = identity.tags;
-            });
+    let own_name = || rustix::system::uname().nodename().to_str().map_or_else(|_| "unknown".to_owned(), str::to_owned);
+    let id = match learned {
+        Some(id) => id,
+        None => {
+            let name = own_name();
+            tokio::select! {
+                // A report that is cut off is sent again, under the right name.
+                () = report(&config, &name, &facts, &reports, &events, &stop) => return,
+                id = &mut learning => id,
+            }
         }
-        Err(failure) => warn!("this host's name and tags are not known: {failure}"),
-    }
-    let Some(control_plane) = &config.control_plane else { return };
-    let id = id.or_else(|| rustix::system::uname().nodename().to_str().ok().map(str::to_owned));
-    let id = id.unwrap_or_else(|| "unknown".to_owned());
-    match Reporter::new(&control_plane.url, &id, control_plane.interval) {
-        Ok(reporter) => reporter.run(reports, events, stop).await,
+    };
+    report(&config, &id.unwrap_or_else(own_name), &facts, &reports, &events, &stop).await;
+}
+
+/// Asks the metadata service until it answers; gives the instance's id, if it has one.
+async fn learn_identity(facts: &watch::Sender<Facts>) -> Option<String> {
+    let mut failures: u32 = 0;
+    let identity = loop {
+        match instance_metadata::identity().await {
+            Ok(identity) => break identity,
+            Err(failure) => {
+                if failures == 0 {
+                    warn!("this host's name and tags are not known yet: {failure}");
+                }
+                failures = failures.saturating_add(1);
+                tokio::time::sleep(IDENTITY_RETRY.after(failures)).await;
+            }
+        }
+    };
+    let id = identity.instance_id.clone();
+    facts.send_modify(|facts| {
+        facts.host.instance_id = identity.instance_id;
+        facts.host.instance_type = identity.instance_type;
+        facts.host.region = identity.region;
+        facts.host.availability_zone = identity.availability_zone;
+        facts.host.tags = identity.tags;
+    });
+    id
+}
+
+/// Reports under that name until the end.
+async fn report(
+    config: &Config,
+    id: &str,
+    facts: &watch::Sender<Facts>,
+    reports: &watch::Receiver<Option<Arc<Report>>>,
+    events: &Events,
+    stop: &CancellationToken,
+) {
+    let Some(control_plane) = &config.control_plane else { return stop.cancelled().await };
+    match Reporter::new(&control_plane.url, id, control_plane.interval) {
+        Ok(reporter) => reporter.run(reports.clone(), events.clone(), stop.clone()).await,
         Err(error) => {
             let failure = Failure::from_error(&error);
             error!("nothing is reported to the control plane: {failure}");

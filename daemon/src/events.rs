@@ -160,7 +160,9 @@ impl Events {
         match step {
             Step::Fetch(request) => info!(image = %request.source, "fetching the image"),
             Step::StartProxy => info!("starting the proxy process"),
-            Step::Reserve { .. } | Step::Launch(_) | Step::Stop { .. } => info!("{step}"),
+            Step::Reserve { .. } => info!("{step}"),
+            // The change of the ledger before a launch or a stop is its line.
+            Step::Launch(_) | Step::Stop { .. } => debug!("{step}"),
             Step::Record(_) | Step::Publish(_) | Step::Forget(_) | Step::Probe { .. } => debug!("{step}"),
         }
     }

@@ -90,7 +90,7 @@ fn main() -> ExitCode {
 /// To stderr, which systemd hands to the journal with times of its own. RUST_LOG chooses levels.
 fn log() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,aws=warn,hyper=warn,rustls=warn"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,aws=error,hyper=warn,rustls=warn"));
     let format = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

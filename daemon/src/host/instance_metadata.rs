@@ -1,7 +1,7 @@
 //! Who this instance is, as the metadata service says. What it does not say is left out; nothing here is a secret.
 
 use super::Outcome;
-use crate::imds::{IDENTITY, Imds, TAGS};
+use crate::imds::{IDENTITY, Imds, MetadataError, TAGS};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -52,7 +52,12 @@ pub async fn identity() -> Outcome<InstanceIdentity> {
 }
 
 async fn ask(imds: &Imds) -> Outcome<InstanceIdentity> {
-    let document = imds.get(IDENTITY).await.map_err(|error| error.to_failure())?;
+    let document = match imds.get(IDENTITY).await {
+        Ok(document) => document,
+        // Whoever switched it off wants no name from it.
+        Err(MetadataError::Disabled) => return Ok(InstanceIdentity::default()),
+        Err(error) => return Err(error.to_failure()),
+    };
     let document = document.and_then(|text| {
         let parsed = serde_json::from_str::<Document>(&text);
         parsed.map_err(|error| tracing::warn!("the instance identity document is not understood: {error}")).ok()

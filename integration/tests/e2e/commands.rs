@@ -12,7 +12,7 @@ async fn a_stopped_enclave_stays_stopped_over_reload_and_restart_until_it_is_sta
     let client = Client::new(&host, "localhost");
     let slow = tokio::spawn({
         let client = client.clone();
-        async move { client.get("/slow?ms=700").await }
+        async move { client.get("/slow?ms=1200").await }
     });
     eventually("the request is under way", async || under_way(&host).await.then_some(())).await;
     assert!(host.ctl_ok(&["stop", "signer"]).contains("kept stopped"));
@@ -20,7 +20,7 @@ async fn a_stopped_enclave_stays_stopped_over_reload_and_restart_until_it_is_sta
     host.until_signer_is(EnclaveState::Held).await;
     eventually("the enclave is gone", async || (!is_alive(pid)).then_some(())).await;
     assert_eq!(client.get("/").await.unwrap().0, 503);
-    assert!(host.status().await.unwrap().ready, "what is held on purpose is no fault");
+    host.until("what is held on purpose is no fault", |status| status.ready).await;
 
     host.hang_up();
     eventually("the reload is done", async || (host.log_lines("configuration is in force").len() > 1).then_some(()))
@@ -53,7 +53,7 @@ async fn an_enclave_removed_from_the_configuration_is_drained_and_ended() {
     let client = Client::new(&host, "localhost");
     let slow = tokio::spawn({
         let client = client.clone();
-        async move { client.get("/slow?ms=700").await }
+        async move { client.get("/slow?ms=1200").await }
     });
     eventually("the request is under way", async || under_way(&host).await.then_some(())).await;
     host.configure("");

@@ -2,7 +2,7 @@
 
 use crate::fixture::{Host, kill, of};
 use crate::traffic::{Client, EgressWatch};
-use enclaved_core::status::EnclaveState;
+use enclaved_core::status::EnclaveStatus;
 use enclaved_integration::nitro_cli::faults::{Fault, Hazard};
 use std::time::{Duration, Instant};
 
@@ -54,8 +54,9 @@ async fn an_enclave_that_dies_again_and_again_is_launched_after_pauses_that_grow
     host.configure(&host.signer());
     host.start();
     host.until_signer("it has died three times", |signer| signer.restarts == 3).await;
-    let waiting = host.until_signer_is(EnclaveState::Waiting).await;
-    assert!(waiting.waiting_for.unwrap().contains("launched again at"));
+    let again =
+        |signer: &EnclaveStatus| signer.waiting_for.as_ref().is_some_and(|waits| waits.contains("launched again at"));
+    host.until_signer("it waits for the end of its pause", again).await;
     let at: Vec<_> = host.launches().iter().map(|launch| launch.at_millis).collect();
     let [first, second, third] = at.as_slice() else { panic!("three launches, not {at:?}") };
     let (short, long) = (second - first, third - second);

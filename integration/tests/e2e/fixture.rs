@@ -223,3 +223,15 @@ pub(crate) fn of<'a>(status: &'a Status, name: &str) -> &'a EnclaveStatus {
 pub(crate) fn kill(pid: u32) {
     processes::signal(pid, Signal::KILL).unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_leaves_no_process_and_no_file_behind_even_if_its_daemon_was_killed() {
+    let host = Host::ready().await;
+    let folder = host.machine.path().to_owned();
+    // Daemon, proxy, nitro-cli's background process and the enclave in it.
+    assert!(processes::carrying(&folder).len() >= 4);
+    host.kill_daemon();
+    drop(host);
+    assert_eq!(processes::carrying(&folder), [] as [i32; 0]);
+    assert!(!folder.exists());
+}

@@ -1,17 +1,17 @@
 //! Images that can't be had, or are not what they must be; and how far a download is.
 
-use crate::fixture::{Host, eventually, of};
+use crate::fixture::{DEADLINE, Host, of};
 use crate::traffic::Client;
 use enclaved_core::status::{EnclaveState, EnclaveStatus};
 use enclaved_integration::eif::Eif;
 use enclaved_integration::imds::ImdsFault;
 use enclaved_integration::s3::S3Fault;
+use std::collections::BTreeSet;
 
-/// The image of the sample application, made larger by that many bytes of padding.
-fn padded(host: &Host, bytes: usize) -> Vec<u8> {
-    let mut application = host.application("v1").to_line();
-    application.extend(vec![0; bytes]);
-    Eif::new(*b"simulated kernel", "reboot=k panic=30", vec![b"simulated init".to_vec(), application]).to_bytes()
+/// The image of the sample application, with a kernel of that many bytes.
+fn image(host: &Host, kernel: usize) -> Vec<u8> {
+    let ramdisks = vec![b"simulated init".to_vec(), host.application("v1").to_line()];
+    Eif::new(vec![7; kernel], "reboot=k panic=30", ramdisks).to_bytes()
 }
 
 async fn put(host: &Host, bytes: Vec<u8>) {
@@ -25,7 +25,8 @@ async fn refusal(host: &Host) -> String {
     let shown = host.ctl_ok(&["status", "signer"]);
     assert!(shown.contains(&failure.message), "{shown}");
     assert_eq!(host.launches().len(), 0);
-    assert!(failure.message.contains("signer.eif"), "{failure:?} does not name the image");
+    let line = host.log_lines(&failure.message).pop().unwrap();
+    assert!(line.contains("signer.eif"), "{line} does not name the image");
     failure.to_string()
 }
 
@@ -45,7 +46,7 @@ async fn an_image_with_another_measurement_is_refused_and_the_status_has_both_va
 #[tokio::test(flavor = "multi_thread")]
 async fn a_truncated_image_is_refused() {
     let host = Host::empty().await;
-    let bytes = padded(&host, 0);
+    let bytes = image(&host, 1000);
     put(&host, bytes[..bytes.len() - 100].to_vec()).await;
     host.configure(&host.signer());
     host.start();
@@ -56,7 +57,7 @@ async fn a_truncated_image_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_with_a_wrong_crc_is_refused_and_a_mended_one_is_launched() {
     let host = Host::empty().await;
-    let bytes = padded(&host, 0);
+    let bytes = image(&host, 1000);
     let mut damaged = bytes.clone();
     *damaged.last_mut().unwrap() ^= 1;
     put(&host, damaged).await;
@@ -84,51 +85,55 @@ async fn what_s3_refuses_is_said_with_the_objects_name_and_tried_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_download_that_breaks_off_midway_is_made_good_once_the_network_is() {
+async fn a_download_that_breaks_off_midway_is_begun_again() {
     let host = Host::empty().await;
-    put(&host, padded(&host, 1 << 20)).await;
-    host.machine.s3.add_fault(S3Fault::BreakOff { after: 100_000 }, Some(3));
-    host.machine.s3.add_fault(S3Fault::Forbidden, None);
+    put(&host, image(&host, 1 << 20)).await;
+    host.machine.s3.add_fault(S3Fault::BreakOff { after: 300_000 }, Some(2));
     host.configure(&host.signer());
     host.start();
-    eventually("it was broken off", async || {
-        host.machine.s3.answered().iter().any(|answer| answer.status == 403).then_some(())
-    })
-    .await;
-    assert_eq!(host.launches().len(), 0);
-    host.machine.s3.clear_faults();
-    host.until_ready().await;
+    let status = host.until_ready().await;
+    assert_eq!(of(&status, "signer").last_error, None);
+    let lines = host.log_lines("broke off after");
+    assert!(lines.len() == 2 && lines[0].contains("signer.eif"), "{lines:?}");
     Client::new(&host, "localhost").answer().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bytes_that_were_changed_on_the_way_are_never_launched() {
-    let host = Host::with_image().await;
-    host.machine.s3.add_fault(S3Fault::Corrupt { at: 700 }, None);
+async fn bytes_that_were_changed_on_the_way_are_fetched_again_and_never_launched() {
+    let host = Host::empty().await;
+    put(&host, image(&host, 10_000)).await;
+    // Within the kernel: everything else of the image is as it should be.
+    host.machine.s3.add_fault(S3Fault::Corrupt { at: 5000 }, Some(2));
     host.configure(&host.signer());
     host.start();
-    let message = refusal(&host).await;
-    assert!(message.contains("CRC") || message.contains("checksum"), "{message}");
-    host.machine.s3.clear_faults();
-    host.until_ready().await;
+    let status = host.until_ready().await;
+    let lines = host.log_lines("came damaged");
+    assert!(lines.len() == 2 && lines[0].contains("signer.eif") && lines[0].contains("checksum"), "{lines:?}");
+    assert_eq!((of(&status, "signer").restarts, host.launches().len()), (0, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_metadata_service_that_is_away_is_named_as_the_reason() {
+async fn a_metadata_service_that_is_away_is_named_as_the_reason_and_asked_again() {
     let host = Host::with_image().await;
     host.machine.imds.set_fault(Some(ImdsFault::Down));
     host.configure(&host.signer());
     host.start();
-    let message = refusal(&host).await.to_lowercase();
-    assert!(message.contains("metadata") || message.contains("imds"), "{message}");
+    let message = refusal(&host).await;
+    assert!(message.contains("metadata service"), "{message}");
     host.machine.imds.set_fault(None);
     host.until_ready().await;
+
+    let id = "i-0123456789abcdef0";
+    host.until("the host knows its name", |status| status.host.instance_id.as_deref() == Some(id)).await;
+    host.machine.control_plane.report_where(DEADLINE, |body| body["ready"] == true).await.unwrap();
+    let paths: BTreeSet<_> = host.machine.control_plane.reports().into_iter().map(|report| report.path).collect();
+    assert_eq!(paths, BTreeSet::from([format!("/v1/hosts/{id}/status")]), "a host has one name");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_download_shows_how_far_it_is_until_it_is_there() {
     let host = Host::empty().await;
-    put(&host, padded(&host, 3 << 20)).await;
+    put(&host, image(&host, 3 << 20)).await;
     host.machine.s3.add_fault(S3Fault::Slow { bytes_per_second: 2 << 20 }, None);
     host.configure(&host.signer());
     host.start();

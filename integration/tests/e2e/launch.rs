@@ -1,7 +1,9 @@
 //! From an image in a bucket to an enclave that serves.
 
 use crate::fixture::{Host, eventually, of};
+use crate::traffic::Client;
 use enclaved_core::status::{EnclaveState, Health};
+use enclaved_integration::application::Application;
 use enclaved_integration::host::EGRESS_PORT;
 use enclaved_integration::nitro_cli::faults::{Fault, Hazard};
 use std::time::{Duration, UNIX_EPOCH};
@@ -39,14 +41,13 @@ async fn the_image_is_fetched_with_the_roles_credentials_and_launched_with_a_cid
 #[tokio::test(flavor = "multi_thread")]
 async fn egress_listens_before_the_launch_and_ingress_has_its_route_after_readiness() {
     let host = Host::with_image().await;
-    let application = enclaved_integration::application::Application { ready_millis: 600, ..host.application("v1") };
+    let application = Application { ready_millis: 600, ..host.application("v1") };
     host.put("signer.eif", &application).await;
     host.configure(&host.signer());
     host.start();
     let booting = host.until_signer_is(EnclaveState::Booting).await;
-    let client = eventually("the internal CA", async || host.ca().exists().then_some(())).await;
-    let () = client;
-    let early = crate::traffic::Client::new(&host, "localhost").get("/health").await.unwrap();
+    eventually("the internal CA is there", async || host.ca().exists().then_some(())).await;
+    let early = Client::new(&host, "localhost").get("/health").await.unwrap();
     if host.status().await.is_some_and(|status| !of(&status, "signer").ready) {
         assert_eq!(early.0, 503, "requests reach an enclave that is not ready");
     }
@@ -55,7 +56,7 @@ async fn egress_listens_before_the_launch_and_ingress_has_its_route_after_readin
     let launched = Duration::from_millis(host.launches()[0].at_millis);
     assert!(listened < launched, "egress listened at {listened:?}, the launch was at {launched:?}");
     host.until_ready().await;
-    assert_eq!(crate::traffic::Client::new(&host, "localhost").get("/health").await.unwrap().0, 200);
+    assert_eq!(Client::new(&host, "localhost").get("/health").await.unwrap().0, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -74,22 +75,25 @@ async fn two_enclaves_are_launched_one_after_the_other() {
     assert_eq!((of(&status, "signer").restarts, of(&status, "vault").restarts), (0, 0));
     assert_ne!(of(&status, "signer").cid, of(&status, "vault").cid);
     for (domain, name) in [("localhost", "signer"), ("vault.localhost", "vault")] {
-        let answer = crate::traffic::Client::new(&host, domain).answer().await;
+        let answer = Client::new(&host, domain).answer().await;
         assert_eq!(answer.cid, of(&status, name).cid.unwrap().get());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_log_has_one_line_for_the_download_and_one_for_the_launch() {
+async fn the_log_has_one_line_each_for_the_download_the_launch_and_readiness() {
     let host = Host::ready().await;
-    for text in
-        ["fetching the image", "image is verified", "signer-1: nitro-cli run-enclave", "INFO launching", " ready"]
-    {
-        let log = host.machine.log();
-        let _ = &log;
-        if text.starts_with("signer-1:") {
-            continue;
-        }
-        assert_eq!(host.log_lines(text).len(), 1, "lines with {text:?}");
-    }
+    let one = |text: &str| {
+        let lines = host.log_lines(text);
+        assert_eq!(lines.len(), 1, "lines with {text:?}: {lines:?}");
+        lines[0].clone()
+    };
+    let image = format!("s3://{}/signer.eif", host.machine.bucket());
+    assert!(one("fetching the image").contains(&image));
+    let verified = one("image is verified");
+    assert!(verified.contains(&image) && verified.contains("pcr0="), "{verified}");
+    assert!(one("INFO launching").contains("enclave=signer-1"));
+    assert!(one("INFO launched").contains("enclave=signer-1"));
+    assert_eq!(host.log_lines("INFO launch").len(), 2, "one as it begins, one as it ends");
+    assert!(one("INFO ready").contains("enclave=signer-1"));
 }

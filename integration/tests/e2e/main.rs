@@ -13,5 +13,6 @@ mod images;
 mod launch;
 mod nitro_cli;
 mod observability;
+mod schema;
 mod traffic;
 mod updates;

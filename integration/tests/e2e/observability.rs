@@ -1,6 +1,7 @@
 //! What is told of a host: status, metrics, liveness and readiness, reports to the control plane, the tool's answers.
 
 use crate::fixture::{DEADLINE, Host, of};
+use crate::schema::violations;
 use crate::traffic::Client;
 use enclaved_core::status::EnclaveState;
 use enclaved_integration::application::Application;
@@ -28,7 +29,7 @@ async fn metrics_cover_both_processes_and_promtool_finds_nothing_to_complain_abo
         "enclaved_enclave_state{enclave=\"signer\",state=\"ready\"} 1",
         "enclaved_proxy_up 1",
         "enclaved_traffic_total{direction=\"egress\"",
-        "enclaved_traffic_total{direction=\"ingress\"",
+        "enclaved_traffic_total{direction=\"https\"",
         "enclaved_traffic_bytes_total{direction=\"egress\"",
     ] {
         assert!(has(&text, series), "{series} is not in\n{text}");
@@ -69,12 +70,12 @@ async fn the_status_arrives_at_the_control_plane_in_the_form_of_its_schema() {
     assert_eq!((report.method.as_str(), report.path.as_str()), ("PUT", path));
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/status.schema.json");
     let schema: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
-    let validator = jsonschema::validator_for(&schema).unwrap();
     for report in host.machine.control_plane.reports() {
-        let errors: Vec<_> = validator.iter_errors(&report.body).map(|error| error.to_string()).collect();
-        assert_eq!(errors, [] as [String; 0], "{:#}", report.body);
+        assert_eq!(violations(&schema, &schema, &report.body), [] as [String; 0], "{:#}", report.body);
     }
-    assert!(!validator.is_valid(&serde_json::json!({ "ready": "perhaps" })));
+    let mut other = report.body.clone();
+    other["enclaves"][0]["state"] = "perhaps".into();
+    assert!(!violations(&schema, &schema, &other).is_empty(), "the schema lets anything pass");
     assert_eq!(report.body["enclaves"][0]["name"], "signer");
     assert_eq!(report.body["host"]["tags"]["caution:deployment-id"], "d-0001");
     assert_eq!(host.machine.control_plane.refused(), 0);

@@ -74,10 +74,15 @@ impl S3 {
                 Err(Attempt::Broken(broken)) => broken,
             };
             let (done, total) = progress.get();
-            let text = format!("the download of {address} broke off after {done} of {total} bytes: {broken}");
+            let text = if total > 0 && done == total {
+                format!("the download of {address} came damaged: {broken}")
+            } else {
+                format!("the download of {address} broke off after {done} of {total} bytes: {broken}")
+            };
             if tried == TRIES {
-                return Err(Failure::new(format!("{text} (tried {TRIES} times)"))
-                    .with_remedy("see whether something between this host and S3 ends long connections"));
+                return Err(Failure::new(format!("{text} (tried {TRIES} times)")).with_remedy(
+                    "see whether something between this host and S3 cuts long downloads off, or changes them",
+                ));
             }
             let pause = jittered(PAUSE.saturating_mul(1 << (tried - 1)));
             tracing::warn!("{text}; trying again in {pause:?}");
