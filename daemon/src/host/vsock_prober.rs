@@ -14,6 +14,8 @@ use std::time::Duration;
 
 /// So much of an answer's body is read, so that the application can finish sending a short one; a long one is cut off.
 const MAX_BODY: usize = 64 * 1024;
+/// And for so long.
+const DRAIN: Duration = Duration::from_millis(100);
 /// An answer's head may be so long.
 const MAX_HEAD: usize = 64 * 1024;
 
@@ -90,14 +92,17 @@ async fn get(stream: Stream, path: &str) -> Outcome<Verdict> {
         };
         let status = response.status();
         let mut body = response.into_body();
-        let mut length = 0;
-        // The status is the answer: a body that breaks off or has no end does not change it.
-        while let Some(Ok(frame)) = body.frame().await {
-            length += frame.data_ref().map_or(0, bytes::Bytes::len);
-            if length > MAX_BODY {
-                break;
+        let drain = async {
+            let mut length = 0;
+            while let Some(Ok(frame)) = body.frame().await {
+                length += frame.data_ref().map_or(0, bytes::Bytes::len);
+                if length > MAX_BODY {
+                    break;
+                }
             }
-        }
+        };
+        // The status is the answer: a body that breaks off, does not come or has no end does not change it.
+        let _drained_or_late = tokio::time::timeout(DRAIN, drain).await;
         if (200..400).contains(&status.as_u16()) { Ok(()) } else { Err(format!("GET {path} answered {status}")) }
     };
     let (mut exchange, mut connection) = (pin!(exchange), pin!(connection));
@@ -212,6 +217,12 @@ mod tests {
             [&b"HTTP/1.1 200 OK\r\ncontent-length: 99999999\r\n\r\n"[..], &[0; 200_000]].concat()
         });
         Enclave::answering(&ANSWER, false).probe(get()).await.unwrap().unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_does_not_come_does_not_change_the_verdict() {
+        let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n";
+        Enclave::answering(answer, false).probe(get()).await.unwrap().unwrap();
     }
 
     #[tokio::test(start_paused = true)]
