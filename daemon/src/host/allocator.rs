@@ -37,7 +37,15 @@ impl Allocator for SysfsAllocator {
     async fn reserve(&self, cpus: u32, memory: MemoryMib) -> Outcome<()> {
         let seen = look(&self.sysfs).await?;
         if seen.cpus >= cpus && seen.memory >= memory {
-            return Ok(());
+            // Whoever asks found that it does not fit: so what is there in all is not what is lacking.
+            let message = format!(
+                "the enclave pool has {} CPUs and {} in hugepages, which is enough for the {cpus} CPUs and {memory} that are \
+                 needed in all; but {} of the hugepages are free: somebody else holds the difference",
+                seen.cpus, seen.memory, seen.memory_free
+            );
+            return Err(Failure::new(message).with_remedy(
+                "`nitro-cli describe-enclaves` lists all enclaves of this host: end those that are not wanted",
+            ));
         }
         let message = format!(
             "the enclave pool has {} CPUs and {} in hugepages; {cpus} CPUs and {memory} are needed",
@@ -226,13 +234,23 @@ mod tests {
     #[tokio::test]
     async fn a_pool_that_is_too_small_is_told_in_numbers_with_the_lines_that_enlarge_it() {
         let (_folder, allocator) = sysfs(Some("2-3"), &[("0-7", &[(2048, 512, 512)])]);
-        allocator.reserve(2, MemoryMib(1024)).await.unwrap();
         let failure = allocator.reserve(4, MemoryMib(512)).await.unwrap_err();
         assert!(failure.message.contains("has 2 CPUs and 1024 MiB in hugepages; 4 CPUs and 512 MiB"), "{failure}");
         let remedy = failure.remedy.unwrap();
         assert!(remedy.contains("`---`, `memory_mib: 1024`, `cpu_count: 4`"), "{remedy}");
         assert!(remedy.contains("systemctl restart nitro-enclaves-allocator"), "{remedy}");
         assert!(allocator.reserve(1, MemoryMib(1025)).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_pool_that_is_large_enough_and_held_by_others_is_no_success() {
+        let (_folder, allocator) = sysfs(Some("2-3"), &[("0-7", &[(2048, 512, 100)])]);
+        let failure = allocator.reserve(2, MemoryMib(1024)).await.unwrap_err();
+        assert!(
+            failure.message.contains("1024 MiB") && failure.message.contains("200 MiB of the hugepages are free"),
+            "{failure}"
+        );
+        assert!(failure.remedy.unwrap().contains("describe-enclaves"));
     }
 
     #[tokio::test]
