@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod app;
 pub mod atomic_file;
+pub mod child_environment;
 pub mod config;
 pub mod control_plane;
 pub mod ctl;

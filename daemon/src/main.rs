@@ -12,6 +12,8 @@ use tokio_util::sync::CancellationToken;
 const BUG: u8 = 70;
 /// It may well work later.
 const TRY_AGAIN: u8 = 75;
+/// The proxy: another one serves from the same folder.
+const ALREADY_RUNS: u8 = enclaved::host::proxy_link::ALREADY_RUNS;
 /// The configuration is wrong.
 const CONFIG: u8 = 78;
 /// The command line is wrong.
@@ -100,6 +102,12 @@ fn log() {
 }
 
 async fn control(arguments: Arguments) -> ExitCode {
+    if std::process::id() == 1 {
+        tracing::warn!(
+            "enclaved is process 1, and does not wait for processes that others leave behind: ended enclaves stay as \
+             zombies; run it under an init (`docker run --init`, tini, shareProcessNamespace)"
+        );
+    }
     match app::run(arguments).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(StartError::Config { refused, last_good }) => {
@@ -137,7 +145,8 @@ async fn proxy(options: enclaved_proxy::Options, own_session: bool) -> ExitCode 
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{}", enclaved_core::failure::Failure::from_error(&error));
-            ExitCode::from(TRY_AGAIN)
+            let already_runs = matches!(error, enclaved_proxy::ProxyError::AlreadyRunning { .. });
+            ExitCode::from(if already_runs { ALREADY_RUNS } else { TRY_AGAIN })
         }
     }
 }

@@ -5,6 +5,7 @@
 //! the next call.
 
 use super::{Outcome, ProxyLink};
+use crate::child_environment;
 use enclaved_core::failure::Failure;
 use enclaved_core::routes::{LinkReply, LinkRequest, ProxyReport, Routes, limits};
 use std::io;
@@ -29,8 +30,8 @@ const WATCH_SLACK: Duration = Duration::from_secs(5);
 const START: Duration = Duration::from_secs(10);
 /// Pause between two tries to reach one that is not there.
 const RETRY: Duration = Duration::from_millis(100);
-/// The proxy's exit status when another one runs on the same folder.
-const ALREADY_RUNS: i32 = 75;
+/// The proxy's exit status when another one runs on the same folder. No other failure has it.
+pub const ALREADY_RUNS: u8 = 76;
 
 /// Where the proxy is, and how it is started.
 #[derive(Debug, Clone)]
@@ -113,7 +114,9 @@ impl Link {
     /// has a session of its own, and goes on.
     fn spawn(&self) -> Outcome<oneshot::Receiver<io::Result<ExitStatus>>> {
         let LinkSettings { program, socket, state_dir } = &self.settings;
-        let mut child = Command::new(program)
+        let mut command = Command::new(program);
+        child_environment::only_harmless(command.as_std_mut());
+        let mut child = command
             .arg("proxy")
             .arg("--state-dir")
             .arg(state_dir)
@@ -185,7 +188,7 @@ impl ProxyLink for Link {
                 // Cancel-safe: a status that was not taken stays in the channel.
                 status = &mut exited => match status {
                     // One that lost the race for the folder: the one that won will answer.
-                    Ok(Ok(status)) if status.code() == Some(ALREADY_RUNS) => {
+                    Ok(Ok(status)) if status.code() == Some(i32::from(ALREADY_RUNS)) => {
                         self.answers().await;
                         Ok(())
                     }
@@ -485,9 +488,11 @@ mod tests {
     #[tokio::test]
     async fn a_proxy_that_ends_at_once_is_told_with_its_status() {
         let folder = tempfile::tempdir().unwrap();
-        program(&folder, "exit 78");
-        let failure = link(&folder).start().await.unwrap_err();
-        assert!(failure.message.contains("exit status: 78"), "{failure}");
+        for status in [75, 78] {
+            program(&folder, &format!("exit {status}"));
+            let failure = soon(link(&folder).start()).await.unwrap_err();
+            assert!(failure.message.contains(&format!("it ended with exit status: {status}")), "{failure}");
+        }
         let missing = tempfile::tempdir().unwrap();
         let failure = link(&missing).start().await.unwrap_err();
         assert!(failure.message.contains("could not start the proxy process"), "{failure}");
@@ -496,7 +501,7 @@ mod tests {
     #[tokio::test]
     async fn one_that_finds_another_running_leaves_the_start_to_that_one() {
         let folder = tempfile::tempdir().unwrap();
-        program(&folder, "exit 75");
+        program(&folder, "exit 76");
         let link = link(&folder);
         let other = async {
             until("the second proxy gave way", || folder.path().join("pid").exists()).await;
