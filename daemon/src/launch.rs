@@ -6,7 +6,7 @@
 
 use crate::atomic_file::FileError;
 use crate::launch_trace::{FORMAT, Failed, LaunchSpec, Lock, Moment, Outcome, Recorded, Trace};
-use crate::nitro_cli::{Described, NitroCli, RunError, RunRequest, State};
+use crate::nitro_cli::{Described, Description, Flag, Mark, NitroCli, RunError, RunRequest, State};
 use crate::pidfd::Pidfd;
 use crate::procfs;
 use enclaved_core::failure::{ECode, Failure};
@@ -16,6 +16,7 @@ use std::io;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
+use tokio::time::Instant;
 
 /// The driver refuses for a moment after another enclave's end.
 const DRIVER_BUSY: ECode = ECode(29);
@@ -23,6 +24,11 @@ const DRIVER_BUSY: ECode = ECode(29);
 const DRIVER_TRIES: u32 = 3;
 /// Pause between these tries.
 const DRIVER_PAUSE: Duration = Duration::from_secs(2);
+
+/// Pause before asking again what runs while a process of the launch is still at work; doubles up to [`BOOTING_PAUSE_MAX`].
+const BOOTING_PAUSE: Duration = Duration::from_millis(500);
+/// Longest such pause: every question puts load on enclaves that run.
+const BOOTING_PAUSE_MAX: Duration = Duration::from_secs(30);
 
 /// Exit status 75: not finished, to be run again.
 const TRY_AGAIN: u8 = 75;
@@ -117,10 +123,13 @@ async fn launch(trace: &Trace, spec: &LaunchSpec, nitro_cli: &NitroCli) -> Resul
         cpus: identity.cpus,
         memory: identity.memory,
         debug: identity.debug,
+        mark: mark(trace),
     };
     let mut tries = 1;
     loop {
-        trace.write_attempt(&Moment { at: now() })?;
+        trace.clear_nitro_cli()?;
+        let attempt = Moment { at: now() };
+        trace.write_attempt(&attempt)?;
         tracing::info!("{}: nitro-cli run-enclave, CID {}", spec.key, request.cid);
         match nitro_cli.run_enclave(&request, |pid| note_nitro_cli(trace, pid)).await {
             Ok(launch) => return record(trace, spec, launch),
@@ -132,7 +141,7 @@ async fn launch(trace: &Trace, spec: &LaunchSpec, nitro_cli: &NitroCli) -> Resul
             Err(RunError::NotRunning(failure)) => return fail(trace, spec, failure),
             Err(RunError::Unclear(failure)) => {
                 trace.write_unclear(&failure)?;
-                return resolve(trace, spec, nitro_cli, Moment { at: now() }).await;
+                return resolve(trace, spec, nitro_cli, attempt).await;
             }
         }
     }
@@ -163,34 +172,102 @@ async fn resolve(trace: &Trace, spec: &LaunchSpec, nitro_cli: &NitroCli, attempt
             Err(error) => LaunchError::File(error),
         }
     };
-    let description = nitro_cli.describe_enclaves().await.map_err(unresolved)?;
-    let name = spec.key.to_string();
-    let named = description.enclaves.iter().find(|enclave| enclave.name.as_ref() == Some(&name));
-    match (named, description.incomplete) {
-        (Some(enclave), _) if enclave.cid == u64::from(spec.generation.cid.get()) => {
-            match alive(enclave).map_err(LaunchError::Process)? {
-                Some(launch) => record(trace, spec, launch),
-                None => fail(trace, spec, Failure::new("the enclave ended right after its launch")),
+    let left = spec.patience().saturating_sub(now().since(attempt.at));
+    let deadline = Instant::now() + left;
+    let mut pause = BOOTING_PAUSE;
+    loop {
+        let description = nitro_cli.describe_enclaves().await.map_err(unresolved)?;
+        match Found::in_description(&description, spec) {
+            Found::Ours(enclave) => {
+                return match owner(trace, enclave).map_err(unresolved)? {
+                    Some(launch) => record(trace, spec, launch),
+                    None => fail(trace, spec, Failure::new("the enclave ended right after its launch")),
+                };
+            }
+            Found::Wrong(enclave, what) => {
+                nitro_cli.terminate_enclave(&enclave.enclave_id).await.map_err(unresolved)?;
+                return fail(trace, spec, what.with_remedy("it was ended again; launch it anew"));
+            }
+            Found::InTheWay(failure) => return fail(trace, spec, failure),
+            Found::Incomplete(failure) => return Err(unresolved(failure.clone())),
+            // An enclave is listed only when it has booted.
+            Found::Nothing if Instant::now() < deadline && mark(trace).is_alive().map_err(LaunchError::Process)? => {
+                tracing::info!("{}: a process of its launch is still at work", spec.key);
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(BOOTING_PAUSE_MAX);
+            }
+            Found::Nothing => {
+                let unclear = trace.unclear().ok().flatten();
+                let interrupted = || {
+                    Failure::new("the launch was interrupted, and no enclave came of it")
+                        .with_remedy("it is launched again; if that repeats, see who ends the launch helper")
+                };
+                return fail(trace, spec, unclear.unwrap_or_else(interrupted));
             }
         }
-        (Some(enclave), _) => {
-            let text = format!(
-                "an enclave named {name} runs with CID {} instead of {}: it is not this launch's, and is left alone",
-                enclave.cid, spec.generation.cid
-            );
-            let remedy = format!("end it with `nitro-cli terminate-enclave --enclave-id {}`", enclave.enclave_id);
-            fail(trace, spec, Failure::new(text).with_remedy(remedy))
-        }
-        (None, Some(failure)) => Err(unresolved(failure)),
-        (None, None) => {
-            let unclear = trace.unclear().ok().flatten();
-            let interrupted = || {
-                Failure::new("the launch was interrupted, and no enclave came of it")
-                    .with_remedy("it is launched again; if that repeats, see who ends the launch helper")
+    }
+}
+
+/// What became of a launch, by what runs on the host.
+enum Found<'a> {
+    /// Its enclave runs.
+    Ours(&'a Described),
+    /// An enclave of this launch runs, and is not what was asked for.
+    Wrong(&'a Described, Failure),
+    /// Somebody else's enclave runs with its name or its CID: so it can't run itself.
+    InTheWay(Failure),
+    /// No such enclave is listed, and not all enclaves are.
+    Incomplete(&'a Failure),
+    /// No such enclave runs.
+    Nothing,
+}
+
+impl<'a> Found<'a> {
+    fn in_description(description: &'a Description, spec: &LaunchSpec) -> Self {
+        let name = spec.key.to_string();
+        let cid = spec.generation.cid;
+        if let Some(enclave) = description.enclaves.iter().find(|enclave| enclave.cid == u64::from(cid.get())) {
+            let debug = spec.generation.identity.debug;
+            return match &enclave.name {
+                // nitro-cli does that where another enclave has the name.
+                Some(other) if is_renamed(other, &name) => {
+                    Self::Wrong(enclave, Failure::new(format!("nitro-cli launched {name} under the name {other}")))
+                }
+                Some(other) if *other != name => Self::InTheWay(in_the_way(
+                    enclave,
+                    &format!("an enclave named \"{}\" has its CID {cid}", other.escape_debug()),
+                )),
+                Some(_) | None if debug != (enclave.flags == Flag::DebugMode) => {
+                    let mode = if debug { "without debug mode" } else { "in debug mode" };
+                    Self::Wrong(
+                        enclave,
+                        Failure::new(format!("nitro-cli launched {name} {mode}, unlike it was asked to")),
+                    )
+                }
+                Some(_) | None => Self::Ours(enclave),
             };
-            fail(trace, spec, unclear.unwrap_or_else(interrupted))
+        }
+        let namesake = description.enclaves.iter().find(|enclave| enclave.name.as_ref() == Some(&name));
+        match (namesake, &description.incomplete) {
+            (Some(enclave), _) => Self::InTheWay(in_the_way(
+                enclave,
+                &format!("an enclave named {name} runs with CID {} instead of {cid}", enclave.cid),
+            )),
+            (None, Some(failure)) => Self::Incomplete(failure),
+            (None, None) => Self::Nothing,
         }
     }
+}
+
+fn in_the_way(enclave: &Described, what: &str) -> Failure {
+    Failure::new(format!("{what}: it is not this launch's, and is left alone"))
+        .with_remedy(format!("end it with `nitro-cli terminate-enclave --enclave-id {}`", enclave.enclave_id))
+}
+
+/// `name_1`, `name_2`, ...
+fn is_renamed(other: &str, name: &str) -> bool {
+    let number = other.strip_prefix(name).and_then(|rest| rest.strip_prefix('_'));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit()))
 }
 
 /// Waits while a nitro-cli that lost its helper is still at work: what it will come to can't be seen before.
@@ -217,11 +294,16 @@ async fn outlast_nitro_cli(trace: &Trace, spec: &LaunchSpec, attempt: Moment) ->
     }
 }
 
-fn alive(enclave: &Described) -> io::Result<Option<LaunchRecord>> {
+fn mark(trace: &Trace) -> Mark {
+    Mark(trace.folder().to_owned())
+}
+
+/// The record of that enclave; `None` if it is over.
+fn owner(trace: &Trace, enclave: &Described) -> Result<Option<LaunchRecord>, Failure> {
     if matches!(enclave.state, State::Terminating | State::Empty) {
         return Ok(None);
     }
-    let process = procfs::process(enclave.process_id)?;
+    let process = mark(trace).owner(enclave.process_id)?;
     Ok(process.map(|process| enclave.to_record(process.identity, now())))
 }
 

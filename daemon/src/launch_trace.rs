@@ -14,7 +14,7 @@
 //! | `failure.json` | helper, or the supervisor holding the lock | it did not come to run |
 //! | `stop.json` | supervisor | since when it has been asked to end |
 //! | `end.json` | supervisor | when its end was noticed |
-//! | `launch.log` | helper | what it and nitro-cli said |
+//! | `launch.log`, `launch.log.old` | helper | what it said, and nitro-cli |
 //!
 //! Every one but the log and the lock is whole or not there.
 
@@ -172,6 +172,35 @@ impl Trace {
     /// Where the helper's words go.
     pub fn log(&self) -> PathBuf {
         self.folder.join("launch.log")
+    }
+
+    /// Puts a log that has grown beyond that many bytes aside, over the one that was put aside before.
+    ///
+    /// # Errors
+    /// It can't be looked at or renamed.
+    pub fn cap_log(&self, limit: u64) -> Result<(), FileError> {
+        let log = self.log();
+        match std::fs::metadata(&log) {
+            Ok(metadata) if metadata.len() > limit => {
+                std::fs::rename(&log, self.folder.join("launch.log.old")).map_err(FileError::io("rename", &log))
+            }
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(FileError::io("look at", &log)(error)),
+        }
+    }
+
+    /// Removes what an earlier try noted of its nitro-cli, so that a later one is never taken for it.
+    ///
+    /// # Errors
+    /// It can't be removed, or the removal not be made to last.
+    pub fn clear_nitro_cli(&self) -> Result<(), FileError> {
+        let path = self.folder.join("nitro-cli.json");
+        match std::fs::remove_file(&path) {
+            Ok(()) => atomic_file::sync_folder(&self.folder),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(FileError::io("remove", &path)(error)),
+        }
     }
 
     /// How far the helper has got. To be believed only by whoever has the lock: otherwise it may be further already.

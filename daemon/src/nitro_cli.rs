@@ -9,6 +9,7 @@ mod report;
 
 pub use output::{Described, Description, Flag, State};
 
+use crate::child_environment;
 use crate::procfs;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{Cid, MemoryMib, Timestamp};
@@ -54,6 +55,46 @@ pub struct RunRequest {
     pub memory: MemoryMib,
     /// Debug mode.
     pub debug: bool,
+    /// By this its processes are known: it is put into their environment ([`Mark`]).
+    pub mark: Mark,
+}
+
+/// What tells the processes that one launch brings about from all others: they inherit it, also those that outlive
+/// nitro-cli itself. Unique to the launch: the folder of its traces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mark(pub PathBuf);
+
+/// The variable that holds the [`Mark`].
+pub(crate) const MARK: &str = "ENCLAVED_LAUNCH";
+
+impl Mark {
+    /// Whether any process of that launch lives.
+    ///
+    /// # Errors
+    /// `/proc` can't be listed.
+    pub fn is_alive(&self) -> io::Result<bool> {
+        procfs::any_has_variable(MARK, self.0.as_os_str())
+    }
+
+    /// The process of that PID, which nitro-cli named as the one that owns the launch's enclave; `None` if it is gone.
+    ///
+    /// # Errors
+    /// It can't be looked at, or it is not of this launch.
+    pub fn owner(&self, pid: u32) -> Result<Option<procfs::Process>, Failure> {
+        let look = |error: io::Error| Failure::new(format!("could not look at the enclave's process {pid}: {error}"));
+        let Some(process) = procfs::process(pid).map_err(look)? else { return Ok(None) };
+        match procfs::has_variable(pid, MARK, self.0.as_os_str()) {
+            Ok(true) => Ok(Some(process)),
+            // Unless it ended between the two looks.
+            Ok(false) if procfs::process(pid).map_err(look)?.is_none() => Ok(None),
+            Ok(false) => Err(Failure::new(format!(
+                "nitro-cli says that process {pid} (\"{}\") runs the enclave, but this launch did not start that process",
+                process.name.escape_debug()
+            ))
+            .with_remedy("see what `nitro-cli describe-enclaves` lists, and end what should not run")),
+            Err(error) => Err(look(error)),
+        }
+    }
 }
 
 /// A `run-enclave` that did not give a running enclave.
@@ -77,7 +118,7 @@ impl NitroCli {
     /// Not to be dropped before its end: nitro-cli would go on, and its answer would be lost.
     ///
     /// # Errors
-    /// See [`RunError`]. An enclave that came up with another name or CID than asked for was terminated.
+    /// See [`RunError`]. An enclave that came up with another name or CID than asked for was terminated, or may run.
     pub async fn run_enclave(
         &self,
         request: &RunRequest,
@@ -96,7 +137,7 @@ impl NitroCli {
         if request.debug {
             arguments.push("--debug-mode".into());
         }
-        let captured = self.run(&arguments, started).await.map_err(|error| match error {
+        let captured = self.run(&arguments, Some(&request.mark), started).await.map_err(|error| match error {
             CallError::NotStarted(failure) => RunError::NotRunning(failure),
             CallError::Lost(failure) => RunError::Unclear(failure),
         })?;
@@ -113,7 +154,7 @@ impl NitroCli {
         if let Some(difference) = run.differs_from(request) {
             return Err(self.end_wrong_enclave(&run, &difference).await);
         }
-        match procfs::process(run.process_id) {
+        match request.mark.owner(run.process_id) {
             Ok(Some(process)) => Ok(run.into_record(process.identity, at)),
             Ok(None) => Err(RunError::NotRunning(
                 Failure::new(format!(
@@ -122,10 +163,7 @@ impl NitroCli {
                 ))
                 .with_remedy("launch it in debug mode and read its console"),
             )),
-            Err(error) => Err(RunError::Unclear(Failure::new(format!(
-                "could not look at the enclave's process {}: {error}",
-                run.process_id
-            )))),
+            Err(failure) => Err(RunError::Unclear(failure)),
         }
     }
 
@@ -136,7 +174,7 @@ impl NitroCli {
     /// # Errors
     /// It could not be run, or failed, or printed something else.
     pub async fn describe_enclaves(&self) -> Result<Description, Failure> {
-        let captured = self.run(&["describe-enclaves".into()], |_| {}).await.map_err(CallError::into_failure)?;
+        let captured = self.run(&["describe-enclaves".into()], None, |_| {}).await.map_err(CallError::into_failure)?;
         if captured.status.success() {
             let enclaves = output::parse_list(&captured)?;
             return Ok(Description { enclaves, incomplete: None });
@@ -158,7 +196,7 @@ impl NitroCli {
             return Err(Failure::new(format!("\"{}\" is not the id of an enclave", enclave_id.escape_debug())));
         }
         let arguments = ["terminate-enclave".into(), "--enclave-id".into(), enclave_id.into()];
-        let captured = self.run(&arguments, |_| {}).await.map_err(CallError::into_failure)?;
+        let captured = self.run(&arguments, None, |_| {}).await.map_err(CallError::into_failure)?;
         if !captured.status.success() {
             return Err(report::failure("terminate-enclave", &captured).failure);
         }
@@ -173,18 +211,29 @@ impl NitroCli {
     async fn end_wrong_enclave(&self, run: &Run, difference: &str) -> RunError {
         let message = format!("nitro-cli launched another enclave than it was asked for: {difference}");
         let remedy = "end the enclave that is in the way: `nitro-cli describe-enclaves` shows it";
-        let failure = match self.terminate_enclave(&run.enclave_id).await {
-            Ok(()) => Failure::new(format!("{message}; it was ended again")).with_remedy(remedy),
-            Err(failure) => Failure::new(format!("{message}; it could not be ended: {}", failure.message))
-                .with_remedy(format!("run `nitro-cli terminate-enclave --enclave-id {}`", run.enclave_id)),
-        };
-        RunError::NotRunning(failure)
+        match self.terminate_enclave(&run.enclave_id).await {
+            Ok(()) => RunError::NotRunning(Failure::new(format!("{message}; it was ended again")).with_remedy(remedy)),
+            Err(failure) => RunError::Unclear(
+                Failure::new(format!("{message}; it could not be ended: {}", failure.message))
+                    .with_remedy(format!("run `nitro-cli terminate-enclave --enclave-id {}`", run.enclave_id)),
+            ),
+        }
     }
 
-    async fn run(&self, arguments: &[OsString], started: impl FnOnce(u32)) -> Result<Captured, CallError> {
+    async fn run(
+        &self,
+        arguments: &[OsString],
+        mark: Option<&Mark>,
+        started: impl FnOnce(u32),
+    ) -> Result<Captured, CallError> {
         let command = arguments.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         enough_descriptors(&command).map_err(CallError::NotStarted)?;
-        let mut child = Command::new(&self.executable)
+        let mut command_line = Command::new(&self.executable);
+        child_environment::without_secrets(command_line.as_std_mut());
+        if let Some(mark) = mark {
+            command_line.env(MARK, &mark.0);
+        }
+        let mut child = command_line
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -2,12 +2,20 @@
 
 use enclaved_core::id::{BootId, Timestamp};
 use enclaved_core::ledger::ProcessIdentity;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::ffi::OsStr;
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
 /// No file read here is longer; `/proc/<pid>/stat` has a few hundred bytes.
 const MAX_FILE: u64 = 64 * 1024;
+/// No environment that is searched is longer.
+const MAX_ENVIRONMENT: u64 = 2 << 20;
 /// Clock ticks a second in what `/proc` shows: 100 on every Linux architecture that has Nitro (`USER_HZ`).
 const TICKS_PER_SECOND: u64 = 100;
 
@@ -27,7 +35,7 @@ pub struct Process {
 pub fn process(pid: u32) -> io::Result<Option<Process>> {
     let text = match read(Path::new(&format!("/proc/{pid}/stat"))) {
         Ok(text) => text,
-        Err(error) if is_gone(&error) => return Ok(None),
+        Err(error) if is_gone(&error) => return if is_hidden(pid)? { Err(hidden(pid)) } else { Ok(None) },
         Err(error) => return Err(error),
     };
     let malformed = || io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat is not understood"));
@@ -44,6 +52,35 @@ pub fn process(pid: u32) -> io::Result<Option<Process>> {
 /// As [`process`].
 pub fn is_alive(identity: ProcessIdentity) -> io::Result<bool> {
     Ok(process(identity.pid)?.is_some_and(|process| process.identity == identity))
+}
+
+/// Whether the process of that PID was started with exactly that variable in its environment, or forked from one that was.
+/// False if there is no such process.
+///
+/// # Errors
+/// Its environment can't be read: it belongs to another user, say.
+pub fn has_variable(pid: u32, name: &str, value: &OsStr) -> io::Result<bool> {
+    let bytes = match read_bytes(Path::new(&format!("/proc/{pid}/environ")), MAX_ENVIRONMENT) {
+        Ok(bytes) => bytes,
+        Err(error) if is_gone(&error) => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    let entry = [name.as_bytes(), b"=", value.as_bytes()].concat();
+    Ok(bytes.split(|byte| *byte == 0).any(|variable| variable == entry))
+}
+
+/// Whether any process lives that [`has_variable`]. Those whose environment can't be read are left out.
+///
+/// # Errors
+/// `/proc` can't be listed.
+pub fn any_has_variable(name: &str, value: &OsStr) -> io::Result<bool> {
+    for entry in std::fs::read_dir("/proc")? {
+        let pid = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+        if pid.is_some_and(|pid| has_variable(pid, name, value).unwrap_or(false)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// This very process.
@@ -125,15 +162,50 @@ fn parse_stat(text: &str) -> Option<(&str, char, u64)> {
     Some((name, state, start_time))
 }
 
+/// Whether a process lives that `/proc` does not show.
+fn is_hidden(pid: u32) -> io::Result<bool> {
+    let path = format!("/proc/{pid}/stat");
+    let Some(raw) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(false) };
+    let descriptor = match pidfd_open(raw, PidfdFlags::empty()) {
+        Ok(descriptor) => descriptor,
+        // EINVAL: the PID is a thread's, whose process has another one.
+        Err(Errno::SRCH | Errno::INVAL) => return Ok(false),
+        // Without pidfds nothing can be said beyond what /proc says.
+        Err(Errno::NOSYS) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    // A process that was started since the first look is no reason for alarm: now it is shown.
+    Ok(!has_ended(&descriptor)? && !Path::new(&path).exists())
+}
+
+/// A pidfd becomes readable when its process ends.
+fn has_ended(descriptor: &OwnedFd) -> io::Result<bool> {
+    let mut watched = [PollFd::new(descriptor, PollFlags::IN)];
+    Ok(poll(&mut watched, Some(&Timespec::default()))? > 0)
+}
+
+fn hidden(pid: u32) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        format!(
+            "process {pid} lives, and is hidden by the mount options of /proc: remount it without hidepid, or with gid= of a group this user is in"
+        ),
+    )
+}
+
 fn is_gone(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
 }
 
 fn read(path: &Path) -> io::Result<String> {
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)?.take(MAX_FILE).read_to_end(&mut bytes)?;
     // A process may give itself a name that is not UTF-8.
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    Ok(String::from_utf8_lossy(&read_bytes(path, MAX_FILE)?).into_owned())
+}
+
+fn read_bytes(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -159,6 +231,37 @@ mod tests {
         assert!(Path::new(&format!("/proc/{pid}/stat")).exists(), "the zombie should still be there");
         child.wait().unwrap();
         assert_eq!(process(pid).unwrap(), None);
+    }
+
+    #[test]
+    fn a_process_that_proc_does_not_show_is_told_from_one_that_is_gone() {
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let raw = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+        let descriptor = pidfd_open(raw, PidfdFlags::empty()).unwrap();
+        assert!(!has_ended(&descriptor).unwrap());
+        assert!(!is_hidden(child.id()).unwrap(), "this one is shown");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(has_ended(&descriptor).unwrap());
+        assert!(!is_hidden(child.id()).unwrap());
+    }
+
+    #[test]
+    fn a_process_is_known_by_what_its_environment_held_at_its_start() {
+        let value = OsStr::new("/run/x/signer-3");
+        let mut child =
+            std::process::Command::new("sleep").arg("600").env("ENCLAVED_TEST_MARK", value).spawn().unwrap();
+        let (pid, name) = (child.id(), "ENCLAVED_TEST_MARK");
+        let seen = (
+            has_variable(pid, name, value).unwrap(),
+            has_variable(pid, name, OsStr::new("/run/x/signer")).unwrap(),
+            any_has_variable(name, value).unwrap(),
+        );
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(seen, (true, false, true));
+        assert!(!has_variable(pid, name, value).unwrap());
+        assert!(!any_has_variable(name, value).unwrap());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The daemon's own nitro-cli port against the stand-in: what one says, the other understands, hazards included.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
-use enclaved::nitro_cli::{Flag, NitroCli, RunError, RunRequest, State};
+use enclaved::nitro_cli::{Flag, Mark, NitroCli, RunError, RunRequest, State};
 use enclaved_core::failure::ECode;
 use enclaved_core::id::{Cid, MemoryMib};
 use enclaved_integration::application::Application;
@@ -21,7 +21,8 @@ fn request(host: &NitroHost, name: &str) -> RunRequest {
     let path = host.path().join("app.eif");
     std::fs::write(&path, image(&Application::http("v1", 8080))).unwrap();
     let (cid, memory) = (Cid::FIRST, MemoryMib(64));
-    RunRequest { image: path, name: name.to_owned(), cid, cpus: 2, memory, debug: false }
+    let mark = Mark(host.path().join(name));
+    RunRequest { image: path, name: name.to_owned(), cid, cpus: 2, memory, debug: false, mark }
 }
 
 #[tokio::test]

@@ -168,7 +168,7 @@ async fn a_helper_after_one_that_was_killed_waits_for_the_nitro_cli_it_left_behi
 async fn an_interrupted_launch_without_an_enclave_is_a_failure_that_says_so() {
     let (_stand, trace) = asked("fail", "echo '[]'");
     trace.write_attempt(&Moment { at: now() }).unwrap();
-    let begun = tokio::time::Instant::now();
+    let begun = Instant::now();
     assert!(failure(&trace).await.message.contains("was interrupted"));
     assert!(begun.elapsed() > Duration::from_secs(200), "nitro-cli might have been about to start");
 }
@@ -185,4 +185,69 @@ async fn launches_are_serial_on_a_host() {
     assert_eq!(calls(&stand), [""; 0]);
     drop(lock);
     launch.await.unwrap();
+}
+
+#[tokio::test]
+async fn an_enclave_that_is_still_booting_when_nitro_cli_is_gone_is_waited_for() {
+    // nitro-cli is killed; its background process goes on, and is listed only when it has booted.
+    let (stand, trace) = asked(
+        "enclave > $d/booting; kill -9 $$",
+        "if [ -e $d/asked ]; then mv $d/booting $d/answer; describe; else touch $d/asked; echo '[]'; fi",
+    );
+    let record = launched(&trace).await;
+    assert!(procfs::is_alive(record.process).unwrap());
+    assert_eq!(calls(&stand), ["run-enclave", "describe-enclaves", "describe-enclaves"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_enclave_that_never_comes_to_be_listed_is_given_up_after_nitro_clis_patience() {
+    let (_stand, trace) = asked("enclave > $d/booting; kill -9 $$", "echo '[]'");
+    let begun = Instant::now();
+    assert!(failure(&trace).await.message.contains("signal 9"));
+    assert!(begun.elapsed() > Duration::from_secs(200));
+}
+
+#[tokio::test]
+async fn the_process_of_an_earlier_try_is_not_taken_for_that_of_the_next() {
+    // nitro-cli can't be started, so no new note takes the place of the old one.
+    let (stand, trace) = asked("fail", "echo '[]'");
+    trace.write_nitro_cli(&procfs::own_identity().unwrap()).unwrap();
+    let spec = trace.spec().unwrap().unwrap();
+    let missing = NitroCli::new(stand.path().join("missing"));
+    launch(&trace, &spec, &missing).await.unwrap();
+    assert!(trace.attempt().unwrap().is_some());
+    assert_eq!(trace.nitro_cli().unwrap(), None);
+}
+
+/// What the stand's nitro-cli does to end an enclave: it says so.
+const TERMINATED: &str = r#"echo "{\"EnclaveID\":\"$3\",\"Terminated\":true}""#;
+
+#[tokio::test]
+async fn an_enclave_that_came_up_under_another_name_and_could_not_be_ended_is_ended_by_the_next_helper() {
+    let (stand, trace) = asked("enclave | sed s/signer-3/signer-3_1/ | tee $d/answer", "describe");
+    std::fs::write(stand.path().join("terminate"), "echo '[ E11 ] x' >&2; exit 11").unwrap();
+    let error = perform(&trace).await.unwrap_err();
+    assert!(matches!(error, LaunchError::Unresolved(_)), "{error}");
+    assert!(matches!(trace.outcome().unwrap(), Outcome::Attempted(_)));
+    std::fs::write(stand.path().join("terminate"), TERMINATED).unwrap();
+    let failure = failure(&trace).await;
+    assert!(failure.message.contains("under the name signer-3_1"), "{failure}");
+}
+
+#[tokio::test]
+async fn an_enclave_in_the_wrong_mode_is_not_taken_but_ended() {
+    let (stand, trace) = asked("enclave | sed s/NONE/DEBUG_MODE/ > $d/answer; exit 101", "describe");
+    std::fs::write(stand.path().join("terminate"), TERMINATED).unwrap();
+    let failure = failure(&trace).await;
+    assert!(failure.message.contains("in debug mode, unlike it was asked to"), "{failure}");
+    assert!(stand.path().join("terminated").exists());
+}
+
+#[tokio::test]
+async fn a_listed_process_that_the_launch_did_not_start_settles_nothing() {
+    let own = std::process::id();
+    let (_stand, trace) =
+        asked(&format!("enclave | sed 's/ProcessID.:[0-9]*/ProcessID\\\":{own}/' > $d/answer; exit 101"), "describe");
+    let error = perform(&trace).await.unwrap_err();
+    assert!(error.to_string().contains("did not start that process"), "{error}");
 }

@@ -27,8 +27,11 @@ pub(super) struct Report {
     pub(super) partial: bool,
 }
 
-/// Codes of a conversation with the background process that went wrong: that process, and its enclave, may be there.
-const UNCLEAR: [u8; 7] = [8, 10, 11, 17, 39, 40, 41];
+/// Whether that code comes only before an enclave is started: of arguments, files, resources, and of the driver's calls up
+/// to the start. After any other (and one that is not known here) an enclave, or the process that starts it, may be there.
+fn is_before_start(code: ECode) -> bool {
+    matches!(code.0, 1..=6 | 18..=35 | 42 | 47 | 59)
+}
 
 /// Reads a failed run. Its status is no guide (any failure in the background process ends in 39), the first error block on
 /// stderr is.
@@ -50,7 +53,7 @@ pub(super) fn failure(command: &str, captured: &Captured) -> Report {
     }
     Report {
         failure: Failure::new(message).with_code(code),
-        says_nothing_runs: !UNCLEAR.contains(&code.0) && says_nothing(captured),
+        says_nothing_runs: is_before_start(code) && says_nothing(captured),
         partial: partial && code == ECode::PROCESS_CONNECTION,
     }
 }

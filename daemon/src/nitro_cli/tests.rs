@@ -47,6 +47,7 @@ fn request() -> RunRequest {
         cpus: 2,
         memory: MemoryMib(512),
         debug: false,
+        mark: Mark("/run/traces/signer-3".into()),
     }
 }
 
@@ -77,19 +78,45 @@ async fn unclear(fake: &Fake) -> Failure {
 
 #[tokio::test]
 async fn a_launch_passes_every_argument_on_its_own_and_reads_back_process_and_resources() {
-    let process = std::process::id();
     let fake = Fake::new(&format!(
-        "for a in \"$@\"; do echo \"$a\" >> $d/args; done\necho 'Start allocating memory...' >&2\necho '{}'",
-        json("signer-3", 16, process)
+        "for a in \"$@\"; do echo \"$a\" >> $d/args; done\necho 'Start allocating memory...' >&2\n{BACKGROUND}\necho '{}'",
+        json("signer-3", 16, 99999).replace("99999", "'$!'")
     ));
     let mut pid = 0;
     let record = fake.cli().run_enclave(&request(), |started| pid = started).await.unwrap();
-    assert_eq!(record.process, procfs::own_identity().unwrap());
+    assert_eq!(record.process, end_background(&fake));
     assert_eq!((record.enclave_id.as_str(), record.memory), ("i-0abc-enc0123", MemoryMib(512)));
     assert_eq!(record.cpu_ids, [1, 3]);
     assert!(pid > 1);
     let expected = "run-enclave\n--eif-path\n/images/a b.eif\n--cpu-count\n2\n--memory\n512\n--enclave-cid\n16\n--enclave-name\nsigner-3\n";
     assert_eq!(fake.file("args"), expected);
+}
+
+/// Starts what stands for the process that owns the enclave; its PID is in the file `pid`.
+const BACKGROUND: &str = "sleep 600 </dev/null >/dev/null 2>&1 & echo $! > $d/pid";
+
+fn end_background(fake: &Fake) -> enclaved_core::ledger::ProcessIdentity {
+    let identity = procfs::process(fake.file("pid").trim().parse().unwrap()).unwrap().unwrap().identity;
+    crate::pidfd::Pidfd::open(identity).unwrap().unwrap().send(rustix::process::Signal::KILL).unwrap();
+    identity
+}
+
+#[tokio::test]
+async fn a_process_that_the_launch_did_not_start_is_not_taken_for_its_enclaves() {
+    for process in [std::process::id(), std::os::unix::process::parent_id()] {
+        let failure = unclear(&Fake::new(&format!("echo '{}'", json("signer-3", 16, process)))).await;
+        assert!(failure.message.contains("this launch did not start that process"), "{failure}");
+    }
+}
+
+#[tokio::test]
+async fn a_code_from_after_the_start_leaves_open_whether_it_runs() {
+    for code in ["E36", "E37", "E38", "E99", "E00"] {
+        unclear(&Fake::new(&format!("echo '[ {code} ] x' >&2; exit 39"))).await;
+    }
+    for code in ["E19", "E22", "E26", "E27", "E29", "E35"] {
+        refused(&Fake::new(&format!("echo '[ {code} ] x' >&2; exit 39"))).await;
+    }
 }
 
 #[tokio::test]
@@ -190,7 +217,7 @@ async fn a_wrong_enclave_that_cannot_be_ended_is_named_with_the_command_that_end
         "case $1 in run-enclave) echo '{}';; *) echo '[ E11 ] Socket error' >&2; exit 11;; esac",
         json("signer-3_1", 16, 7)
     ));
-    let failure = refused(&fake).await;
+    let failure = unclear(&fake).await;
     assert!(failure.message.contains("could not be ended"), "{failure}");
     assert!(failure.remedy.unwrap().contains("--enclave-id i-0abc-enc0123"));
 }
