@@ -9,6 +9,7 @@ mod stop;
 
 use super::{Outcome, Supervisor};
 use crate::atomic_file::{self, FileError};
+use crate::child_environment;
 use crate::launch_trace::{FORMAT, LaunchSpec, Trace};
 use crate::nitro_cli::{self, NitroCli};
 use crate::pidfd::Pidfd;
@@ -18,6 +19,7 @@ use enclaved_core::id::{BootId, EnclaveKey, Timestamp};
 use enclaved_core::ledger::{LaunchRecord, ProcessIdentity};
 use enclaved_core::observed::Instance;
 use enclaved_core::plan::Launch;
+use enclaved_core::plan::restart::Backoff;
 use scan::{Scan, Scanner};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -29,7 +31,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use stop::{StopFile, StopStep};
 use tokio::process::Command;
 use tokio::sync::watch;
@@ -37,6 +39,12 @@ use tokio::task::JoinSet;
 
 /// How soon is looked again at what can't be watched.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Pauses before a helper that did not finish its work, or could not be started, is started again.
+const HELPER_PAUSES: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(600));
+/// How long a stop waits for the end it asked for, so that the next look sees it.
+const STOP_WAIT: Duration = Duration::from_secs(1);
+/// A helper's log that is longer is put aside before the next helper writes to it; so there are two of about that size.
+const MAX_LOG: u64 = 256 * 1024;
 /// Folders that are being made or removed begin with this; no key does.
 const HIDDEN: &str = ".";
 
@@ -94,11 +102,38 @@ struct State {
     look_again: Option<Duration>,
     /// Launches that were said to take too long.
     overdue: BTreeSet<EnclaveKey>,
+    /// Helpers that did not finish their work, and have not since.
+    helpers: BTreeMap<EnclaveKey, HelperFailure>,
     /// Since when enclaves of which there are no traces have been asked to end.
     stops: BTreeMap<EnclaveKey, StopFile>,
 }
 
+/// A helper that has not done its work.
+#[derive(Debug, Clone)]
+struct HelperFailure {
+    /// When it ended, or could not be started.
+    at: Instant,
+    /// How often in a row.
+    count: u32,
+    failure: Failure,
+}
+
 impl Shared {
+    fn helper_failed(&self, key: &EnclaveKey, failure: Failure) {
+        tracing::warn!("{key}: {failure}");
+        let mut state = self.state();
+        let count = state.helpers.get(key).map_or(0, |failed| failed.count).saturating_add(1);
+        state.helpers.insert(key.clone(), HelperFailure { at: Instant::now(), count, failure });
+    }
+
+    /// How long no helper is to be started for that launch, and why.
+    fn helper_pause(&self, key: &EnclaveKey) -> Option<(Duration, Failure)> {
+        let state = self.state();
+        let failed = state.helpers.get(key)?;
+        let left = HELPER_PAUSES.after(failed.count).saturating_sub(failed.at.elapsed());
+        (!left.is_zero()).then(|| (left, failed.failure.clone()))
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // No code that holds it can leave it half-changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -179,6 +214,7 @@ impl Direct {
     /// Starts a helper on a launch's traces, and waits for it in a task.
     fn start_helper(&self, working: Working) -> Outcome<()> {
         let trace = self.trace(&working.key);
+        trace.cap_log(MAX_LOG).map_err(|error| fault(&error))?;
         let log = fs::OpenOptions::new()
             .create(true)
             .append(true)
@@ -186,7 +222,9 @@ impl Direct {
             .and_then(|log| Ok((log.try_clone()?, log)))
             .map_err(|error| fault(&FileError::io("open", &trace.log())(error)))?;
         let HelperCommand { program, arguments } = &self.settings.helper;
-        let mut child = Command::new(program)
+        let mut command = Command::new(program);
+        child_environment::without_secrets(command.as_std_mut());
+        let mut child = command
             .args(arguments)
             .arg("--trace-dir")
             .arg(trace.folder())
@@ -203,9 +241,15 @@ impl Direct {
         tasks.spawn(async move {
             let key = &working.key;
             match child.wait().await {
-                Ok(status) if status.success() => {}
-                Ok(status) => tracing::warn!("{key}: the launch helper ended with {status}"),
-                Err(error) => tracing::warn!("{key}: could not wait for the launch helper: {error}"),
+                Ok(status) if status.success() => drop(working.shared.state().helpers.remove(key)),
+                Ok(status) => {
+                    let failure = Failure::new(format!("its launch helper ended with {status}"));
+                    working.shared.helper_failed(key, failure.with_remedy(format!("see {}", trace.log().display())));
+                }
+                Err(error) => {
+                    let failure = Failure::new(format!("its launch helper could not be waited for: {error}"));
+                    working.shared.helper_failed(key, failure);
+                }
             }
             drop(working);
         });
@@ -242,18 +286,26 @@ impl Supervisor for Direct {
     async fn observe(&self, known: &BTreeMap<EnclaveKey, LaunchRecord>) -> Outcome<BTreeMap<EnclaveKey, Instance>> {
         let version = *self.shared.version.borrow();
         let scanner = self.scanner(known);
-        let scan = blocking(move || scanner.scan()).await??;
+        let scan = match blocking(move || scanner.scan()).await.flatten() {
+            Ok(scan) => scan,
+            Err(failure) => {
+                // What was watched before is watched on; and it is looked again in a while, not at once.
+                let mut state = self.shared.state();
+                state.seen = version;
+                state.look_again = Some(LOOK_AGAIN);
+                return Err(failure);
+            }
+        };
         self.take_over(&scan, version);
         for key in &scan.unresolved {
             // Traces of an attempt on which nobody works any more: the helper finds out what came of it.
-            if let Some(working) = Working::begin(&self.shared, key) {
-                self.start_helper(working)?;
+            if let Some(working) = Working::begin(&self.shared, key)
+                && let Err(failure) = self.start_helper(working)
+            {
+                self.shared.helper_failed(key, failure);
             }
         }
-        match scan.unknown.into_values().next() {
-            Some(failure) => Err(failure),
-            None => Ok(scan.instances),
-        }
+        Ok(scan.instances)
     }
 
     async fn launch(&self, launch: &Launch) -> Outcome<()> {
@@ -276,7 +328,8 @@ impl Supervisor for Direct {
         }
         if let Err(failure) = self.start_helper(working) {
             // Nothing was started, so there must be no traces of it.
-            remove_trace(&self.folder, &launch.key)?;
+            let (folder, key) = (self.folder.clone(), launch.key.clone());
+            blocking(move || remove_trace(&folder, &key)).await??;
             return Err(failure);
         }
         Ok(())
@@ -291,11 +344,22 @@ impl Supervisor for Direct {
             return Ok(());
         };
         let trace = self.trace(key);
-        // An unreadable file only makes the escalation begin anew.
-        let noted = self.shared.state().stops.get(key).copied().or_else(|| trace.read(stop::FILE).ok().flatten());
-        let (step, next) = stop::next(noted, now());
-        if trace.folder().exists() {
-            atomic_file::write_json(&trace.folder().join(stop::FILE), &next).map_err(|error| fault(&error))?;
+        let noted = self.shared.state().stops.get(key).copied();
+        let noting = blocking(move || {
+            // An unreadable file only makes the escalation begin anew.
+            let noted = noted.or_else(|| trace.read(stop::FILE).ok().flatten());
+            let (step, next) = stop::next(noted, now());
+            let written = if noted != Some(next) && trace.folder().exists() {
+                atomic_file::write_json(&trace.folder().join(stop::FILE), &next)
+            } else {
+                Ok(())
+            };
+            (step, next, written)
+        });
+        let (step, next, written) = noting.await?;
+        if let Err(error) = written {
+            // A full disk must not keep an enclave from being ended: only after a restart it is asked from the beginning.
+            tracing::warn!("{key}: that it is asked to end can't be noted: {}", fault(&error));
         }
         self.shared.state().stops.insert(key.clone(), next);
         let sent = match step {
@@ -314,21 +378,29 @@ impl Supervisor for Direct {
         sent.map_err(|error| {
             Failure::new(format!("could not signal the process {} of {key}: {error}", launch.process.pid))
                 .with_remedy("it runs as another user: end it by hand, with `nitro-cli terminate-enclave`")
-        })
+        })?;
+        // It is asked, which is what counts; one that takes its time is seen to end by whoever watches it.
+        let _ended_or_late = tokio::time::timeout(STOP_WAIT, process.ended()).await;
+        Ok(())
     }
 
     async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {
         let (folder, trace) = (self.folder.clone(), self.trace(key));
-        let refused = |why: String| Failure::new(format!("the traces of {key} are not removed: {why}"));
-        let Some(_working) = Working::begin(&self.shared, key) else {
+        let name = key.clone();
+        let refused = move |why: String| Failure::new(format!("the traces of {name} are not removed: {why}"));
+        let Some(working) = Working::begin(&self.shared, key) else {
             return Err(refused("its launch helper is at work".to_owned()));
         };
-        blocking(move || scan::check_over(&trace)).await?.map_err(refused)?;
-        let gone = key.clone();
-        blocking(move || remove_trace(&folder, &gone)).await??;
+        // The mark goes with the work: it stays until that is done, even if nobody waits for it any more.
+        let removed = blocking(move || {
+            scan::check_over(&trace).map_err(refused)?;
+            remove_trace(&folder, &working.key)
+        });
+        removed.await??;
         let mut state = self.shared.state();
         state.stops.remove(key);
         state.overdue.remove(key);
+        state.helpers.remove(key);
         Ok(())
     }
 
@@ -337,11 +409,17 @@ impl Supervisor for Direct {
             let state = self.shared.state();
             (state.seen, state.watched.clone(), state.look_again)
         };
-        let mut ends: Vec<Pin<Box<dyn Future<Output = io::Result<()>> + Send>>> = Vec::new();
+        let mut ends: Vec<Pin<Box<dyn Future<Output = ()> + Send>>> = Vec::new();
         for process in watched {
             match Pidfd::open(process) {
-                Ok(Some(process)) => ends.push(Box::pin(process.ended())),
+                Ok(Some(process)) => ends.push(Box::pin(async move {
+                    // One that can't be watched is looked at in a while; it has not ended.
+                    if process.ended().await.is_err() {
+                        tokio::time::sleep(LOOK_AGAIN).await;
+                    }
+                })),
                 Ok(None) => return,
+                // None left of the descriptors, say.
                 Err(_) => look_again = Some(LOOK_AGAIN),
             }
         }

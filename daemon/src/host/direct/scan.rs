@@ -10,16 +10,15 @@ use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, EnclaveKey, Timestamp};
 use enclaved_core::ledger::{LaunchRecord, ProcessIdentity};
 use enclaved_core::observed::{Instance, InstanceState};
+use enclaved_core::plan::restart::{Backoff, pause_end};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// First pause before asking again what runs, where nitro-cli could not say; doubles up to [`RESOLVE_PAUSE_MAX`].
-const RESOLVE_PAUSE: Duration = Duration::from_secs(15);
-/// Longest such pause.
-const RESOLVE_PAUSE_MAX: Duration = Duration::from_secs(600);
+/// Pauses before asking again what runs, where nitro-cli could not say.
+const RESOLVE_PAUSES: Backoff = Backoff::new(Duration::from_secs(15), Duration::from_secs(600));
 /// A launch is noted within this time after its process was started, whatever was done to the clock in small steps.
 const CLOCK_SLACK: Duration = Duration::from_secs(5);
 /// The kernel keeps so many bytes of an executable's name.
@@ -50,8 +49,6 @@ pub(super) struct Scan {
     pub(super) unresolved: Vec<EnclaveKey>,
     /// Launches that take longer than they can, and what to say of them.
     pub(super) overdue: Vec<(EnclaveKey, String)>,
-    /// Launches of which it can't be found out just now what came of them: then nothing is known.
-    pub(super) unknown: BTreeMap<EnclaveKey, Failure>,
 }
 
 impl Scan {
@@ -61,28 +58,48 @@ impl Scan {
 }
 
 impl Scanner {
-    /// Looks at everything.
+    /// Looks at everything. What can't be read of one launch leaves that one unknown, and the others as they are.
     ///
     /// # Errors
-    /// Something can't be read just now: then nothing is known.
+    /// The launches can't be listed: then nothing is known.
     pub(super) fn scan(&self) -> Outcome<Scan> {
         let mut scan = Scan::default();
         for key in self.keys()? {
             let trace = Trace::new(self.folder.join(key.to_string()));
-            let spec = match trace.spec() {
-                // Another launch's file, or a later version's, is no spec of this one.
-                Ok(spec) => spec.filter(|spec| spec.key == key && spec.format == launch_trace::FORMAT),
-                Err(error) if error.is_about_contents() => None,
-                Err(error) => return Err(fault(&error)),
-            };
-            let state = self.state(&key, &trace, spec.as_ref(), &mut scan)?;
-            let generation = spec.map(|spec| spec.generation);
-            if let Some(state) = state {
-                scan.instances.insert(key, Instance { generation, state });
+            if let Some(instance) = self.see(&key, &trace, &mut scan) {
+                scan.instances.insert(key, instance);
             }
         }
-        self.known_alive(&mut scan)?;
+        self.known_alive(&mut scan);
         Ok(scan)
+    }
+
+    /// What can be seen of that launch; `None` if it was forgotten since it was listed.
+    pub(super) fn see(&self, key: &EnclaveKey, trace: &Trace, scan: &mut Scan) -> Option<Instance> {
+        let seen = self.instance(key, trace, scan);
+        if !trace.folder().exists() {
+            // What was read of it is half of the truth.
+            scan.unresolved.retain(|unresolved| unresolved != key);
+            return None;
+        }
+        Some(seen.unwrap_or_else(|failure| {
+            scan.look_within(LOOK_AGAIN);
+            Instance { generation: None, state: InstanceState::Unknown(not_known(key, failure)) }
+        }))
+    }
+
+    fn instance(&self, key: &EnclaveKey, trace: &Trace, scan: &mut Scan) -> Outcome<Instance> {
+        let spec = match trace.spec() {
+            // Another launch's file, or a later version's, is no spec of this one.
+            Ok(spec) => spec.filter(|spec| spec.key == *key && spec.format == launch_trace::FORMAT),
+            Err(error) if error.is_about_contents() => None,
+            Err(error) => return Err(fault(&error)),
+        };
+        let state = self.state(key, trace, spec.as_ref(), scan).unwrap_or_else(|failure| {
+            scan.look_within(LOOK_AGAIN);
+            InstanceState::Unknown(not_known(key, failure))
+        });
+        Ok(Instance { generation: spec.map(|spec| spec.generation), state })
     }
 
     fn keys(&self) -> Outcome<Vec<EnclaveKey>> {
@@ -100,39 +117,39 @@ impl Scanner {
         Ok(keys)
     }
 
-    /// How far that launch is; `None` where that is to be found out first, and what was said about it in `scan`.
+    /// How far that launch is.
     fn state(
         &self,
         key: &EnclaveKey,
         trace: &Trace,
         spec: Option<&LaunchSpec>,
         scan: &mut Scan,
-    ) -> Outcome<Option<InstanceState>> {
+    ) -> Outcome<InstanceState> {
         let outcome = |trace: &Trace| trace.outcome().map_err(|error| fault(&error));
         let same_boot = |boot_id: &BootId| *boot_id == self.boot_id;
         match outcome(trace)? {
-            launch_trace::Outcome::Ran(ran) => return self.ran(trace, ran.boot_id, ran.launch, scan).map(Some),
-            launch_trace::Outcome::Failed(failed) => return Ok(Some(ended(failed.at, Some(failed.failure)))),
+            launch_trace::Outcome::Ran(ran) => return self.ran(trace, ran.boot_id, ran.launch, scan),
+            launch_trace::Outcome::Failed(failed) => return Ok(ended(failed.at, Some(failed.failure))),
             launch_trace::Outcome::Attempted(_) | launch_trace::Outcome::Nothing => {}
         }
         if spec.is_some_and(|spec| !same_boot(&spec.boot_id)) {
-            return self.end(trace).map(Some);
+            return self.end(trace);
         }
         if self.works_on(key) {
-            return Ok(Some(self.launching(key, trace, spec, scan)));
+            return Ok(self.launching(key, trace, spec, scan));
         }
         let Some(_lock) = trace.try_lock().map_err(|error| fault(&error))? else {
-            return Ok(Some(self.launching(key, trace, spec, scan)));
+            return Ok(self.launching(key, trace, spec, scan));
         };
         // Nobody works on it, and nobody can begin to: only now is what the traces say the last word.
         match outcome(trace)? {
-            launch_trace::Outcome::Ran(ran) => self.ran(trace, ran.boot_id, ran.launch, scan).map(Some),
-            launch_trace::Outcome::Failed(failed) => Ok(Some(ended(failed.at, Some(failed.failure)))),
+            launch_trace::Outcome::Ran(ran) => self.ran(trace, ran.boot_id, ran.launch, scan),
+            launch_trace::Outcome::Failed(failed) => Ok(ended(failed.at, Some(failed.failure))),
             launch_trace::Outcome::Nothing => {
                 let failure = Failure::new("the launch was cut off before nitro-cli was run");
                 let failed = Failed { at: self.now, count: 1, failure };
                 trace.write_failure(&failed).map_err(|error| fault(&error))?;
-                Ok(Some(ended(failed.at, Some(failed.failure))))
+                Ok(ended(failed.at, Some(failed.failure)))
             }
             launch_trace::Outcome::Attempted(_) => self.attempted(key, trace, spec, scan),
         }
@@ -145,14 +162,14 @@ impl Scanner {
         trace: &Trace,
         spec: Option<&LaunchSpec>,
         scan: &mut Scan,
-    ) -> Outcome<Option<InstanceState>> {
+    ) -> Outcome<InstanceState> {
         match self.known.get(key) {
             // The ledger knows: it came to run.
             Some(launch) if self.runs(launch)? => {
                 scan.watch.push(launch.process);
-                Ok(Some(InstanceState::Running(launch.clone())))
+                Ok(InstanceState::Running(launch.clone()))
             }
-            Some(_) => self.end(trace).map(Some),
+            Some(_) => self.end(trace),
             None if spec.is_none() => {
                 let failure =
                     Failure::new(format!("it can't be found out whether {key} runs: its traces are unreadable"));
@@ -160,8 +177,7 @@ impl Scanner {
                     "see whether `nitro-cli describe-enclaves` lists {key}; if not, remove {}",
                     trace.folder().display()
                 );
-                scan.unknown.insert(key.clone(), failure.with_remedy(remedy));
-                Ok(None)
+                Ok(InstanceState::Unknown(failure.with_remedy(remedy)))
             }
             None => self.unresolved(key, trace, scan),
         }
@@ -212,39 +228,47 @@ impl Scanner {
     }
 
     /// An attempt of which it is not known what came of it.
-    fn unresolved(&self, key: &EnclaveKey, trace: &Trace, scan: &mut Scan) -> Outcome<Option<InstanceState>> {
+    fn unresolved(&self, key: &EnclaveKey, trace: &Trace, scan: &mut Scan) -> Outcome<InstanceState> {
+        if let Some((pause, failure)) = self.shared.helper_pause(key) {
+            scan.look_within(pause);
+            return Ok(InstanceState::Unknown(not_known(key, failure)));
+        }
         let failed = match trace.resolve() {
             Ok(failed) => failed,
             Err(error) if error.is_about_contents() => None,
             Err(error) => return Err(fault(&error)),
         };
         if let Some(Failed { at, count, failure }) = failed {
-            let doubled = RESOLVE_PAUSE.saturating_mul(1 << count.saturating_sub(1).min(16));
-            let pause = doubled.min(RESOLVE_PAUSE_MAX).saturating_sub(self.now.since(at));
-            if !pause.is_zero() {
-                let text = format!("it is not known whether {key} runs: {}", failure.message);
-                scan.unknown.insert(key.clone(), Failure { message: text, ..failure });
-                scan.look_within(pause);
-                return Ok(None);
+            if let Some(end) = pause_end(at, RESOLVE_PAUSES.after(count), self.now) {
+                scan.look_within(end.since(self.now));
+                return Ok(InstanceState::Unknown(not_known(key, failure)));
             }
         }
         scan.unresolved.push(key.clone());
-        Ok(Some(InstanceState::Launching))
+        Ok(InstanceState::Launching)
     }
 
     /// What the ledger knows and the traces do not show: an enclave whose process runs is running, whatever was lost.
-    fn known_alive(&self, scan: &mut Scan) -> Outcome<()> {
+    fn known_alive(&self, scan: &mut Scan) {
         for (key, launch) in &self.known {
             let shown = scan.instances.get(key).map(|instance| &instance.state);
-            if matches!(shown, Some(InstanceState::Running(_))) || !self.runs(launch)? {
+            if matches!(shown, Some(InstanceState::Running(_))) {
                 continue;
             }
+            let state = match self.runs(launch) {
+                Ok(false) => continue,
+                Ok(true) => {
+                    scan.watch.push(launch.process);
+                    InstanceState::Running(launch.clone())
+                }
+                Err(failure) => {
+                    scan.look_within(LOOK_AGAIN);
+                    InstanceState::Unknown(not_known(key, failure))
+                }
+            };
             let generation = scan.instances.remove(key).and_then(|instance| instance.generation);
-            let state = InstanceState::Running(launch.clone());
             scan.instances.insert(key.clone(), Instance { generation, state });
-            scan.watch.push(launch.process);
         }
-        Ok(())
     }
 
     /// Whether the process that the ledger knows runs. The ledger does not say in which boot it was launched, and PIDs and
@@ -289,6 +313,11 @@ pub(super) fn check_over(trace: &Trace) -> Result<(), String> {
 fn alive(process: ProcessIdentity) -> Outcome<bool> {
     procfs::is_alive(process)
         .map_err(|error| Failure::new(format!("could not look at process {}: {error}", process.pid)))
+}
+
+fn not_known(key: &EnclaveKey, failure: Failure) -> Failure {
+    let message = Failure::new(format!("it is not known whether {key} runs: {}", failure.message)).message;
+    Failure { message, ..failure }
 }
 
 fn ended(at: Timestamp, launch_failure: Option<Failure>) -> InstanceState {

@@ -90,7 +90,12 @@ fn left(stand: &Stand) -> Trace {
 
 /// A process that stands for an enclave.
 fn sleeper() -> (tokio::process::Child, LaunchRecord) {
-    let child = Command::new("sleep").arg("600").kill_on_drop(true).spawn().unwrap();
+    marked_sleeper("")
+}
+
+/// One that the launch with these traces started.
+fn marked_sleeper(trace: impl AsRef<std::ffi::OsStr>) -> (tokio::process::Child, LaunchRecord) {
+    let child = Command::new("sleep").arg("600").env(nitro_cli::MARK, trace).kill_on_drop(true).spawn().unwrap();
     let process = procfs::process(child.id().unwrap()).unwrap().unwrap().identity;
     let record = LaunchRecord {
         enclave_id: "i-0-enc1".to_owned(),
@@ -196,7 +201,8 @@ async fn a_launch_that_was_cut_off_before_nitro_cli_ran_is_a_failure_for_good() 
 async fn an_enclave_that_came_of_an_interrupted_launch_is_adopted_by_what_describe_says() {
     let stand = Stand::new();
     stand.nitro_cli("fail", "describe");
-    let (_child, record) = sleeper();
+    let trace = left(&stand);
+    let (_child, record) = marked_sleeper(trace.folder());
     fs::write(
         stand.path().join("answer"),
         format!(
@@ -205,30 +211,31 @@ async fn an_enclave_that_came_of_an_interrupted_launch_is_adopted_by_what_descri
         ),
     )
     .unwrap();
-    let trace = left(&stand);
     trace.write_attempt(&Moment { at: now() }).unwrap();
     trace.write_unclear(&Failure::new("nitro-cli was ended by signal 9")).unwrap();
     assert_eq!(running(&direct(&stand)).await.process, record.process);
 }
 
 #[tokio::test]
-async fn while_nobody_can_say_what_came_of_a_launch_nothing_is_known() {
+async fn while_nobody_can_say_what_came_of_a_launch_that_one_is_unknown_and_the_others_are_not() {
     let stand = Stand::new();
     stand.nitro_cli("fail", "echo '[ E07 ] x' >&2; exit 7");
     let trace = left(&stand);
     trace.write_attempt(&Moment { at: now() }).unwrap();
     trace.write_unclear(&Failure::new("x")).unwrap();
+    let (_child, record) = sleeper();
+    let other: EnclaveKey = "other-1".parse().unwrap();
+    let trace = Trace::new(stand.path().join("enclaves/other-1"));
+    fs::create_dir_all(trace.folder()).unwrap();
+    trace.write_spec(&launch_spec(&stand, "other-1")).unwrap();
+    trace.write_record(&recorded(&record)).unwrap();
     let direct = direct(&stand);
-    let failure = loop {
-        match direct.observe(&Known::new()).await {
-            Ok(instances) => assert_eq!(instances[&key()].state, InstanceState::Launching),
-            Err(failure) => break failure,
-        }
-        direct.changed().await;
-    };
+    let InstanceState::Unknown(failure) = settled(&direct).await else { panic!("it should be unknown") };
     assert!(failure.message.contains("not known whether signer-3 runs"), "{failure}");
+    let instances = direct.observe(&Known::new()).await.unwrap();
+    assert_eq!(instances[&other].state, InstanceState::Running(record));
     // It is not asked again at every look.
-    direct.observe(&Known::new()).await.unwrap_err();
+    assert!(matches!(instances[&key()].state, InstanceState::Unknown(_)));
     assert_eq!(fs::read_to_string(stand.path().join("calls")).unwrap(), "describe-enclaves\n");
     assert!(direct.forget(&key()).await.is_err());
 }
@@ -283,7 +290,7 @@ async fn torn_traces_do_not_hide_an_enclave_that_runs() {
     // And with its record torn as well, the ledger still knows it.
     trace.write_attempt(&Moment { at: now() }).unwrap();
     fs::write(trace.folder().join("record.json"), "").unwrap();
-    let failure = direct.observe(&Known::new()).await.unwrap_err();
+    let Some(InstanceState::Unknown(failure)) = state(&direct, &Known::new()).await else { panic!("it may run") };
     assert!(failure.remedy.unwrap().contains("describe-enclaves"));
     let known = Known::from([(key(), record.clone())]);
     assert_eq!(state(&direct, &known).await, Some(InstanceState::Running(record)));
@@ -385,4 +392,90 @@ async fn what_an_earlier_life_was_making_is_removed_at_the_start() {
     let direct = direct(&stand);
     assert!(!stand.path().join("enclaves/.new-signer-3").exists());
     assert_eq!(direct.observe(&Known::new()).await.unwrap(), BTreeMap::new());
+}
+
+#[tokio::test]
+async fn traces_that_cannot_be_read_leave_only_their_own_launch_unknown() {
+    let stand = Stand::new();
+    let direct = direct(&stand);
+    // A folder in the place of a file can't be read as one, whoever one is.
+    fs::create_dir_all(left(&stand).folder().join("record.json")).unwrap();
+    assert!(matches!(state(&direct, &Known::new()).await, Some(InstanceState::Unknown(_))));
+    assert!(direct.shared.state().look_again.is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_look_that_fails_again_and_again_is_not_repeated_at_once() {
+    let stand = Stand::new();
+    let direct = direct(&stand);
+    fs::remove_dir(stand.path().join("enclaves")).unwrap();
+    direct.shared.bump();
+    for _ in 0..3 {
+        direct.observe(&Known::new()).await.unwrap_err();
+        let before = tokio::time::Instant::now();
+        direct.changed().await;
+        assert!(before.elapsed() >= LOOK_AGAIN);
+    }
+}
+
+#[tokio::test]
+async fn a_helper_that_does_not_finish_is_started_again_only_after_a_pause() {
+    let stand = Stand::new();
+    let program = stand.path().join("failing-helper");
+    test_support::write_script(&program, &format!("echo x >> {}/helpers; exit 1", stand.path().display()));
+    left(&stand).write_attempt(&Moment { at: now() }).unwrap();
+    let helper = HelperCommand { program, arguments: Vec::new() };
+    let direct = Direct::new(DirectSettings { helper, ..settings(&stand) }).unwrap();
+    let InstanceState::Unknown(failure) = settled(&direct).await else { panic!("it should be unknown") };
+    assert!(failure.message.contains("launch helper ended with exit status: 1"), "{failure}");
+    assert!(direct.shared.state().look_again.is_some_and(|pause| pause <= Duration::from_secs(1)));
+    state(&direct, &Known::new()).await;
+    assert_eq!(fs::read_to_string(stand.path().join("helpers")).unwrap(), "x\n");
+}
+
+#[tokio::test]
+async fn a_helper_that_cannot_be_started_for_one_launch_hides_no_other() {
+    let stand = Stand::new();
+    left(&stand).write_attempt(&Moment { at: now() }).unwrap();
+    let helper = HelperCommand { program: "/nonexistent/enclaved".into(), arguments: Vec::new() };
+    let direct = Direct::new(DirectSettings { helper, ..settings(&stand) }).unwrap();
+    direct.observe(&Known::new()).await.unwrap();
+    let Some(InstanceState::Unknown(failure)) = state(&direct, &Known::new()).await else { panic!("unknown") };
+    assert!(failure.message.contains("/nonexistent/enclaved"), "{failure}");
+}
+
+#[tokio::test]
+async fn a_stop_that_cannot_be_noted_is_carried_out_and_waits_for_the_end() {
+    let stand = Stand::new();
+    let (_child, record) = sleeper();
+    let trace = left(&stand);
+    trace.write_record(&recorded(&record)).unwrap();
+    fs::create_dir(trace.folder().join(stop::FILE)).unwrap();
+    let direct = direct(&stand);
+    direct.stop(&key(), &record).await.unwrap();
+    assert!(!procfs::is_alive(record.process).unwrap());
+}
+
+#[tokio::test]
+async fn a_long_log_is_put_aside_before_the_next_helper_writes() {
+    let stand = Stand::new();
+    let trace = left(&stand);
+    fs::write(trace.log(), "x".repeat(100)).unwrap();
+    trace.cap_log(100).unwrap();
+    assert!(trace.log().exists());
+    trace.cap_log(99).unwrap();
+    assert!(!trace.log().exists());
+    trace.cap_log(99).unwrap();
+}
+
+#[tokio::test]
+async fn a_launch_that_is_forgotten_during_a_look_is_not_in_it() {
+    let stand = Stand::new();
+    let direct = direct(&stand);
+    let scanner = direct.scanner(&Known::new());
+    let trace = left(&stand);
+    let mut scan = Scan::default();
+    fs::remove_dir_all(trace.folder()).unwrap();
+    assert_eq!(scanner.see(&key(), &trace, &mut scan), None);
+    assert!(scan.unresolved.is_empty());
 }
