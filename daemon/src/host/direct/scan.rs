@@ -135,6 +135,10 @@ impl Scanner {
         if spec.is_some_and(|spec| !same_boot(&spec.boot_id)) {
             return self.end(trace);
         }
+        if let Ok(Some(end)) = trace.end() {
+            // Whoever works on it removes it.
+            return Ok(ended(end.at, None));
+        }
         if self.works_on(key) {
             return Ok(self.launching(key, trace, spec, scan));
         }
@@ -238,11 +242,11 @@ impl Scanner {
             Err(error) if error.is_about_contents() => None,
             Err(error) => return Err(fault(&error)),
         };
-        if let Some(Failed { at, count, failure }) = failed {
-            if let Some(end) = pause_end(at, RESOLVE_PAUSES.after(count), self.now) {
-                scan.look_within(end.since(self.now));
-                return Ok(InstanceState::Unknown(not_known(key, failure)));
-            }
+        if let Some(Failed { at, count, failure }) = failed
+            && let Some(end) = pause_end(at, RESOLVE_PAUSES.after(count), self.now)
+        {
+            scan.look_within(end.since(self.now));
+            return Ok(InstanceState::Unknown(not_known(key, failure)));
         }
         scan.unresolved.push(key.clone());
         Ok(InstanceState::Launching)

@@ -479,3 +479,27 @@ async fn a_launch_that_is_forgotten_during_a_look_is_not_in_it() {
     assert_eq!(scanner.see(&key(), &trace, &mut scan), None);
     assert!(scan.unresolved.is_empty());
 }
+
+#[tokio::test]
+async fn a_launch_that_is_over_does_not_seem_to_begin_again_while_it_is_being_forgotten() {
+    let stand = Stand::new();
+    let trace = left(&stand);
+    trace.write_attempt(&Moment { at: now() }).unwrap();
+    trace.write_end(&Moment { at: now() }).unwrap();
+    let direct = direct(&stand);
+    let _forgetting = Working::begin(&direct.shared, &key()).unwrap();
+    assert!(matches!(state(&direct, &Known::new()).await, Some(InstanceState::Ended { .. })));
+}
+
+#[tokio::test]
+async fn a_clock_that_was_set_back_does_not_keep_a_launch_unknown() {
+    let stand = Stand::new();
+    stand.nitro_cli("fail", "echo '[]'");
+    let trace = left(&stand);
+    trace.write_attempt(&Moment { at: now() }).unwrap();
+    trace.write_unclear(&Failure::new("lost")).unwrap();
+    let later = now().plus(Duration::from_secs(86_400));
+    let failed = crate::launch_trace::Failed { at: later, count: 1, failure: Failure::new("x") };
+    trace.write_resolve(&failed).unwrap();
+    assert_eq!(launch_failure(&direct(&stand)).await.message, "lost");
+}
