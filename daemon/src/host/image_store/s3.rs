@@ -61,8 +61,12 @@ impl S3 {
         cache: &Cache,
         progress: &Progress,
     ) -> Outcome<(Incoming, EifReport)> {
-        let ready = self.ready().await?;
-        let caller = self.caller(&ready).await?;
+        let named = |failure: Failure| Failure {
+            message: format!("could not get s3://{bucket}/{key}: {}", failure.message),
+            ..failure
+        };
+        let ready = self.ready().await.map_err(named)?;
+        let caller = self.caller(&ready).await.map_err(named)?;
         let address = Address { bucket, key, region: &ready.region };
         let mut tried = 0;
         loop {
