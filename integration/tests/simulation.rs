@@ -125,6 +125,16 @@ impl Scenario {
     }
 }
 
+/// A host with two enclaves that serve, under paused time.
+fn on_a_ready_host(test: impl AsyncFnOnce(&mut Harness)) {
+    runtime().block_on(async {
+        let mut harness = Harness::new(world(), two(1));
+        harness.start().await;
+        harness.converge(PATIENCE).await.unwrap();
+        test(&mut harness).await;
+    });
+}
+
 /// So many launches and stops, and not one more: nothing was lost, nothing doubled.
 fn once_each(world: &World, launches: usize, stops: usize) -> Result<(), String> {
     let (launched, stopped) = (world.launches(), world.stops());
@@ -203,10 +213,7 @@ fn an_image_is_fetched_once_and_a_failed_fetch_is_not_repeated_at_once() {
 
 #[test]
 fn a_torn_ledger_costs_no_enclave() {
-    runtime().block_on(async {
-        let mut harness = Harness::new(world(), two(1));
-        harness.start().await;
-        harness.converge(PATIENCE).await.unwrap();
+    on_a_ready_host(async |harness| {
         let (before, routes) = (harness.world.alive(), harness.world.routes());
         harness.kill().await;
         harness.world.tear_ledger();
@@ -221,10 +228,7 @@ fn a_torn_ledger_costs_no_enclave() {
 
 #[test]
 fn an_enclave_whose_traces_are_lost_runs_on_and_can_still_be_stopped() {
-    runtime().block_on(async {
-        let mut harness = Harness::new(world(), two(1));
-        harness.start().await;
-        harness.converge(PATIENCE).await.unwrap();
+    on_a_ready_host(async |harness| {
         let before = harness.world.alive();
         harness.kill().await;
         harness.world.lose_traces();
@@ -240,10 +244,7 @@ fn an_enclave_whose_traces_are_lost_runs_on_and_can_still_be_stopped() {
 
 #[test]
 fn the_loop_rests_while_nothing_can_be_done_and_while_an_enclave_takes_its_time_to_end() {
-    runtime().block_on(async {
-        let mut harness = Harness::new(world(), two(1));
-        harness.start().await;
-        harness.converge(PATIENCE).await.unwrap();
+    on_a_ready_host(async |harness| {
         let idle = harness.passes();
         harness.pass(Duration::from_secs(60)).await;
         // Two wake-ups a second by the simulated ports, the ticks, and two probes every five seconds.
@@ -328,10 +329,7 @@ fn nothing_that_works_is_ended_for_an_image_that_cannot_be_had_any_more() {
 
 #[test]
 fn ending_all_with_the_process_keeps_what_an_operator_holds() {
-    runtime().block_on(async {
-        let mut harness = Harness::new(world(), two(1));
-        harness.start().await;
-        harness.converge(PATIENCE).await.unwrap();
+    on_a_ready_host(async |harness| {
         harness.hold(&name("signer")).await;
         harness.converge(PATIENCE).await.unwrap();
         harness.terminate().await.unwrap();
@@ -344,10 +342,7 @@ fn ending_all_with_the_process_keeps_what_an_operator_holds() {
 
 #[test]
 fn a_host_that_cannot_be_seen_keeps_every_enclave_and_every_route() {
-    runtime().block_on(async {
-        let mut harness = Harness::new(world(), two(1));
-        harness.start().await;
-        harness.converge(PATIENCE).await.unwrap();
+    on_a_ready_host(async |harness| {
         let (before, routes) = (harness.world.alive(), harness.world.routes());
         // Every effect fails, for an hour.
         harness.world.storm(1000, 7);
@@ -359,10 +354,7 @@ fn a_host_that_cannot_be_seen_keeps_every_enclave_and_every_route() {
 
 #[test]
 fn a_held_enclave_stays_down_over_reload_and_reboot_until_it_is_started() {
-    runtime().block_on(async {
-        let mut harness = Harness::new(world(), two(1));
-        harness.start().await;
-        harness.converge(PATIENCE).await.unwrap();
+    on_a_ready_host(async |harness| {
         harness.hold(&name("signer")).await;
         harness.converge(PATIENCE).await.unwrap();
         harness.configure(two(1)).await;
@@ -380,10 +372,7 @@ fn a_held_enclave_stays_down_over_reload_and_reboot_until_it_is_started() {
 
 #[test]
 fn draining_waits_for_connections_but_not_for_ever() {
-    runtime().block_on(async {
-        let mut harness = Harness::new(world(), two(1));
-        harness.start().await;
-        harness.converge(PATIENCE).await.unwrap();
+    on_a_ready_host(async |harness| {
         let ledger = harness.world.ledger().unwrap();
         let (signer, record) = ledger.generations().find(|(key, _)| key.name == name("signer")).unwrap();
         harness.world.set_open(record.cid, 3);
