@@ -16,6 +16,9 @@ use std::time::Duration;
 const MAX_FILE: u64 = 64 * 1024;
 /// No environment that is searched is longer.
 const MAX_ENVIRONMENT: u64 = 2 << 20;
+/// How often, and how long after each other, is looked at a process that shows no environment.
+const EXEC_LOOKS: u32 = 10;
+const EXEC_PAUSE: Duration = Duration::from_millis(5);
 /// Clock ticks a second in what `/proc` shows: 100 on every Linux architecture that has Nitro (`USER_HZ`).
 const TICKS_PER_SECOND: u64 = 100;
 
@@ -60,13 +63,29 @@ pub fn is_alive(identity: ProcessIdentity) -> io::Result<bool> {
 /// # Errors
 /// Its environment can't be read: it belongs to another user, say.
 pub fn has_variable(pid: u32, name: &str, value: &OsStr) -> io::Result<bool> {
-    let bytes = match read_bytes(Path::new(&format!("/proc/{pid}/environ")), MAX_ENVIRONMENT) {
-        Ok(bytes) => bytes,
-        Err(error) if is_gone(&error) => return Ok(false),
-        Err(error) => return Err(error),
-    };
+    let mut environment = environment(pid)?;
+    for _ in 0..EXEC_LOOKS {
+        if !environment.is_empty() {
+            break;
+        }
+        // The kernel shows none for a moment while a process becomes another program.
+        std::thread::sleep(EXEC_PAUSE);
+        environment = self::environment(pid)?;
+    }
+    Ok(holds(&environment, name, value))
+}
+
+/// The variables that the process was started with, each with a NUL behind it; nothing if there is no such process.
+fn environment(pid: u32) -> io::Result<Vec<u8>> {
+    match read_bytes(Path::new(&format!("/proc/{pid}/environ")), MAX_ENVIRONMENT) {
+        Err(error) if is_gone(&error) => Ok(Vec::new()),
+        other => other,
+    }
+}
+
+fn holds(environment: &[u8], name: &str, value: &OsStr) -> bool {
     let entry = [name.as_bytes(), b"=", value.as_bytes()].concat();
-    Ok(bytes.split(|byte| *byte == 0).any(|variable| variable == entry))
+    environment.split(|byte| *byte == 0).any(|variable| variable == entry)
 }
 
 /// Whether any process lives that [`has_variable`]. Those whose environment can't be read are left out.
@@ -76,7 +95,7 @@ pub fn has_variable(pid: u32, name: &str, value: &OsStr) -> io::Result<bool> {
 pub fn any_has_variable(name: &str, value: &OsStr) -> io::Result<bool> {
     for entry in std::fs::read_dir("/proc")? {
         let pid = entry?.file_name().to_str().and_then(|name| name.parse().ok());
-        if pid.is_some_and(|pid| has_variable(pid, name, value).unwrap_or(false)) {
+        if pid.is_some_and(|pid| environment(pid).is_ok_and(|environment| holds(&environment, name, value))) {
             return Ok(true);
         }
     }
