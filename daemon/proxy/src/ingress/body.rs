@@ -1,5 +1,6 @@
 //! Bodies on their way through: counted as they pass, never collected.
 
+use super::headers;
 use super::upstream::Lease;
 use crate::counters::{Open, Traffic};
 use bytes::Bytes;
@@ -33,13 +34,15 @@ impl Body for Upload {
         match self.get_mut() {
             Self::Empty => Poll::Ready(None),
             Self::Stream { inner, traffic, taken } => {
-                let frame = ready!(Pin::new(inner).poll_frame(cx));
-                if let Some(Ok(frame)) = &frame
-                    && let Some(data) = frame.data_ref()
-                {
-                    let length = data.len() as u64;
-                    traffic.to_enclave.fetch_add(length, Relaxed);
-                    taken.fetch_add(length, Relaxed);
+                let mut frame = ready!(Pin::new(inner).poll_frame(cx));
+                if let Some(Ok(frame)) = &mut frame {
+                    if let Some(data) = frame.data_ref() {
+                        let length = data.len() as u64;
+                        traffic.to_enclave.fetch_add(length, Relaxed);
+                        taken.fetch_add(length, Relaxed);
+                    } else if let Some(trailers) = frame.trailers_mut() {
+                        headers::trailers_to_enclave(trailers);
+                    }
                 }
                 Poll::Ready(frame)
             }

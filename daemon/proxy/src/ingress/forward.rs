@@ -10,7 +10,7 @@ use crate::counters::{Failure, Live, Open, Refused, Traffic};
 use crate::error_text::chain;
 use crate::relay::relay;
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER, TRANSFER_ENCODING};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER, TRANSFER_ENCODING};
 use http::uri::PathAndQuery;
 use http::{Method, Request, Response, StatusCode, Uri, Version};
 use hyper::body::{Body, Incoming};
@@ -157,7 +157,8 @@ async fn send(
     let Some(live) = &backend.target else {
         return Err(unavailable("the enclave is not ready", Failure::NoTarget));
     };
-    if live.ingress_open() > https.shared.limits.requests_per_enclave {
+    // Not `ingress_open`, which counts raw TCP connections too.
+    if traffic.open_now() > https.shared.limits.requests_per_enclave {
         return Err(unavailable("the enclave has too many requests in flight", Failure::Limit));
     }
 
@@ -178,7 +179,8 @@ async fn send(
     // Each hop speaks its own version (RFC 9110, 6.2); what the client does not understand is left out by the server.
     *response.version_mut() = Version::HTTP_11;
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-        let Some(client_upgrade) = client_upgrade else {
+        let asked = upgrade.as_ref().is_some_and(|asked| headers::changes_to(response.headers(), asked));
+        let Some(client_upgrade) = client_upgrade.filter(|_| asked) else {
             let reason = "the enclave changed to another protocol, which nobody asked for";
             return Err(Refusal::failure(StatusCode::BAD_GATEWAY, reason, Failure::BadAnswer));
         };
@@ -194,6 +196,10 @@ async fn send(
 /// Says how long the body is, if there is one. Its length, where it is known, is told by its type.
 fn frame(mut request: Request<Incoming>, traffic: &Arc<Traffic>) -> Request<Upload> {
     if request.body().is_end_stream() {
+        // Servers may insist on a length where a body is usual (RFC 9110, 8.6).
+        if matches!(*request.method(), Method::POST | Method::PUT | Method::PATCH) {
+            request.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+        }
         return request.map(|_| Upload::Empty);
     }
     if request.body().size_hint().exact().is_none() {

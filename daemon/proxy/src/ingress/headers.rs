@@ -15,16 +15,19 @@ const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host")
 /// Names a request in log lines on both sides.
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Headers in which only a proxy tells about the client.
-const FORWARDED: [&str; 8] = [
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+
+/// Headers in which only a proxy tells about the client or its request; and all that begin with `x-forwarded-`.
+const FORWARDED: [&str; 9] = [
     "forwarded",
-    "x-forwarded-for",
-    "x-forwarded-proto",
-    "x-forwarded-host",
-    "x-forwarded-port",
-    "x-forwarded-server",
     "x-real-ip",
     "x-request-id",
+    "x-client-ip",
+    "x-cluster-client-ip",
+    "true-client-ip",
+    "x-original-host",
+    "x-original-url",
+    "x-rewrite-url",
 ];
 
 /// What is told about the client.
@@ -38,10 +41,36 @@ pub(crate) struct Client<'a> {
     pub(crate) request_id: HeaderValue,
 }
 
-/// The protocol that a request asks to change to, if it does.
+/// The protocol that a request asks to change to, if it is one that is passed on: exactly one (WebSocket, mostly), and
+/// not another version of HTTP or TLS. A change to `h2c` would be a tunnel through which a client makes requests without
+/// any of what is decided here.
 pub(crate) fn upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
-    let asked = connection_options(headers).any(|option| option.eq_ignore_ascii_case("upgrade"));
-    if asked { headers.get(UPGRADE).cloned() } else { None }
+    if !connection_options(headers).any(|option| option.eq_ignore_ascii_case("upgrade")) {
+        return None;
+    }
+    let mut offers = headers.get_all(UPGRADE).iter();
+    let offer = offers.next().filter(|_| offers.next().is_none())?;
+    let protocol = offer.to_str().ok()?.to_ascii_lowercase();
+    let one = !protocol.is_empty() && !protocol.contains([',', ' ', '\t']);
+    let web = ["h2", "http", "tls"].iter().any(|prefix| protocol.starts_with(prefix));
+    if one && !web { Some(offer.clone()) } else { None }
+}
+
+/// Whether an answer changes to the protocol that was asked for.
+pub(crate) fn changes_to(answer: &HeaderMap, asked: &HeaderValue) -> bool {
+    let mut answers = answer.get_all(UPGRADE).iter();
+    let same = answers.next().is_some_and(|answer| answer.as_bytes().eq_ignore_ascii_case(asked.as_bytes()));
+    same && answers.next().is_none()
+}
+
+/// Takes out of a request's trailers what would not have passed among its headers: applications that merge the two would
+/// take it for true.
+pub(crate) fn trailers_to_enclave(trailers: &mut HeaderMap) {
+    remove_hop_by_hop(trailers);
+    remove_forwarded(trailers);
+    for name in [HOST, CONTENT_LENGTH, COOKIE, EXPECT] {
+        trailers.remove(name);
+    }
 }
 
 /// Turns a client's headers into those that the enclave gets. `upgrade` is passed on if it is given.
@@ -92,7 +121,7 @@ fn remove_hop_by_hop(headers: &mut HeaderMap) {
         }
         headers.remove(CONNECTION);
     }
-    for name in [KEEP_ALIVE, PROXY_CONNECTION, TE, TRANSFER_ENCODING, UPGRADE] {
+    for name in [KEEP_ALIVE, PROXY_CONNECTION, TE, TRANSFER_ENCODING, UPGRADE, HTTP2_SETTINGS] {
         headers.remove(name);
     }
 }
@@ -104,15 +133,12 @@ fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
 
 /// Also with `_` in place of `-`, which many an application's framework takes for the same.
 fn remove_forwarded(headers: &mut HeaderMap) {
-    for name in FORWARDED {
-        headers.remove(name);
-    }
-    let disguised: Vec<_> = headers
-        .keys()
-        .filter(|name| name.as_str().contains('_') && FORWARDED.contains(&name.as_str().replace('_', "-").as_str()))
-        .cloned()
-        .collect();
-    for name in disguised {
+    let forwarded = |name: &&HeaderName| {
+        let name = name.as_str().replace('_', "-");
+        name.starts_with("x-forwarded-") || FORWARDED.contains(&name.as_str())
+    };
+    let forwarded: Vec<_> = headers.keys().filter(forwarded).cloned().collect();
+    for name in forwarded {
         headers.remove(name);
     }
 }
@@ -170,10 +196,48 @@ mod tests {
             ("x-forwarded_proto", "http"),
             ("forwarded", "for=10.0.0.4"),
             ("x-real-ip", "10.0.0.5"),
+            ("x-forwarded-prefix", "/admin"),
+            ("x_forwarded_ssl", "on"),
+            ("x-client-ip", "10.0.0.6"),
+            ("x-original-url", "/admin"),
             ("x-request-id", "forged"),
             ("connection", "x-forwarded-for, host, x-forwarded-proto"),
         ]);
         assert_eq!(received, headers(&told()));
+    }
+
+    #[test]
+    fn a_change_to_http2_is_not_passed_on() {
+        for offer in ["h2c", "H2C", "websocket, h2c", "h2c, websocket", "HTTP/2.0", "TLS/1.3", ""] {
+            let received =
+                sent(&[("connection", "upgrade"), ("upgrade", offer), ("http2-settings", "AAMAAABkAAQAAP__")]);
+            assert_eq!(received, headers(&told()), "{offer}");
+        }
+        let received = sent(&[("connection", "Upgrade"), ("upgrade", "WebSocket")]);
+        let mut expected = told();
+        expected.extend([("upgrade", "WebSocket"), ("connection", "upgrade")]);
+        assert_eq!(received, headers(&expected));
+    }
+
+    #[test]
+    fn an_answer_may_change_only_to_what_was_asked_for() {
+        let asked = HeaderValue::from_static("WebSocket");
+        assert!(changes_to(&headers(&[("upgrade", "websocket")]), &asked));
+        assert!(!changes_to(&headers(&[("upgrade", "h2c")]), &asked));
+        assert!(!changes_to(&HeaderMap::new(), &asked));
+    }
+
+    #[test]
+    fn trailers_say_nothing_that_headers_may_not() {
+        let mut trailers = headers(&[
+            ("x-forwarded-for", "127.0.0.1"),
+            ("x_real_ip", "127.0.0.1"),
+            ("host", "evil.test"),
+            ("connection", "x"),
+            ("grpc-status", "0"),
+        ]);
+        trailers_to_enclave(&mut trailers);
+        assert_eq!(trailers, headers(&[("grpc-status", "0")]));
     }
 
     #[test]
