@@ -48,7 +48,8 @@ pub struct Routes {
     /// Raw TCP ports.
     pub tcp: Vec<TcpRoute>,
     /// CIDs of enclaves that run, whether or not a route names them at present: one that drains, one that is not ready.
-    /// Connections of a CID that is neither here nor in a route are cut.
+    /// Connections of a CID that is neither here nor in a route are cut, and so are those to an egress endpoint that is in
+    /// no route of their CID any more, or with another upstream or other [`EgressRoute::allow_addresses`].
     #[serde(default)]
     pub live: Vec<Cid>,
 }
