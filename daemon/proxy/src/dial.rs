@@ -2,8 +2,9 @@
 //! answers. What is sent there is nobody's business here.
 
 use crate::counters::Failure;
-use crate::host_addresses::{HostAddresses, Unknown};
+use crate::host_addresses::Unknown;
 use crate::limits::Limits;
+use crate::shared::Shared;
 use crate::tcp;
 use enclaved_core::egress_policy::{self, Refusal};
 use enclaved_core::routes::EgressRoute;
@@ -17,6 +18,10 @@ use tokio::time::timeout;
 /// Lookups of one endpoint at a time. The system's resolver occupies a thread for each, for as long as it likes; this keeps
 /// one endpoint with a dead resolver from taking them all.
 pub(crate) const LOOKUPS: usize = 4;
+
+/// Lookups of all endpoints at a time. They share the threads for blocking work (512) with everything else that needs one,
+/// such as saving the routes; with a dead resolver, a few hundred endpoints would take them all.
+pub(crate) const LOOKUPS_IN_ALL: usize = 64;
 
 /// Most addresses of an upstream that are considered.
 const ADDRESSES: usize = 16;
@@ -61,33 +66,34 @@ impl DialError {
 pub(crate) async fn dial(
     route: &EgressRoute,
     lookups: &Arc<Semaphore>,
-    own: &HostAddresses,
-    limits: &Limits,
+    shared: &Shared,
 ) -> Result<TcpStream, DialError> {
     let dial = async {
-        let addresses = resolve(route, lookups, limits).await?;
-        connect(&permitted(&addresses, route, &own.get()?)?, limits).await
+        let addresses = resolve(route, lookups, shared).await?;
+        connect(&permitted(&addresses, route, &shared.own_addresses.get()?)?, &shared.limits).await
     };
-    timeout(limits.dial, dial).await.unwrap_or(Err(DialError::ConnectTimeout))
+    timeout(shared.limits.dial, dial).await.unwrap_or(Err(DialError::ConnectTimeout))
 }
 
-async fn resolve(route: &EgressRoute, lookups: &Arc<Semaphore>, limits: &Limits) -> Result<Vec<SocketAddr>, DialError> {
+async fn resolve(route: &EgressRoute, lookups: &Arc<Semaphore>, shared: &Shared) -> Result<Vec<SocketAddr>, DialError> {
     if let Ok(address) = route.hostname.parse::<IpAddr>() {
         return Ok(vec![SocketAddr::new(address, route.port)]);
     }
-    let (host, port, lookups) = (route.hostname.clone(), route.port, lookups.clone());
+    let (host, port) = (route.hostname.clone(), route.port);
     let lookup = async {
-        let permit = lookups.acquire_owned().await.map_err(|_| DialError::ResolveTimeout)?;
-        // A task of its own: after a timeout, the permit stays with the lookup that still occupies a thread. It ends when
+        // The endpoint's first: one with a dead resolver waits for itself, and holds up no more than its share of the others.
+        let own = lookups.clone().acquire_owned().await.map_err(|_| DialError::ResolveTimeout)?;
+        let permit = shared.lookups.clone().acquire_owned().await.map_err(|_| DialError::ResolveTimeout)?;
+        // A task of its own: after a timeout, the permits stay with the lookup that still occupies a thread. It ends when
         // the resolver gives up.
         let task = tokio::spawn(async move {
-            let _permit = permit;
+            let _permits = (own, permit);
             let addresses = tokio::net::lookup_host((host, port)).await?;
             Ok(addresses.take(ADDRESSES).collect::<Vec<_>>())
         });
         task.await.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(DialError::Resolve)
     };
-    let addresses = timeout(limits.resolve, lookup).await.unwrap_or(Err(DialError::ResolveTimeout))?;
+    let addresses = timeout(shared.limits.resolve, lookup).await.unwrap_or(Err(DialError::ResolveTimeout))?;
     if addresses.is_empty() { Err(DialError::NoAddress) } else { Ok(addresses) }
 }
 
@@ -128,6 +134,7 @@ async fn connect(addresses: &[SocketAddr], limits: &Limits) -> Result<TcpStream,
 mod tests {
     use super::*;
     use enclaved_core::id::Cid;
+    use std::time::Duration;
     use tokio::net::TcpListener;
 
     fn route(hostname: &str, port: u16, allow: &[&str]) -> EgressRoute {
@@ -142,7 +149,7 @@ mod tests {
     }
 
     async fn dial_with(route: &EgressRoute) -> Result<TcpStream, DialError> {
-        dial(route, &Arc::new(Semaphore::new(LOOKUPS)), &HostAddresses::default(), &Limits::default()).await
+        dial(route, &Arc::new(Semaphore::new(LOOKUPS)), &Shared::new(Limits::default())).await
     }
 
     #[tokio::test]
@@ -178,6 +185,37 @@ mod tests {
         assert_eq!(permitted(&addresses, &route, &[]).unwrap(), addresses[1..]);
         let error = permitted(&addresses, &route, &["10.0.0.9".parse().unwrap()]).unwrap_err();
         assert!(matches!(error, DialError::Refused { refusal: Refusal::Metadata, .. }), "{error:?}");
+    }
+
+    #[test]
+    fn lookups_without_an_end_leave_threads_for_other_work() {
+        // A single thread for blocking work, which stands for a resolver that answers nobody.
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+        runtime.block_on(async {
+            let mut shared = Shared::new(Limits { resolve: Duration::from_millis(5), ..Limits::default() });
+            let (release, released) = std::sync::mpsc::channel::<()>();
+            let dead = tokio::task::spawn_blocking(move || released.recv());
+            let route = route("localhost", 1, &[]);
+            let mut endpoints = Vec::new();
+            for _ in 0..LOOKUPS_IN_ALL + 1 {
+                let endpoint = Arc::new(Semaphore::new(LOOKUPS));
+                let error = dial(&route, &endpoint, &shared).await.unwrap_err();
+                assert!(matches!(error, DialError::ResolveTimeout), "{error:?}");
+                endpoints.push(endpoint);
+            }
+            let running = endpoints.iter().filter(|endpoint| endpoint.available_permits() < LOOKUPS).count();
+            assert_eq!(running, LOOKUPS_IN_ALL, "these hold a thread, or wait for one");
+            drop(release);
+            dead.await.unwrap().unwrap_err();
+            // They end, and new ones begin.
+            let all = u32::try_from(LOOKUPS_IN_ALL).unwrap();
+            let ended = timeout(Duration::from_secs(20), shared.lookups.acquire_many(all)).await;
+            drop(ended.unwrap().unwrap());
+            shared.limits = Limits::default();
+            let error = dial(&route, &endpoints[0], &shared).await.unwrap_err();
+            assert!(matches!(error, DialError::Refused { .. }), "{error:?}");
+        });
     }
 
     #[tokio::test]

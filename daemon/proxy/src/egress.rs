@@ -68,9 +68,8 @@ impl Endpoint {
     }
 
     async fn dial_and_relay(&self, enclave: &mut Stream, shared: &Shared) -> Result<(), (Failure, Option<String>)> {
-        let upstream = dial(&self.route, &self.lookups, &shared.own_addresses, &shared.limits)
-            .await
-            .map_err(|error| (error.failure(), Some(chain(&error))))?;
+        let upstream =
+            dial(&self.route, &self.lookups, shared).await.map_err(|error| (error.failure(), Some(chain(&error))))?;
         let mut upstream = ResetOnDrop::new(upstream);
         let ended = relay(enclave, &mut *upstream, &self.traffic, &shared.limits).await;
         if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
