@@ -214,7 +214,7 @@ pub struct ProxyReport {
     /// What is wrong with the snapshot on disk, if anything: it could not be used (and where it was put), or the present
     /// one could not be written (it is served, and would be lost with the process). Cleared by the next one written.
     pub last_routes_error: Option<String>,
-    /// Connections that were accepted and then lost to a shortage of descriptors or memory.
+    /// Connections that could not be accepted: a shortage of descriptors or memory, or an error of the connection itself.
     pub accept_errors: u64,
     /// What belongs to no enclave and was refused, by reason (`unknown_peer`, `unknown_host`, `handshake`, …: a fixed
     /// set, see the proxy's counters).
