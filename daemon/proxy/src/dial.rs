@@ -1,5 +1,5 @@
 //! Reaching an upstream: resolves its name, has each address judged by the egress policy, and connects to the first that
-//! answers. What is sent there is nobody's business here.
+//! answers, one after another. What is sent there is nobody's business here.
 
 use crate::counters::Failure;
 use crate::host_addresses::Unknown;
@@ -8,12 +8,13 @@ use crate::shared::Shared;
 use crate::tcp;
 use enclaved_core::egress_policy::{self, Refusal};
 use enclaved_core::routes::EgressRoute;
+use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 /// Lookups of one endpoint at a time. The system's resolver occupies a thread for each, for as long as it likes; this keeps
 /// one endpoint with a dead resolver from taking them all.
@@ -68,11 +69,15 @@ pub(crate) async fn dial(
     lookups: &Arc<Semaphore>,
     shared: &Shared,
 ) -> Result<TcpStream, DialError> {
+    let deadline = Instant::now() + shared.limits.dial;
     let dial = async {
         let addresses = resolve(route, lookups, shared).await?;
-        connect(&permitted(&addresses, route, &shared.own_addresses.get()?)?, &shared.limits).await
+        let addresses = permitted(&addresses, route, &shared.own_addresses.get()?)?;
+        let stream = first_to_answer(&addresses, deadline, &shared.limits, TcpStream::connect).await?;
+        tcp::prepare(&stream);
+        Ok(stream)
     };
-    timeout(shared.limits.dial, dial).await.unwrap_or(Err(DialError::ConnectTimeout))
+    timeout_at(deadline, dial).await.unwrap_or(Err(DialError::ConnectTimeout))
 }
 
 async fn resolve(route: &EgressRoute, lookups: &Arc<Semaphore>, shared: &Shared) -> Result<Vec<SocketAddr>, DialError> {
@@ -89,7 +94,9 @@ async fn resolve(route: &EgressRoute, lookups: &Arc<Semaphore>, shared: &Shared)
         let task = tokio::spawn(async move {
             let _permits = (own, permit);
             let addresses = tokio::net::lookup_host((host, port)).await?;
-            Ok(addresses.take(ADDRESSES).collect::<Vec<_>>())
+            let mut addresses = alternating(addresses.collect());
+            addresses.truncate(ADDRESSES);
+            Ok(addresses)
         });
         task.await.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(DialError::Resolve)
     };
@@ -115,19 +122,37 @@ fn permitted(addresses: &[SocketAddr], route: &EgressRoute, own: &[IpAddr]) -> R
     }
 }
 
-async fn connect(addresses: &[SocketAddr], limits: &Limits) -> Result<TcpStream, DialError> {
+/// Tries one address after another until one answers. Each gets its share of the time that is left, so that none is left
+/// out because those before it are silent.
+async fn first_to_answer<T, A: Future<Output = io::Result<T>>>(
+    addresses: &[SocketAddr],
+    deadline: Instant,
+    limits: &Limits,
+    attempt: impl Fn(SocketAddr) -> A,
+) -> Result<T, DialError> {
     let mut last = DialError::NoAddress;
-    for address in addresses {
-        match timeout(limits.connect, TcpStream::connect(*address)).await {
-            Ok(Ok(stream)) => {
-                tcp::prepare(&stream);
-                return Ok(stream);
-            }
+    for (tried, address) in addresses.iter().enumerate() {
+        let left = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
+        let share = deadline.saturating_duration_since(Instant::now()) / left;
+        match timeout(share.min(limits.connect), attempt(*address)).await {
+            Ok(Ok(connected)) => return Ok(connected),
             Ok(Err(source)) => last = DialError::Connect { address: *address, source },
             Err(_) => last = DialError::ConnectTimeout,
         }
     }
     Err(last)
+}
+
+/// Alternates between the address families, and keeps the resolver's order otherwise: a family that leads nowhere is then
+/// at most every other attempt.
+fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let count = addresses.len();
+    let first_is_ipv6 = addresses.first().is_some_and(SocketAddr::is_ipv6);
+    let (first, second): (Vec<_>, Vec<_>) =
+        addresses.into_iter().partition(|address| address.is_ipv6() == first_is_ipv6);
+    let (mut first, mut second) = (first.into_iter(), second.into_iter());
+    // A family that is used up leaves its turns to the other.
+    (0..count).flat_map(|_| [first.next(), second.next()]).flatten().collect()
 }
 
 #[cfg(test)]
@@ -172,10 +197,48 @@ mod tests {
         drop(dead);
         let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let live_address = upstream.local_addr().unwrap();
-        let stream = connect(&[dead_address, live_address], &Limits::default()).await.unwrap();
+        let connect = async |addresses: &[SocketAddr]| {
+            let deadline = Instant::now() + Limits::default().dial;
+            first_to_answer(addresses, deadline, &Limits::default(), TcpStream::connect).await
+        };
+        let stream = connect(&[dead_address, live_address]).await.unwrap();
         assert_eq!(stream.peer_addr().unwrap(), live_address);
-        let error = connect(&[dead_address], &Limits::default()).await.unwrap_err();
+        let error = connect(&[dead_address]).await.unwrap_err();
         assert_eq!(error.failure(), Failure::Connect);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_address_is_tried_within_the_time_for_all_and_none_for_longer_than_its_limit() {
+        let limits = Limits::default();
+        for silent in [0, 1, 2, 5, ADDRESSES - 1] {
+            let addresses: Vec<SocketAddr> =
+                (0..=silent).map(|number| ([10, 0, 0, u8::try_from(number).unwrap()], 443).into()).collect();
+            let answers = *addresses.last().unwrap();
+            let attempt = |address| async move {
+                if address != answers {
+                    std::future::pending::<()>().await;
+                }
+                Ok(address)
+            };
+            let start = Instant::now();
+            let reached = first_to_answer(&addresses, start + limits.dial, &limits, attempt).await;
+            assert_eq!(reached.unwrap(), answers);
+            let (took, silent) = (start.elapsed(), u32::try_from(silent).unwrap());
+            assert!(took < limits.dial && took <= limits.connect * silent, "{silent} before it: {took:?}");
+        }
+    }
+
+    #[test]
+    fn families_alternate_in_the_resolvers_order_beginning_with_its_first() {
+        let addresses = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<SocketAddr>>();
+        let resolved = addresses(&["[2600::1]:1", "[2600::2]:1", "[2600::3]:1", "10.0.0.1:1", "10.0.0.2:1"]);
+        let expected = addresses(&["[2600::1]:1", "10.0.0.1:1", "[2600::2]:1", "10.0.0.2:1", "[2600::3]:1"]);
+        assert_eq!(alternating(resolved), expected);
+        let resolved = addresses(&["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1", "[2600::1]:1"]);
+        let expected = addresses(&["10.0.0.1:1", "[2600::1]:1", "10.0.0.2:1", "10.0.0.3:1"]);
+        assert_eq!(alternating(resolved), expected);
+        assert_eq!(alternating(addresses(&["[::1]:1", "[::2]:1"])), addresses(&["[::1]:1", "[::2]:1"]));
+        assert_eq!(alternating(Vec::new()), Vec::new());
     }
 
     #[tokio::test]
