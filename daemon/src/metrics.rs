@@ -137,7 +137,7 @@ impl Metrics {
             )?,
             accept_errors: counters(
                 "enclaved_proxy_accept_errors_total",
-                "Connections lost to a shortage of descriptors or memory.",
+                "Connections that could not be accepted: a shortage of descriptors or memory, or an error of their own.",
                 &[],
             )?,
             panics: counters("enclaved_proxy_panics_total", "Connections that ended by a bug in the proxy.", &[])?,

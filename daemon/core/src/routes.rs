@@ -48,7 +48,8 @@ pub struct Routes {
     /// Raw TCP ports.
     pub tcp: Vec<TcpRoute>,
     /// CIDs of enclaves that run, whether or not a route names them at present: one that drains, one that is not ready.
-    /// Connections of a CID that is neither here nor in a route are cut.
+    /// Connections of a CID that is neither here nor in a route are cut, and so are those to an egress endpoint that is in
+    /// no route of their CID any more, or with another upstream or other [`EgressRoute::allow_addresses`].
     #[serde(default)]
     pub live: Vec<Cid>,
 }
@@ -213,7 +214,7 @@ pub struct ProxyReport {
     /// What is wrong with the snapshot on disk, if anything: it could not be used (and where it was put), or the present
     /// one could not be written (it is served, and would be lost with the process). Cleared by the next one written.
     pub last_routes_error: Option<String>,
-    /// Connections that were accepted and then lost to a shortage of descriptors or memory.
+    /// Connections that could not be accepted: a shortage of descriptors or memory, or an error of the connection itself.
     pub accept_errors: u64,
     /// What belongs to no enclave and was refused, by reason (`unknown_peer`, `unknown_host`, `handshake`, …: a fixed
     /// set, see the proxy's counters).

@@ -54,7 +54,7 @@ reasons! {
         Reset = "reset",
         /// Nothing was said for too long.
         Idle = "idle",
-        /// The enclave's generation left the routes.
+        /// The enclave's generation, or its endpoint, left the routes.
         Cut = "cut",
         /// The enclave's answer was not HTTP, or broke off.
         BadAnswer = "bad_answer",

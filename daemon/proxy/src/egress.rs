@@ -1,7 +1,7 @@
 //! Egress: enclaves reach their endpoints, and only their own. A connection is served when the peer's CID has an endpoint on
 //! that vsock port; where the name leads is up to `dial`.
 
-use crate::counters::{Failure, Live, Open, Refused, Traffic};
+use crate::counters::{Failure, Open, Refused, Traffic};
 use crate::current::Current;
 use crate::dial::{self, dial};
 use crate::error_text::chain;
@@ -13,33 +13,53 @@ use crate::throttle::Throttle;
 use crate::vsock::{ListenError, ListenPoint, Listener, Stream, Transport};
 use enclaved_core::id::Cid;
 use enclaved_core::routes::EgressRoute;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+/// What an operator lets an enclave reach. Connections live on for as long as the routes contain it, on whatever vsock port.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Grant {
+    pub(crate) cid: Cid,
+    pub(crate) hostname: String,
+    pub(crate) port: u16,
+    allow_addresses: BTreeSet<IpAddr>,
+}
+
+impl From<&EgressRoute> for Grant {
+    fn from(route: &EgressRoute) -> Self {
+        let EgressRoute { cid, hostname, port, allow_addresses, .. } = route;
+        let allow_addresses = allow_addresses.iter().copied().collect();
+        Self { cid: *cid, hostname: hostname.clone(), port: *port, allow_addresses }
+    }
+}
 
 /// One endpoint of one enclave.
 #[derive(Debug)]
 pub(crate) struct Endpoint {
     pub(crate) route: EgressRoute,
-    pub(crate) live: Arc<Live>,
+    /// Ends every connection of its [`Grant`]: that of another CID, or of a changed endpoint, is another.
+    pub(crate) cut: CancellationToken,
     traffic: Arc<Traffic>,
     lookups: Arc<Semaphore>,
     failures: Throttle,
 }
 
 impl Endpoint {
-    pub(crate) fn new(route: EgressRoute, live: Arc<Live>, traffic: Arc<Traffic>) -> Self {
-        Self { route, live, traffic, lookups: Arc::new(Semaphore::new(dial::LOOKUPS)), failures: Throttle::new() }
+    pub(crate) fn new(route: EgressRoute, cut: CancellationToken, traffic: Arc<Traffic>) -> Self {
+        Self { route, cut, traffic, lookups: Arc::new(Semaphore::new(dial::LOOKUPS)), failures: Throttle::new() }
     }
 
     async fn carry(&self, mut enclave: Stream, shared: &Shared) {
         // A token of its own: waiting on a shared one takes its lock at every turn.
-        let cut = self.live.cut.child_token();
+        let cut = self.cut.child_token();
         let carried = tokio::select! {
             // Cancel-safe: a token stays cancelled.
             () = cut.cancelled() => Err((Failure::Cut, None)),
-            // Not finished is what it must be when the enclave is cut off: dropping it resets the upstream.
+            // Not finished is what it must be when the enclave loses the endpoint: dropping it resets the upstream.
             carried = self.dial_and_relay(&mut enclave, shared) => carried,
         };
         if let Err((failure, text)) = carried {
@@ -48,9 +68,8 @@ impl Endpoint {
     }
 
     async fn dial_and_relay(&self, enclave: &mut Stream, shared: &Shared) -> Result<(), (Failure, Option<String>)> {
-        let upstream = dial(&self.route, &self.lookups, &shared.own_addresses, &shared.limits)
-            .await
-            .map_err(|error| (error.failure(), Some(chain(&error))))?;
+        let upstream =
+            dial(&self.route, &self.lookups, shared).await.map_err(|error| (error.failure(), Some(chain(&error))))?;
         let mut upstream = ResetOnDrop::new(upstream);
         let ended = relay(enclave, &mut *upstream, &self.traffic, &shared.limits).await;
         if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
@@ -151,7 +170,6 @@ mod tests {
     use enclaved_core::routes::Direction;
     use tokio::io::AsyncReadExt;
     use tokio::net::{TcpListener, UnixStream};
-    use tokio_util::sync::CancellationToken;
 
     /// A port as AF_VSOCK has it, one for all enclaves, with an endpoint for CID 16 only.
     async fn port() -> (Arc<EgressPort>, TcpListener) {
@@ -166,9 +184,8 @@ mod tests {
             port: address.port(),
             allow_addresses: vec![address.ip()],
         };
-        let live = Arc::new(Live::new(Cid::FIRST, CancellationToken::new(), &shared.counters));
         let key = TrafficKey { enclave: route.enclave.clone(), direction: Direction::Egress, endpoint: "x".into() };
-        let endpoint = Arc::new(Endpoint::new(route, live, shared.counters.traffic(key)));
+        let endpoint = Arc::new(Endpoint::new(route, CancellationToken::new(), shared.counters.traffic(key)));
         let point = ListenPoint { cid: None, port: 8000 };
         let endpoints = HashMap::from([(Cid::FIRST, endpoint)]);
         (Arc::new(EgressPort::new(Transport::AfVsock, point, endpoints, shared)), upstream)

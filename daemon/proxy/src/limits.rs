@@ -20,7 +20,7 @@ pub struct Limits {
     pub relay_half_closed: Duration,
     /// How long resolving an upstream's name may take.
     pub resolve: Duration,
-    /// How long one address of an upstream may take to accept a connection.
+    /// How long one address of an upstream may take to accept a connection; less where many have to share [`Self::dial`].
     pub connect: Duration,
     /// How long reaching an upstream may take in all, over all its addresses.
     pub dial: Duration,

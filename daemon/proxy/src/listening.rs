@@ -16,8 +16,13 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-/// How long accepting pauses when the process or the host has no descriptors or memory left.
+/// How long accepting pauses when the process or the host has no descriptors or memory left, or connection after connection
+/// fails.
 const SHORTAGE: Duration = Duration::from_millis(200);
+
+/// So many errors in a row are those of single connections; more of them, and accepting pauses as in a shortage: what
+/// refuses every connection (a security module, a firewall) must not cost a processor.
+const IN_A_ROW: u32 = 8;
 
 /// A listening socket.
 pub(crate) trait Socket: Send + Sync + 'static {
@@ -165,7 +170,8 @@ impl<S: Service> Keeper<S> {
 
     /// Accepts until told to stop. An error means that the socket is of no use any more.
     async fn accept(&self, socket: &S::Socket) -> io::Result<()> {
-        let shortages = Throttle::new();
+        let (shortages, refusals) = (Throttle::new(), Throttle::new());
+        let (address, mut in_a_row) = (&self.address, 0_u32);
         loop {
             let connection = tokio::select! {
                 // Cancel-safe: a token stays cancelled.
@@ -174,23 +180,41 @@ impl<S: Service> Keeper<S> {
                 connection = socket.accept() => connection,
             };
             match connection.map_err(|error| (Trouble::of(&error), error)) {
-                Ok(connection) => self.service.serve(connection),
-                Err((Trouble::Connection, _)) => {}
+                Ok(connection) => {
+                    in_a_row = 0;
+                    self.service.serve(connection);
+                }
+                Err((Trouble::Connection, error)) => {
+                    self.shared.counters.accept_errors.fetch_add(1, Relaxed);
+                    if let Some(left_out) = refusals.pass() {
+                        tracing::warn!(%address, %error, left_out, "a connection could not be accepted: if this goes on, see what refuses it (a security module, a firewall)");
+                    }
+                    in_a_row = in_a_row.saturating_add(1);
+                    if in_a_row > IN_A_ROW && !self.rest().await {
+                        return Ok(());
+                    }
+                }
                 Err((Trouble::Shortage, error)) => {
                     self.shared.counters.accept_errors.fetch_add(1, Relaxed);
                     if let Some(left_out) = shortages.pass() {
-                        let address = &self.address;
                         tracing::error!(%address, %error, left_out, "cannot accept connections: raise the limit of open files, or find what holds them");
                     }
-                    tokio::select! {
-                        // Cancel-safe: a token stays cancelled.
-                        () = self.stop.cancelled() => return Ok(()),
-                        // Cancel-safe: nothing is lost with a timer.
-                        () = sleep(SHORTAGE) => {}
+                    if !self.rest().await {
+                        return Ok(());
                     }
                 }
                 Err((Trouble::Socket, error)) => return Err(error),
             }
+        }
+    }
+
+    /// Pauses accepting; `false` if it was told to stop meanwhile.
+    async fn rest(&self) -> bool {
+        tokio::select! {
+            // Cancel-safe: a token stays cancelled.
+            () = self.stop.cancelled() => false,
+            // Cancel-safe: nothing is lost with a timer.
+            () = sleep(SHORTAGE) => true,
         }
     }
 
@@ -228,7 +252,7 @@ impl<S: Service> Keeper<S> {
 /// What an error of accept(2) is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trouble {
-    /// The one connection, which is gone already.
+    /// The one connection, which is gone already (or what refuses each of them).
     Connection,
     /// Descriptors or memory; waiting helps.
     Shortage,
@@ -337,7 +361,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn shortages_pause_accepting_and_errors_of_one_connection_do_not() {
+    async fn shortages_pause_accepting_and_errors_of_single_connections_do_not() {
         let shared = Arc::new(Shared::new(Limits::default()));
         let script =
             vec![Ok(()), Err(Some(Errno::MFILE)), Err(Some(Errno::NOMEM)), Ok(()), Err(Some(Errno::CONNABORTED))];
@@ -345,8 +369,23 @@ mod tests {
         let start = Instant::now();
         let listening = Listening::start(service.clone(), shared.clone());
         until_served(&service, 2).await;
-        assert!(start.elapsed() >= 2 * SHORTAGE);
-        assert_eq!(shared.counters.accept_errors.load(Relaxed), 2);
+        let waited = start.elapsed();
+        assert!(waited >= 2 * SHORTAGE && waited < 3 * SHORTAGE, "{waited:?}");
+        assert_eq!(shared.counters.accept_errors.load(Relaxed), 3);
+        assert_eq!(listening.report().1, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn errors_without_an_end_are_counted_and_pause_accepting_too() {
+        let shared = Arc::new(Shared::new(Limits::default()));
+        let persistent = [Err(Some(Errno::PERM)); IN_A_ROW as usize + 10];
+        let service = scripted(Vec::new(), [&[Ok(())], persistent.as_slice(), &[Ok(())]].concat());
+        let start = Instant::now();
+        let listening = Listening::start(service.clone(), shared.clone());
+        until_served(&service, 2).await;
+        let waited = start.elapsed();
+        assert!(waited >= 10 * SHORTAGE && waited < 11 * SHORTAGE, "{waited:?}");
+        assert_eq!(shared.counters.accept_errors.load(Relaxed), u64::from(IN_A_ROW) + 10);
         assert_eq!(listening.report().1, None);
     }
 

@@ -1,10 +1,10 @@
 //! The plane: what is served at present. A new snapshot is applied as the difference to the last: what did not change is not
-//! touched, and connections live on unless their enclave has left the routes.
+//! touched, and connections live on unless their enclave, or the egress endpoint they go to, has left the routes.
 //!
 //! One owner: snapshots are applied one after another, under a lock that no connection ever takes.
 
 use crate::counters::{Live, TrafficKey};
-use crate::egress::{EgressPort, Endpoint};
+use crate::egress::{EgressPort, Endpoint, Grant};
 use crate::error_text::chain;
 use crate::ingress::https::{Https, HttpsPort};
 use crate::ingress::sites::{self, Sites};
@@ -18,12 +18,14 @@ use enclaved_core::id::{Cid, EnclaveName};
 use enclaved_core::routes::{
     Direction, EgressRoute, InvalidRoutes, ListenerKey, ListenerReport, ProxyReport, Revision, Routes, TcpRoute,
 };
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
 
 #[derive(Debug)]
 pub(crate) struct Plane {
@@ -41,6 +43,8 @@ struct State {
     saved: bool,
     routes_error: Option<String>,
     lives: BTreeMap<Cid, Arc<Live>>,
+    /// What enclaves may reach, each with what ends its connections.
+    grants: BTreeMap<Grant, CancellationToken>,
     slots: BTreeMap<Slot, Open>,
 }
 
@@ -204,6 +208,7 @@ impl Plane {
         let transport = Transport::from(&routes.vsock);
         let same_transport = state.served.as_ref().is_some_and(|(served, _)| served.vsock == routes.vsock);
         let ended = update_lives(&mut state.lives, &routes, &self.shared);
+        let revoked = update_grants(&mut state.grants, &routes, &state.lives);
 
         // Closed before others are opened: an address may change its use.
         let wanted = slots(&routes, &transport);
@@ -220,6 +225,12 @@ impl Plane {
         self.apply_https(state, &routes, &transport).await;
 
         // Last, so that nothing is cut while a listener still leads there.
+        for (Grant { cid, hostname, port, .. }, cut) in revoked {
+            if state.lives.contains_key(&cid) {
+                tracing::info!(%cid, hostname, port, "the routes have this endpoint no more; cutting its connections");
+            }
+            cut.cancel();
+        }
         for live in ended {
             tracing::info!(cid = %live.cid, "the routes name this CID no more; cutting its connections");
             live.cut.cancel();
@@ -236,13 +247,13 @@ impl Plane {
     fn apply_egress(&self, state: &mut State, routes: &Routes, transport: &Transport) {
         let mut points: BTreeMap<ListenPoint, HashMap<Cid, Arc<Endpoint>>> = BTreeMap::new();
         for route in &routes.egress {
-            let Some(live) = state.lives.get(&route.cid) else { continue };
+            let Some(cut) = state.grants.get(&Grant::from(route)) else { continue };
             let point = transport.listen_point(route.cid, route.vsock_port);
-            let endpoint = existing_endpoint(state.slots.get(&Slot::Egress(point)), route, live);
+            let endpoint = existing_endpoint(state.slots.get(&Slot::Egress(point)), route, cut);
             let endpoint = endpoint.unwrap_or_else(|| {
                 let name = format!("{}:{}", route.hostname, route.port);
                 let traffic = self.shared.counters.traffic(key(&route.enclave, Direction::Egress, name));
-                Arc::new(Endpoint::new(route.clone(), live.clone(), traffic))
+                Arc::new(Endpoint::new(route.clone(), cut.clone(), traffic))
             });
             points.entry(point).or_default().insert(route.cid, endpoint);
         }
@@ -342,9 +353,27 @@ fn update_lives(lives: &mut BTreeMap<Cid, Arc<Live>>, routes: &Routes, shared: &
     ended.into_values().collect()
 }
 
+/// Takes in what enclaves may reach from now on, and returns what they may not any more.
+fn update_grants(
+    grants: &mut BTreeMap<Grant, CancellationToken>,
+    routes: &Routes,
+    lives: &BTreeMap<Cid, Arc<Live>>,
+) -> BTreeMap<Grant, CancellationToken> {
+    let mut before = std::mem::take(grants);
+    for route in &routes.egress {
+        let (grant, Some(live)) = (Grant::from(route), lives.get(&route.cid)) else { continue };
+        // Two vsock ports may lead to the same upstream; they are one grant.
+        if let Entry::Vacant(new) = grants.entry(grant) {
+            let cut = before.remove(new.key()).unwrap_or_else(|| live.cut.child_token());
+            new.insert(cut);
+        }
+    }
+    before
+}
+
 /// The endpoint that is served there now, if it is this very one: then its state lives on.
-fn existing_endpoint(slot: Option<&Open>, route: &EgressRoute, live: &Arc<Live>) -> Option<Arc<Endpoint>> {
+fn existing_endpoint(slot: Option<&Open>, route: &EgressRoute, cut: &CancellationToken) -> Option<Arc<Endpoint>> {
     let Some(Open { service: Service::Egress(port), .. }) = slot else { return None };
     let endpoint = port.endpoints.get().get(&route.cid)?.clone();
-    (endpoint.route == *route && Arc::ptr_eq(&endpoint.live, live)).then_some(endpoint)
+    (endpoint.route == *route && endpoint.cut == *cut).then_some(endpoint)
 }

@@ -1,10 +1,10 @@
 //! Enclaves reach their upstreams.
 
 use crate::support::{Host, Upstream, egress, soon, traffic};
-use enclaved_core::routes::{Direction, Routes};
+use enclaved_core::routes::{Direction, EgressRoute, Routes};
 use std::io::ErrorKind;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixStream};
 use tokio::task::JoinSet;
 
 #[tokio::test]
@@ -136,27 +136,52 @@ async fn a_hundred_connections_at_a_time_do_not_disturb_each_other() {
 }
 
 #[tokio::test]
-async fn connections_live_on_while_their_cid_does_and_end_with_it() {
+async fn connections_live_on_while_their_endpoint_is_in_the_routes_and_end_with_it() {
     let host = Host::new().await;
-    let (one, two) = (Upstream::echoing().await, Upstream::saying("two").await);
-    let mut routes = Routes { egress: vec![egress(16, 8000, one.address)], ..host.routes() };
-    host.publish(&routes).await;
+    let upstream = Upstream::echoing().await;
+    let endpoint = egress(16, 8000, upstream.address);
+    let routes = Routes { egress: vec![endpoint.clone()], live: vec![endpoint.cid], ..host.routes() };
+    let narrower = EgressRoute { allow_addresses: Vec::new(), ..endpoint.clone() };
+    let elsewhere = EgressRoute { port: 1, ..endpoint.clone() };
+    let renamed = EgressRoute { hostname: "localhost".to_owned(), ..endpoint.clone() };
+    let of_another = egress(17, 8000, upstream.address);
+    let without_it: [(&str, Vec<EgressRoute>); 5] = [
+        ("removed", Vec::new()),
+        ("narrower", vec![narrower]),
+        ("elsewhere", vec![elsewhere]),
+        ("renamed", vec![renamed]),
+        ("another enclave's", vec![of_another]),
+    ];
+    for (change, egress_after) in without_it {
+        host.publish(&routes).await;
+        let mut enclave = host.connect_from(16, 8000).await.unwrap();
+        echo(&mut enclave).await.unwrap();
+        // Other changes are none of its business: neither another endpoint beside it nor another vsock port for it.
+        let beside = egress(16, 8002, "127.0.0.1:1".parse().unwrap());
+        host.publish(&Routes { egress: vec![endpoint.clone(), beside], ..routes.clone() }).await;
+        echo(&mut enclave).await.unwrap();
+        let moved = EgressRoute { vsock_port: 8001, ..endpoint.clone() };
+        host.publish(&Routes { egress: vec![moved], ..routes.clone() }).await;
+        echo(&mut enclave).await.unwrap();
+        host.publish(&Routes { egress: egress_after, ..routes.clone() }).await;
+        assert!(soon(change, enclave.read_u8()).await.is_err(), "{change}: a connection outlived its endpoint");
+    }
+}
+
+#[tokio::test]
+async fn connections_end_with_their_cid() {
+    let host = Host::new().await;
+    let upstream = Upstream::echoing().await;
+    host.publish(&Routes { egress: vec![egress(16, 8000, upstream.address)], ..host.routes() }).await;
     let mut enclave = host.connect_from(16, 8000).await.unwrap();
-    let mut echo = async || {
-        enclave.write_all(b"x").await.unwrap();
-        soon("the echo", enclave.read_u8()).await
-    };
-    echo().await.unwrap();
-    // Another upstream for the endpoint: for new connections.
-    routes.egress = vec![egress(16, 8000, two.address)];
-    host.publish(&routes).await;
-    echo().await.unwrap();
-    // No endpoint at all, but the enclave lives.
-    routes = Routes { live: vec![routes.egress[0].cid], ..host.routes() };
-    host.publish(&routes).await;
-    echo().await.unwrap();
-    assert!(host.connect_from(16, 8000).await.is_err(), "the listener outlived its route");
-    // Gone.
+    echo(&mut enclave).await.unwrap();
     host.publish(&host.routes()).await;
     assert!(soon("the cut", enclave.read_u8()).await.is_err());
+    assert!(host.connect_from(16, 8000).await.is_err(), "the listener outlived its route");
+}
+
+async fn echo(enclave: &mut UnixStream) -> std::io::Result<()> {
+    enclave.write_all(b"x").await?;
+    assert_eq!(soon("the echo", enclave.read_u8()).await?, b'x');
+    Ok(())
 }
