@@ -26,7 +26,12 @@ fn name(text: &str) -> EnclaveName {
 
 /// A host on which two enclaves fit only after the allocator made room, and the second image is for updates.
 fn world() -> Arc<World> {
-    let world = World::new((2, 1024), (6, 8192));
+    world_of((2, 1024))
+}
+
+/// A host whose pool has that many CPUs and MiB at first.
+fn world_of(pool: (u32, u64)) -> Arc<World> {
+    let world = World::new(pool, (6, 8192));
     for seed in [1, 2] {
         let (request, image) = image(seed);
         world.put_image(request, image);
@@ -324,6 +329,35 @@ fn nothing_that_works_is_ended_for_an_image_that_cannot_be_had_any_more() {
         harness.pass(Duration::from_secs(600)).await;
         harness.converge(PATIENCE).await.unwrap();
         assert_ne!(harness.world.alive(), before);
+    });
+}
+
+#[test]
+fn endpoints_follow_the_configuration_at_once_but_a_generation_that_is_replaced_keeps_its_own() {
+    runtime().block_on(async {
+        // Room for both generations at a time.
+        let mut harness = Harness::new(world_of((6, 8192)), two(1));
+        harness.start().await;
+        harness.converge(PATIENCE).await.unwrap();
+        let port = |wanted: &mut Desired, port| {
+            wanted.enclaves.get_mut(&name("signer")).unwrap().egress[0].vsock_port = port;
+        };
+        let open = |harness: &Harness| -> Vec<(u32, u32)> {
+            let routes = harness.world.routes().unwrap();
+            let signer = routes.egress.iter().filter(|egress| egress.enclave == name("signer"));
+            signer.map(|egress| (egress.cid.get(), egress.vsock_port)).collect()
+        };
+        let (mut same, mut update) = (two(1), two(2));
+        port(&mut same, 8001);
+        harness.configure(same).await;
+        harness.pass(Duration::from_secs(1)).await;
+        assert_eq!(open(&harness), [(16, 8001)]);
+        port(&mut update, 8002);
+        harness.configure(update).await;
+        harness.pass(Duration::from_secs(4)).await;
+        assert_eq!(open(&harness), [(16, 8001), (18, 8002)]);
+        harness.converge(PATIENCE).await.unwrap();
+        assert_eq!(open(&harness), [(18, 8002)]);
     });
 }
 

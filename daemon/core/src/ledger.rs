@@ -105,8 +105,8 @@ pub struct GenerationRecord {
     pub identity: Identity,
     /// The image's measurements, computed by us from the file.
     pub measurements: Measurements,
-    /// What it may reach, as configured when it was planned; counts once it is no longer in the configuration, so that
-    /// it can finish its work while it drains.
+    /// What it may reach. It follows the configuration as long as that asks for this image and size; a generation that is
+    /// being replaced keeps what it had, so that it can do its work until its successor serves.
     pub egress: Vec<EgressSpec>,
     /// How far it is.
     pub phase: Phase,

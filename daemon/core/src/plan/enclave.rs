@@ -140,10 +140,13 @@ impl Planner<'_> {
         }
     }
 
-    /// Keeps what each generation may reach as it is configured, for the time when it is in no configuration any more.
+    /// Lets what a generation may reach follow the configuration, at once, if the configuration is for it. One that is
+    /// being replaced keeps what it had: its application knows nothing of its successor's endpoints.
     fn endpoints(&mut self, name: &EnclaveName, spec: &EnclaveSpec, record: &EnclaveRecord) {
+        let Some(ImageOutcome::Verified { digest, .. }) = self.ledger.image(&spec.image) else { return };
+        let target = Identity { image: *digest, cpus: spec.cpus, memory: spec.memory, debug: spec.debug };
         for (generation, of) in record.generations.iter().filter(|(_, of)| of.egress != spec.egress) {
-            if !matches!(of.phase, Phase::Ended { .. }) {
+            if of.identity == target && !matches!(of.phase, Phase::Ended { .. }) {
                 let key = EnclaveKey { name: name.clone(), generation: *generation };
                 self.record(Change::Endpoints { key, egress: spec.egress.clone() });
             }

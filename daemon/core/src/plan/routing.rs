@@ -59,8 +59,7 @@ fn egress(desired: &Desired, ledger: &Ledger) -> Vec<EgressRoute> {
             if matches!(record.phase, Phase::Ended { .. }) && !(newest && wanted) {
                 continue;
             }
-            let endpoints = spec.map_or(record.egress.as_slice(), |spec| spec.egress.as_slice());
-            routes.extend(endpoints.iter().map(|endpoint| route(name, record.cid, endpoint)));
+            routes.extend(record.egress.iter().map(|endpoint| route(name, record.cid, endpoint)));
         }
     }
     routes
