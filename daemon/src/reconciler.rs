@@ -141,6 +141,7 @@ async fn load<H: Host>(host: &H, inputs: &Inputs, stop: &CancellationToken) -> O
     loop {
         let limited = tokio::time::timeout(OBSERVE, host.ledger().load());
         let loaded = tokio::select! {
+            biased;
             // Dropping it loses nothing: loading changes nothing but the name of a file that can't be used.
             loaded = limited => loaded.unwrap_or_else(|_| Err(Failure::new("reading the ledger takes too long"))),
             () = stop.cancelled() => return None,
@@ -152,6 +153,7 @@ async fn load<H: Host>(host: &H, inputs: &Inputs, stop: &CancellationToken) -> O
                 inputs.events.emit(&Event::LedgerUnavailable { failure: &failure });
                 inputs.reports.send_replace(Some(Arc::new(blind(host, inputs, &failure))));
                 tokio::select! {
+                    biased;
                     // Both are plain waits.
                     () = tokio::time::sleep(restart::STEP.after(failures)) => {}
                     () = stop.cancelled() => return None,
@@ -336,6 +338,9 @@ impl<H: Host> Loop<H> {
         }
         let got_on = self.jobs.got_on();
         tokio::select! {
+            // In this order, so that the same things happening make the same passes: simulations can be repeated. Nothing
+            // starves, for jobs end only as often as passes start them.
+            biased;
             // `ended` is cancel-safe: a job that has ended is reported by the next call.
             ended = self.jobs.ended() => {
                 let (key, outcome) = ended.map_err(LoopError::Job)?;

@@ -31,6 +31,8 @@ const LAUNCH: Duration = Duration::from_secs(2);
 const BOOT: Duration = Duration::from_secs(3);
 /// How long an enclave takes to end when it is asked to.
 const STOP: Duration = Duration::from_secs(2);
+/// How old the look can be on which a launch was decided: the loop gives every look ten seconds.
+const LOOK: Duration = Duration::from_secs(12);
 
 /// What can go wrong with an effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -91,6 +93,8 @@ struct State {
     ledger_torn: bool,
     launched: BTreeMap<EnclaveKey, Launched>,
     proxy: Option<u32>,
+    /// When it was killed last.
+    proxy_died: Option<Instant>,
     routes: Option<Routes>,
     pool: (u32, u64),
     most: (u32, u64),
@@ -168,7 +172,9 @@ impl State {
             wrong.push(format!("{key} is launched with another image than decided"));
         }
         let served = |port| {
-            let routes = self.proxy.and(self.routes.as_ref());
+            // Nobody can know of a proxy that died after the look on which the launch was decided.
+            let died_just_now = self.proxy_died.is_some_and(|died| now - died < LOOK);
+            let routes = self.routes.as_ref().filter(|_| self.proxy.is_some() || died_just_now);
             routes.into_iter().flat_map(|routes| &routes.egress).any(|e| e.cid == record.cid && e.vsock_port == port)
         };
         for endpoint in record.egress.iter().filter(|endpoint| !served(endpoint.vsock_port)) {
@@ -198,6 +204,7 @@ impl World {
             ledger_torn: false,
             launched: BTreeMap::new(),
             proxy: None,
+            proxy_died: None,
             routes: None,
             pool,
             most,
@@ -359,7 +366,10 @@ impl World {
 
     /// The proxy process dies.
     pub fn kill_proxy(&self) {
-        self.lock().proxy = None;
+        let mut state = self.lock();
+        if state.proxy.take().is_some() {
+            state.proxy_died = Some(Instant::now());
+        }
         self.proxy_changed.notify_one();
     }
 
@@ -377,6 +387,7 @@ impl World {
         state.boot_id = BootId(format!("boot-{boot}"));
         state.launched.clear();
         state.proxy = None;
+        state.proxy_died = None;
         state.open.clear();
     }
 
@@ -450,6 +461,7 @@ impl Supervisor for World {
         // A fault here means that no wake-up comes; the loop's own tick must do.
         if self.effect(Effect::SupervisorChanged, |_| Ok(())).await.is_ok() {
             tokio::select! {
+                biased;
                 // Both only wake up.
                 () = self.enclaves_changed.notified() => {}
                 () = tokio::time::sleep(Duration::from_millis(500)) => {}
@@ -547,6 +559,7 @@ impl ProxyLink for World {
     async fn changed(&self) {
         if self.effect(Effect::ProxyLinkChanged, |_| Ok(())).await.is_ok() {
             tokio::select! {
+                biased;
                 // Both only wake up.
                 () = self.proxy_changed.notified() => {}
                 () = tokio::time::sleep(Duration::from_secs(1)) => {}

@@ -460,7 +460,14 @@ fn storm(seed: u64) -> Result<(), String> {
 
 #[test]
 fn after_any_storm_the_host_becomes_what_is_wanted() {
+    // More of them in the slow lane. A seed that fails here fails again.
+    let storms = std::env::var("ENCLAVED_STORMS").map_or(40, |text| text.parse().expect("a number"));
     let failed: Vec<_> =
-        (1..=40).filter_map(|seed| storm(seed).err().map(|error| format!("seed {seed}: {error}"))).collect();
-    assert!(failed.is_empty(), "{} of 40 storms failed:\n{}", failed.len(), failed[..failed.len().min(6)].join("\n"));
+        (1..=storms).filter_map(|seed| storm(seed).err().map(|error| format!("seed {seed}: {error}"))).collect();
+    assert!(
+        failed.is_empty(),
+        "{} of {storms} storms failed:\n{}",
+        failed.len(),
+        failed[..failed.len().min(6)].join("\n")
+    );
 }

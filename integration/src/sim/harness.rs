@@ -195,6 +195,7 @@ impl Harness {
             };
             let world = Arc::clone(&self.world);
             tokio::select! {
+                biased;
                 // Asked again after a crash, so nothing is lost.
                 answer = asking => if answer.is_some() { return },
                 () = world.crashed.notified() => self.crashed().await,
@@ -216,6 +217,7 @@ impl Harness {
         loop {
             let world = Arc::clone(&self.world);
             tokio::select! {
+                biased;
                 // Both are plain waits.
                 () = world.crashed.notified() => self.crashed().await,
                 () = tokio::time::sleep_until(until) => return,
