@@ -10,7 +10,9 @@ use super::image::{Image, Measured, check_signature, measure};
 use super::output::{Describe, Identity, Run, Terminate};
 use super::wire::{self, Command, MAX_LINE, Reply};
 use crate::application::Application;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify;
+use rustix::io::Errno;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -259,8 +261,16 @@ fn deletion(path: &Path) -> io::Result<JoinHandle<()>> {
     let path = path.to_owned();
     Ok(tokio::task::spawn_blocking(move || {
         let mut buffer = [0; 4096];
-        // What the events say is of no interest: the path is looked at again.
-        while path.exists() && rustix::io::read(&events, &mut buffer).is_ok() {}
+        // What the events say is of no interest: the path is looked at again. And not only when one comes, for it comes a
+        // moment before the name is gone.
+        let pause = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+        while path.exists() {
+            match poll(&mut [PollFd::new(&events, PollFlags::IN)], Some(&pause)) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) if rustix::io::read(&events, &mut buffer).is_ok() => {}
+                Ok(_) | Err(_) => return,
+            }
+        }
     }))
 }
 
