@@ -1,4 +1,4 @@
-//! What the control process answers: the admin API on a Unix socket (status, plan, stop, start, reload), and `/metrics`,
+//! What the control process answers: the admin API on a Unix socket (status, plan, stop, start, fetch, reload), and `/metrics`,
 //! `/live` and `/ready` on a TCP listener. HTTP/1.1 both.
 //!
 //! Who may use the admin API is decided by the mode of its socket (0660, group of the process). The TCP listener answers
@@ -7,12 +7,14 @@
 use crate::metrics::Metrics;
 use crate::reconciler::{Command, Report};
 use bytes::Bytes;
+use enclaved_core::desired::ImageRequest;
 use enclaved_core::id::EnclaveName;
 use http::{Method, Request, Response, StatusCode, header};
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::convert::Infallible;
 use std::future::Future;
@@ -32,6 +34,8 @@ const LIVE: Duration = Duration::from_secs(60);
 const HEAD: Duration = Duration::from_secs(10);
 /// A connection, with all that is asked on it, takes no longer than this.
 const CONNECTION: Duration = Duration::from_secs(60);
+/// The longest body of a request, in bytes: an image's address and a few sets of digests.
+const MAX_BODY: usize = 64 << 10;
 /// Connections at a time on each listener; more wait.
 const CONNECTIONS: usize = 128;
 
@@ -146,7 +150,7 @@ enum Surface {
 async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin, surface: Surface, source: Source) {
     let service = service_fn(move |request| {
         let source = source.clone();
-        async move { Ok::<_, Infallible>(answer(&request, surface, &source).await) }
+        async move { Ok::<_, Infallible>(answer(request, surface, &source).await) }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(16 << 10);
@@ -156,8 +160,9 @@ async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin, surface: Surfac
     }
 }
 
-async fn answer(request: &Request<Incoming>, surface: Surface, source: &Source) -> Response<Full<Bytes>> {
-    let path = request.uri().path();
+async fn answer(request: Request<Incoming>, surface: Surface, source: &Source) -> Response<Full<Bytes>> {
+    let path = request.uri().path().to_owned();
+    let path = path.as_str();
     let read = matches!(*request.method(), Method::GET | Method::HEAD);
     match path {
         "/metrics" | "/live" | "/ready" if !read => problem(StatusCode::METHOD_NOT_ALLOWED, "use GET"),
@@ -165,6 +170,7 @@ async fn answer(request: &Request<Incoming>, surface: Surface, source: &Source) 
         "/live" => live(source),
         "/ready" => ready(source),
         "/v1/status" | "/v1/plan" if surface == Surface::Admin && read => state(path, source),
+        "/v1/fetch" if surface == Surface::Admin && *request.method() == Method::POST => fetch(request, source).await,
         "/v1/reload" if surface == Surface::Admin && *request.method() == Method::POST => reload(source).await,
         _ if surface == Surface::Admin && *request.method() == Method::POST => command(path, source).await,
         _ => problem(StatusCode::NOT_FOUND, "there is nothing of that name"),
@@ -254,6 +260,41 @@ async fn reload(source: &Source) -> Response<Full<Bytes>> {
     }
     match answer.await {
         Ok(Ok(revision)) => json(StatusCode::OK, &json!({ "revision": revision })),
+        Ok(Err(reason)) => problem(StatusCode::UNPROCESSABLE_ENTITY, &reason),
+        Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "enclaved is ending"),
+    }
+}
+
+/// What is asked of `/v1/fetch`.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct FetchRequest {
+    /// Which image, and what it must be.
+    pub image: ImageRequest,
+    /// Begin, also if it was fetched just now; otherwise only what became of it is told.
+    pub begin: bool,
+}
+
+/// `/v1/fetch`: fetches an image into the cache. Answers at once; whoever wants to know what became of it asks again.
+async fn fetch(request: Request<Incoming>, source: &Source) -> Response<Full<Bytes>> {
+    let body = match tokio::time::timeout(HEAD, Limited::new(request.into_body(), MAX_BODY).collect()).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(error)) => return problem(StatusCode::BAD_REQUEST, &format!("reading the request: {error}")),
+        Err(_) => return problem(StatusCode::REQUEST_TIMEOUT, "the request did not come in time"),
+    };
+    let FetchRequest { image, begin } = match serde_json::from_slice(&body) {
+        Ok(request) => request,
+        Err(error) => return problem(StatusCode::BAD_REQUEST, &format!("the request is not understood: {error}")),
+    };
+    let (reply, answer) = oneshot::channel();
+    if source.commands.send(Command::Fetch { request: Box::new(image), begin, reply }).await.is_err() {
+        return problem(StatusCode::SERVICE_UNAVAILABLE, "enclaved is ending");
+    }
+    match answer.await {
+        Ok(Ok(answer)) => match serde_json::to_value(&answer) {
+            Ok(answer) => json(StatusCode::OK, &answer),
+            Err(error) => problem(StatusCode::INTERNAL_SERVER_ERROR, &format!("writing the answer: {error}")),
+        },
         Ok(Err(reason)) => problem(StatusCode::UNPROCESSABLE_ENTITY, &reason),
         Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "enclaved is ending"),
     }

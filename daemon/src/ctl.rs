@@ -4,6 +4,7 @@
 //! Results go to stdout, everything else to stderr.
 
 mod client;
+mod fetch;
 mod hosts;
 mod measure;
 mod status;
@@ -14,6 +15,7 @@ mod wait;
 use crate::config;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use client::Client;
+use enclaved_core::desired::ImageSource;
 use enclaved_core::id::EnclaveName;
 use enclaved_core::status::Status;
 use serde_json::{Value, json};
@@ -66,6 +68,7 @@ Files:
 Examples:
   enclavectl check /etc/enclaved/enclaved.toml && enclavectl reload
   enclavectl wait --timeout 5m          in user data, after systemctl start enclaved
+  enclavectl --config next.toml fetch   before an update: its images are there when it comes
   enclavectl status signer              why it is not ready, and what to do";
 
 /// Shows and steers the Nitro Enclaves that enclaved runs on this host.
@@ -122,6 +125,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Fetch images into enclaved's cache ahead of an update, so that the update itself takes no download.
+    Fetch(FetchArgs),
     /// Measure an enclave image: prints the [enclave.measurements] of a configuration.
     Measure {
         /// The image (EIF).
@@ -147,6 +152,19 @@ struct StatusArgs {
     /// Print digests, PCRs and errors in full.
     #[arg(long)]
     wide: bool,
+}
+
+#[derive(Debug, Args)]
+struct FetchArgs {
+    /// The images: s3://bucket/key, https://… or file:///…. Without any: those of the configuration (--config FILE names one
+    /// that is not in force yet), which must then be what it says they are.
+    images: Vec<ImageSource>,
+    /// How long to wait; enclaved goes on fetching when this ends.
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+    /// Print JSON: what each image came to.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -226,6 +244,17 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
             let spec =
                 config.desired.enclaves.get(&name).ok_or_else(|| unknown(&name, config.desired.enclaves.keys()))?;
             print(&if json { format!("{:#}\n", json!(spec.egress)) } else { hosts::lines(&name, spec) })
+        }
+        Command::Fetch(args) => {
+            let wanted = if args.images.is_empty() {
+                let config = config::load(&cli.config).map_err(|errors| CtlError::Unfit(errors.to_string()))?;
+                fetch::of_config(&config.desired)
+            } else {
+                fetch::of_sources(args.images)
+            };
+            fetch::fetch(&client(), &wanted, args.timeout, std::io::stderr().is_terminal(), args.json)
+                .await
+                .and_then(|text| print(&text))
         }
         Command::Measure { file, json } => measure::measure(&file, json).and_then(|text| print(&text)),
         Command::Schema { of } => print(&format!(

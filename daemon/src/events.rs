@@ -115,7 +115,7 @@ impl Events {
     fn changed(&self, change: &Change, ledger: &Ledger) {
         match change {
             Change::Booted(boot_id) => info!(%boot_id, "first pass in this boot of the host"),
-            Change::ImageVerified { request, digest, measurements } => {
+            Change::ImageVerified { request, digest, measurements, .. } => {
                 info!(image = %request.source, sha256 = %digest, pcr0 = %measurements.pcr0, "image is verified");
             }
             Change::ImageFailed { request, failure, .. } => error!(image = %request.source, "{failure}"),
@@ -159,17 +159,22 @@ impl Events {
     fn step(step: &Step) {
         match step {
             Step::Fetch(request) => info!(image = %request.source, "fetching the image"),
+            Step::RemoveCached(_) => info!("{step}"),
             Step::StartProxy => info!("starting the proxy process"),
             Step::Reserve { .. } => info!("{step}"),
             // The change of the ledger before a launch or a stop is its line.
             Step::Launch(_) | Step::Stop { .. } => debug!("{step}"),
-            Step::Record(_) | Step::Publish(_) | Step::Forget(_) | Step::Probe { .. } => debug!("{step}"),
+            Step::Record(_) | Step::Refresh { .. } | Step::Publish(_) | Step::Forget(_) | Step::Probe { .. } => {
+                debug!("{step}")
+            }
         }
     }
 
     fn job_ended(&self, job: &JobKey, outcome: &Outcome<Done>) {
         let (name, about) = match job {
             JobKey::Fetch(request) => ("fetch", request.source.to_string()),
+            JobKey::Refresh(request) => ("refresh", request.source.to_string()),
+            JobKey::RemoveCached(item) => ("remove_cached", item.to_string()),
             JobKey::Reserve => ("reserve", String::new()),
             JobKey::StartProxy => ("start_proxy", String::new()),
             JobKey::Publish => ("publish", String::new()),
@@ -180,6 +185,9 @@ impl Events {
         };
         self.metrics.job(name, outcome.is_ok());
         match outcome {
+            Ok(Done::Spoilt(_, failure)) => {
+                warn!(enclave = about, "not launched, its image is fetched again: {failure}");
+            }
             Ok(Done::Health(Err(error))) => debug!(enclave = about, "health probe: {error}"),
             Ok(_) => debug!(job = name, about, "done"),
             // The plan records it, and that is logged.

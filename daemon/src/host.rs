@@ -15,12 +15,13 @@ pub mod vsock_prober;
 
 use enclaved_core::desired::{HealthCheck, ImageRequest};
 use enclaved_core::failure::Failure;
-use enclaved_core::id::{Cid, EnclaveKey, MemoryMib, Timestamp};
+use enclaved_core::id::{Cid, EifDigest, EnclaveKey, MemoryMib, Timestamp};
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::ledger::{LaunchRecord, Ledger};
-use enclaved_core::observed::{Instance, Pool};
+use enclaved_core::observed::{CacheItem, ImageCache, Instance, Pool};
 use enclaved_core::plan::Launch;
 use enclaved_core::routes::{ProxyReport, Routes};
+use enclaved_core::status::FetchStage;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
@@ -53,14 +54,44 @@ pub trait Supervisor: Send + Sync + 'static {
     fn changed(&self) -> impl Future<Output = ()> + Send;
 }
 
-/// Gets images and proves them.
+/// Gets images, proves them and keeps them. What leaves the cache is the plan's to say.
 pub trait ImageStore: Send + Sync + 'static {
+    /// What the cache holds.
+    fn observe(&self) -> impl Future<Output = Outcome<ImageCache>> + Send;
+
     /// Gets the image, from the cache if it is there, and verifies it. Only what was proven in this call is returned.
     fn fetch(
         &self,
         request: &ImageRequest,
         progress: Arc<Progress>,
     ) -> impl Future<Output = Outcome<VerifiedImage>> + Send;
+
+    /// Asks the source whether it has something else by now than the image `known`; if so, gets and verifies that. `None`:
+    /// it has not. Whoever calls says what he knows, because an earlier answer may not have reached him. After a failure (what
+    /// is there now may be refused, too) everything is as it was; an object that was refused is not downloaded again until it
+    /// changes.
+    fn refresh(
+        &self,
+        request: &ImageRequest,
+        known: &EifDigest,
+        progress: Arc<Progress>,
+    ) -> impl Future<Output = Outcome<Option<VerifiedImage>>> + Send;
+
+    /// Whether the cached file is still the one that was proven: by inode, size and times if these are as they were at
+    /// its proof, else by measuring it again.
+    fn prove(&self, image: &VerifiedImage) -> impl Future<Output = Outcome<Proof>> + Send;
+
+    /// Removes it from the cache. Succeeds if it is gone already.
+    fn remove(&self, item: &CacheItem) -> impl Future<Output = Outcome<()>> + Send;
+}
+
+/// What looking at a proven image again has shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Proof {
+    /// It is what it was.
+    Holds,
+    /// It is not; what is left of it is not used any more, so that a fetch gets it anew.
+    Spoilt(Failure),
 }
 
 /// Has the host's enclave resources.
@@ -154,6 +185,7 @@ pub trait Host: Send + Sync + 'static {
 /// How far a fetch is; written by the image store, read by the status.
 #[derive(Debug, Default)]
 pub struct Progress {
+    stage: std::sync::atomic::AtomicU8,
     done: std::sync::atomic::AtomicU64,
     total: std::sync::atomic::AtomicU64,
 }
@@ -167,6 +199,31 @@ impl Progress {
     /// Adds bytes that have arrived.
     pub fn add(&self, bytes: u64) {
         self.done.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Takes back bytes that are to be got again.
+    pub fn sub(&self, bytes: u64) {
+        use std::sync::atomic::Ordering::Relaxed;
+        self.done.update(Relaxed, Relaxed, |done| done.saturating_sub(bytes));
+    }
+
+    /// Says what is being done.
+    pub fn set_stage(&self, stage: FetchStage) {
+        let number = match stage {
+            FetchStage::Asking => 0,
+            FetchStage::Downloading => 1,
+            FetchStage::Measuring => 2,
+        };
+        self.stage.store(number, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// What is being done.
+    pub fn stage(&self) -> FetchStage {
+        match self.stage.load(std::sync::atomic::Ordering::Relaxed) {
+            0 => FetchStage::Asking,
+            1 => FetchStage::Downloading,
+            _ => FetchStage::Measuring,
+        }
     }
 
     /// Begins again at nothing (a retry).
@@ -190,7 +247,11 @@ pub enum Effect {
     SupervisorStop,
     SupervisorForget,
     SupervisorChanged,
+    ImageStoreObserve,
     ImageStoreFetch,
+    ImageStoreRefresh,
+    ImageStoreProve,
+    ImageStoreRemove,
     AllocatorObserve,
     AllocatorReserve,
     ProxyLinkObserve,
@@ -204,13 +265,17 @@ pub enum Effect {
 
 impl Effect {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 19] = [
         Self::SupervisorObserve,
         Self::SupervisorLaunch,
         Self::SupervisorStop,
         Self::SupervisorForget,
         Self::SupervisorChanged,
+        Self::ImageStoreObserve,
         Self::ImageStoreFetch,
+        Self::ImageStoreRefresh,
+        Self::ImageStoreProve,
+        Self::ImageStoreRemove,
         Self::AllocatorObserve,
         Self::AllocatorReserve,
         Self::ProxyLinkObserve,

@@ -1,18 +1,21 @@
 //! The jobs: slow effects, each under a key that runs at most once at a time. A job reports back by ending; the loop
 //! turns that into an observation. Deadlines live here, so that an effect that hangs becomes one that failed.
 
-use crate::host::{Allocator, Host, ImageStore, Outcome, Prober, Progress, ProxyLink, Supervisor};
+use crate::host::{Allocator, Host, ImageStore, Outcome, Prober, Progress, Proof, ProxyLink, Supervisor};
+use crate::pace::Pace;
 use enclaved_core::desired::ImageRequest;
 use enclaved_core::failure::Failure;
+use enclaved_core::id::EifDigest;
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::observed::JobKey;
-use enclaved_core::plan::Step;
+use enclaved_core::plan::{Launch, Step};
 use enclaved_core::status::FetchStatus;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::{Id, JoinError, JoinSet};
+use tokio::time::Instant;
 
 /// A local step: starting a process, a socket round trip, a few files.
 const LOCAL: Duration = Duration::from_secs(30);
@@ -21,6 +24,8 @@ const RESERVE: Duration = Duration::from_secs(600);
 /// A download that brings no byte for this long is given up (and tried again). Hashing a cached image of many GiB
 /// reports progress too.
 const FETCH_STALL: Duration = Duration::from_secs(120);
+/// Measuring an image again before its launch: one of 6 GiB from a slow disk.
+const PROVE: Duration = Duration::from_secs(600);
 /// How often is looked whether a download got on: often enough for a person who watches it.
 const FETCH_LOOK: Duration = Duration::from_millis(250);
 /// A probe has a deadline of its own; this is the margin over it.
@@ -31,8 +36,10 @@ const PROBE_MARGIN: Duration = Duration::from_secs(1);
 pub enum Done {
     /// Nothing more to say than that it succeeded.
     Ok,
-    /// A fetch.
+    /// A fetch, or a source that had something new.
     Image(Box<VerifiedImage>),
+    /// An image was to be launched that is not on disk any more as it was proven. Nothing was launched.
+    Spoilt(EifDigest, Failure),
     /// A probe was made, and found this.
     Health(Result<(), String>),
 }
@@ -43,7 +50,14 @@ pub struct Jobs {
     set: JoinSet<Outcome<Done>>,
     keys: BTreeMap<Id, JobKey>,
     running: BTreeSet<JobKey>,
-    progress: BTreeMap<ImageRequest, Arc<Progress>>,
+    progress: BTreeMap<JobKey, Tracked>,
+}
+
+/// A download under way.
+#[derive(Debug)]
+struct Tracked {
+    progress: Arc<Progress>,
+    pace: Pace,
 }
 
 impl Jobs {
@@ -58,17 +72,30 @@ impl Jobs {
     }
 
     /// How far the downloads are.
-    pub fn fetches(&self) -> BTreeMap<ImageRequest, FetchStatus> {
-        let status = |progress: &Arc<Progress>| {
-            let (bytes, total) = progress.get();
-            FetchStatus { bytes, total }
-        };
-        self.progress.iter().map(|(request, progress)| (request.clone(), status(progress))).collect()
+    pub fn fetches(&mut self) -> BTreeMap<ImageRequest, FetchStatus> {
+        let now = Instant::now();
+        let mut fetches = BTreeMap::new();
+        for (key, tracked) in &mut self.progress {
+            let (bytes, total) = tracked.progress.get();
+            let stage = tracked.progress.stage();
+            tracked.pace.note(now, stage, bytes);
+            let bytes_per_second = tracked.pace.bytes_per_second();
+            let eta_seconds = bytes_per_second.and_then(|rate| total.checked_sub(bytes)?.checked_div(rate));
+            let status = FetchStatus { stage, bytes, total, bytes_per_second, eta_seconds };
+            match key {
+                JobKey::Fetch(request) => drop(fetches.insert(request.clone(), status)),
+                // What is fetched to be launched is of more interest than what is fetched besides.
+                JobKey::Refresh(request) => drop(fetches.entry(request.clone()).or_insert(status)),
+                _ => {}
+            }
+        }
+        fetches
     }
 
     /// Returns when a download has got on, so that somebody may tell; pending forever while there is none.
     pub fn got_on(&self) -> impl Future<Output = ()> + Send + use<> {
-        let seen: Vec<_> = self.progress.values().map(|progress| (Arc::clone(progress), progress.get())).collect();
+        let seen = |tracked: &Tracked| (Arc::clone(&tracked.progress), tracked.progress.get());
+        let seen: Vec<_> = self.progress.values().map(seen).collect();
         async move {
             if seen.is_empty() {
                 return std::future::pending().await;
@@ -85,17 +112,24 @@ impl Jobs {
         match step.clone() {
             Step::Record(_) => {}
             Step::Fetch(request) => {
-                let progress = Arc::new(Progress::default());
-                if self.running.contains(&JobKey::Fetch(request.clone())) {
-                    return;
-                }
-                self.progress.insert(request.clone(), Arc::clone(&progress));
+                let Some(progress) = self.track(JobKey::Fetch(request.clone())) else { return };
                 self.spawn(JobKey::Fetch(request.clone()), async move {
                     let fetch = host.images().fetch(&request, Arc::clone(&progress));
                     let image = unless_stalled(&request, &progress, fetch).await?;
                     Ok(Done::Image(Box::new(image)))
                 });
             }
+            Step::Refresh { request, known } => {
+                let Some(progress) = self.track(JobKey::Refresh(request.clone())) else { return };
+                self.spawn(JobKey::Refresh(request.clone()), async move {
+                    let refresh = host.images().refresh(&request, &known, Arc::clone(&progress));
+                    let news = unless_stalled(&request, &progress, refresh).await?;
+                    Ok(news.map_or(Done::Ok, |image| Done::Image(Box::new(image))))
+                });
+            }
+            Step::RemoveCached(item) => self.spawn(JobKey::RemoveCached(item.clone()), async move {
+                within(LOCAL, "removing an image from the cache", host.images().remove(&item)).await
+            }),
             Step::Reserve { cpus, memory } => self.spawn(JobKey::Reserve, async move {
                 within(RESERVE, "asking the allocator for resources", host.allocator().reserve(cpus, memory)).await
             }),
@@ -105,9 +139,9 @@ impl Jobs {
             Step::Publish(routes) => self.spawn(JobKey::Publish, async move {
                 within(LOCAL, "handing the routes to the proxy", host.proxy().publish(&routes)).await
             }),
-            Step::Launch(launch) => self.spawn(JobKey::Launch(launch.key.clone()), async move {
-                within(LOCAL, "launching the enclave", host.supervisor().launch(&launch)).await
-            }),
+            Step::Launch(launch) => {
+                self.spawn(JobKey::Launch(launch.key.clone()), async move { launch_proven(&*host, &launch).await })
+            }
             Step::Stop { key, launch } => self.spawn(JobKey::Stop(key.clone()), async move {
                 within(LOCAL, "stopping the enclave", host.supervisor().stop(&key, &launch)).await
             }),
@@ -122,6 +156,17 @@ impl Jobs {
                 }
             }),
         }
+    }
+
+    /// The progress of a download that is to begin; `None` if it is under way.
+    fn track(&mut self, key: JobKey) -> Option<Arc<Progress>> {
+        if self.running.contains(&key) {
+            return None;
+        }
+        let progress = Arc::new(Progress::default());
+        let tracked = Tracked { progress: Arc::clone(&progress), pace: Pace::default() };
+        self.progress.insert(key, tracked);
+        Some(progress)
     }
 
     fn spawn(&mut self, key: JobKey, job: impl Future<Output = Outcome<Done>> + Send + 'static) {
@@ -152,9 +197,7 @@ impl Jobs {
     fn finish(&mut self, id: Id) -> Option<JobKey> {
         let key = self.keys.remove(&id)?;
         self.running.remove(&key);
-        if let JobKey::Fetch(request) = &key {
-            self.progress.remove(request);
-        }
+        self.progress.remove(&key);
         Some(key)
     }
 }
@@ -172,12 +215,27 @@ async fn within(limit: Duration, doing: &str, effect: impl Future<Output = Outco
     }
 }
 
+/// Launches an enclave if its image is still on disk as it was proven: nothing else is ever handed to nitro-cli.
+async fn launch_proven<H: Host>(host: &H, launch: &Launch) -> Outcome<Done> {
+    match tokio::time::timeout(PROVE, host.images().prove(&launch.image)).await {
+        Ok(Ok(Proof::Holds)) => {}
+        Ok(Ok(Proof::Spoilt(failure))) => return Ok(Done::Spoilt(launch.image.digest(), failure)),
+        Ok(Err(failure)) => return Err(failure),
+        Err(_) => {
+            let limit = humantime::format_duration(PROVE);
+            return Err(Failure::new(format!("measuring the image again before its launch took longer than {limit}"))
+                .with_remedy("check the disk (`dmesg`, `iostat -x 1`)"));
+        }
+    }
+    within(LOCAL, "launching the enclave", host.supervisor().launch(launch)).await
+}
+
 /// Lets a fetch run as long as it makes progress.
-async fn unless_stalled(
+async fn unless_stalled<T>(
     request: &ImageRequest,
     progress: &Progress,
-    fetch: impl Future<Output = Outcome<VerifiedImage>>,
-) -> Outcome<VerifiedImage> {
+    fetch: impl Future<Output = Outcome<T>>,
+) -> Outcome<T> {
     tokio::pin!(fetch);
     let mut seen = progress.get();
     loop {
@@ -209,7 +267,8 @@ mod tests {
         assert!(tokio::time::timeout(later, jobs.got_on()).await.is_err(), "there is none");
         let source = ImageSource::File("/a.eif".into());
         let progress = Arc::new(Progress::default());
-        jobs.progress.insert(ImageRequest { source, expected: ExpectedImage::default() }, Arc::clone(&progress));
+        let key = JobKey::Fetch(ImageRequest { source, expected: ExpectedImage::default() });
+        jobs.progress.insert(key, Tracked { progress: Arc::clone(&progress), pace: Pace::default() });
         assert!(tokio::time::timeout(later, jobs.got_on()).await.is_err(), "it stalls");
         let news = jobs.got_on();
         progress.add(1);

@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod app;
+pub mod asked;
 pub mod atomic_file;
 pub mod child_environment;
 pub mod config;
@@ -16,6 +17,7 @@ pub mod launch;
 pub mod launch_trace;
 pub mod metrics;
 pub mod nitro_cli;
+pub mod pace;
 pub mod pidfd;
 pub mod procfs;
 pub mod reconciler;

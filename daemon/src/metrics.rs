@@ -53,6 +53,12 @@ struct StateSeries {
     enclave_healthy: IntGaugeVec,
     enclave_debug: IntGaugeVec,
     enclave_info: IntGaugeVec,
+    certificate_expiry: IntGaugeVec,
+    polled: IntGaugeVec,
+    cache_bytes: IntGaugeVec,
+    cache_images: IntGaugeVec,
+    fetch_rate: IntGaugeVec,
+    fetch_eta: IntGaugeVec,
     fetch_bytes: IntGaugeVec,
     fetch_size: IntGaugeVec,
     proxy_up: IntGauge,
@@ -126,6 +132,24 @@ impl Metrics {
                 "The image an enclave runs; measurements are computed by the host, not attested.",
                 &["enclave", "image_sha256", "pcr0"],
             )?,
+            certificate_expiry: gauges(
+                "enclaved_image_certificate_expiry_timestamp_seconds",
+                "Until when the certificate is valid that an enclave's image is signed with: from then on it can't be launched.",
+                enclave,
+            )?,
+            polled: gauges(
+                "enclaved_image_polled_timestamp_seconds",
+                "When the source of an enclave's image was last asked for a new one.",
+                enclave,
+            )?,
+            cache_bytes: gauges("enclaved_image_cache_bytes", "Images on disk, unfinished downloads included.", &[])?,
+            cache_images: gauges("enclaved_image_cache_images", "Whole images on disk.", &[])?,
+            fetch_rate: gauges(
+                "enclaved_image_fetch_bytes_per_second",
+                "How fast a download under way was lately.",
+                enclave,
+            )?,
+            fetch_eta: gauges("enclaved_image_fetch_eta_seconds", "How long the rest of a download takes.", enclave)?,
             fetch_bytes: gauges("enclaved_image_fetched_bytes", "Bytes of a download under way.", enclave)?,
             fetch_size: gauges("enclaved_image_fetch_size_bytes", "Size of a download under way.", enclave)?,
             proxy_up: gauge("enclaved_proxy_up", "1 if the proxy process answers.")?,
@@ -261,6 +285,12 @@ impl StateSeries {
                 self.pool_memory.with_label_values(&[state]).set(int(memory.0 << 20));
             }
         }
+        if let Some(bytes) = status.host.image_cache_bytes {
+            self.cache_bytes.with_label_values::<&str>(&[]).set(int(bytes));
+        }
+        if let Some(images) = status.host.image_cache_images {
+            self.cache_images.with_label_values::<&str>(&[]).set(int(images));
+        }
         for enclave in &status.enclaves {
             self.enclave(enclave);
         }
@@ -283,6 +313,12 @@ impl StateSeries {
             &self.enclave_healthy,
             &self.enclave_debug,
             &self.enclave_info,
+            &self.certificate_expiry,
+            &self.polled,
+            &self.cache_bytes,
+            &self.cache_images,
+            &self.fetch_rate,
+            &self.fetch_eta,
             &self.fetch_bytes,
             &self.fetch_size,
             &self.listener_open,
@@ -323,9 +359,22 @@ impl StateSeries {
         if let (Some(digest), Some(pcr0)) = (enclave.image_digest, enclave.pcr0) {
             self.enclave_info.with_label_values(&[name, &digest.to_string(), &pcr0.to_string()]).set(1);
         }
+        let stamp = |at: enclaved_core::id::Timestamp| int(at.as_millis() / 1000);
+        if let Some(at) = enclave.image_certificate_expires {
+            self.certificate_expiry.with_label_values(&[name]).set(stamp(at));
+        }
+        if let Some(at) = enclave.image_polled_at {
+            self.polled.with_label_values(&[name]).set(stamp(at));
+        }
         if let Some(fetch) = enclave.fetch {
             self.fetch_bytes.with_label_values(&[name]).set(int(fetch.bytes));
             self.fetch_size.with_label_values(&[name]).set(int(fetch.total));
+            if let Some(rate) = fetch.bytes_per_second {
+                self.fetch_rate.with_label_values(&[name]).set(int(rate));
+            }
+            if let Some(eta) = fetch.eta_seconds {
+                self.fetch_eta.with_label_values(&[name]).set(int(eta));
+            }
         }
     }
 

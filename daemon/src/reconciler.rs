@@ -1,8 +1,9 @@
 //! The reconcile loop: observe, plan, record, act, repeat. It owns all control state and is the only writer of the
 //! ledger. It decides nothing (that is `enclaved_core::plan`) and does nothing (that is `host`, through `jobs`).
 
+use crate::asked::{Asked, FetchAnswer};
 use crate::events::{Event, Events};
-use crate::host::{Allocator, Clock, Host, LedgerStore, Outcome, ProxyLink, Supervisor};
+use crate::host::{Allocator, Clock, Host, ImageStore, LedgerStore, Outcome, ProxyLink, Supervisor};
 use crate::jobs::{Done, Jobs};
 use enclaved_core::desired::{Desired, ImageRequest};
 use enclaved_core::failure::Failure;
@@ -38,6 +39,15 @@ pub enum Command {
     Hold(EnclaveName, oneshot::Sender<Result<(), String>>),
     /// Start it again.
     Release(EnclaveName, oneshot::Sender<Result<(), String>>),
+    /// Fetch an image into the cache ahead of its use, or, unless it is to `begin`, tell how far that is. Answers at once.
+    Fetch {
+        /// Which.
+        request: Box<ImageRequest>,
+        /// Begin, also if it was fetched just now.
+        begin: bool,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<FetchAnswer, String>>,
+    },
     /// End every enclave, then stop the loop (`on_stop = "terminate"`).
     Terminate,
 }
@@ -110,6 +120,8 @@ pub async fn run<H: Host>(host: Arc<H>, inputs: Inputs, stop: CancellationToken)
         ledger_problem: problem,
         jobs: Jobs::new(),
         images: BTreeMap::new(),
+        refreshed: BTreeMap::new(),
+        asked: Asked::default(),
         health: BTreeMap::new(),
         failed: BTreeMap::new(),
         succeeded: BTreeMap::new(),
@@ -170,6 +182,9 @@ fn blind<H: Host>(host: &H, inputs: &Inputs, failure: &Failure) -> Report {
         instances: Observation::Unknown(failure.clone()),
         pool: Observation::Unknown(failure.clone()),
         proxy: Observation::Unknown(failure.clone()),
+        cache: Observation::Unknown(failure.clone()),
+        refreshed: BTreeMap::new(),
+        asked: BTreeSet::new(),
         images: BTreeMap::new(),
         health: BTreeMap::new(),
         running: BTreeSet::new(),
@@ -197,6 +212,10 @@ struct Loop<H: Host> {
     ledger_problem: Option<Failure>,
     jobs: Jobs,
     images: BTreeMap<ImageRequest, VerifiedImage>,
+    /// When each image's source was last asked, with success.
+    refreshed: BTreeMap<ImageRequest, Timestamp>,
+    /// What is fetched ahead of its use.
+    asked: Asked,
     health: BTreeMap<EnclaveKey, HealthReport>,
     failed: BTreeMap<JobKey, JobFailure>,
     succeeded: BTreeMap<JobKey, Timestamp>,
@@ -243,16 +262,20 @@ impl<H: Host> Loop<H> {
     async fn observe(&self) -> Observed {
         let known =
             self.ledger.generations().filter_map(|(key, record)| Some((key, record.launch()?.clone()))).collect();
-        let (instances, pool, proxy) = tokio::join!(
+        let (instances, pool, proxy, cache) = tokio::join!(
             look("looking at the host's enclaves", self.host.supervisor().observe(&known)),
             look("looking at the host's enclave resources", self.host.allocator().observe()),
             look("asking the proxy process", self.host.proxy().observe()),
+            look("looking at the image cache", self.host.images().observe()),
         );
         Observed {
             boot_id: self.boot_id.clone(),
             instances,
             pool,
             proxy,
+            cache,
+            refreshed: self.refreshed.clone(),
+            asked: self.asked.wanted().cloned().collect(),
             images: self.images.clone(),
             health: self.health.clone(),
             running: self.jobs.running().clone(),
@@ -319,7 +342,7 @@ impl<H: Host> Loop<H> {
         }
     }
 
-    fn tell(&self, observed: &Observed, plan: &Plan) {
+    fn tell(&mut self, observed: &Observed, plan: &Plan) {
         let mut facts = self.facts.borrow().clone();
         facts.fetches = self.jobs.fetches();
         let ledger_problems = self.ledger_problem.iter().chain(self.unsaved.as_ref().map(|failed| &failed.failure));
@@ -377,8 +400,18 @@ impl<H: Host> Loop<H> {
                 self.succeeded.insert(key.clone(), at);
                 match (key, done) {
                     (JobKey::Fetch(request), Done::Image(image)) => {
+                        self.asked.ended(&request, Ok(&image));
+                        self.refreshed.insert(request.clone(), at);
                         self.images.insert(request, *image);
                     }
+                    (JobKey::Refresh(request), done) => {
+                        self.refreshed.insert(request.clone(), at);
+                        if let Done::Image(image) = done {
+                            self.images.insert(request, *image);
+                        }
+                    }
+                    // Without its proof it is fetched again before anything is launched.
+                    (_, Done::Spoilt(digest, _)) => self.images.retain(|_, image| image.digest() != digest),
                     (JobKey::Probe(key), Done::Health(result)) => {
                         let same = self.health.get(&key).filter(|last| last.result.is_ok() == result.is_ok());
                         let streak = same.map_or(1, |last| last.streak.saturating_add(1));
@@ -388,6 +421,9 @@ impl<H: Host> Loop<H> {
                 }
             }
             Err(failure) => {
+                if let JobKey::Fetch(request) = &key {
+                    self.asked.ended(request, Err(&failure));
+                }
                 let count = self.failed.get(&key).map_or(0, |failed| failed.count).saturating_add(1);
                 self.failed.insert(key, JobFailure { at, count, failure });
             }
@@ -402,13 +438,14 @@ impl<H: Host> Loop<H> {
         let (ledger, desired) = (&self.ledger, &self.desired);
         let wanted = |request: &ImageRequest| desired.enclaves.values().any(|spec| spec.image == *request);
         self.images.retain(|request, _| wanted(request));
+        self.refreshed.retain(|request, _| wanted(request));
         self.health.retain(|key, _| ledger.generation(key).is_some());
         self.failed.retain(|job, _| match job {
-            JobKey::Fetch(request) => wanted(request),
+            JobKey::Fetch(request) | JobKey::Refresh(request) => wanted(request),
             JobKey::Launch(key) | JobKey::Stop(key) | JobKey::Forget(key) | JobKey::Probe(key) => {
                 ledger.generation(key).is_some()
             }
-            JobKey::Reserve | JobKey::StartProxy | JobKey::Publish => true,
+            JobKey::Reserve | JobKey::StartProxy | JobKey::Publish | JobKey::RemoveCached(_) => true,
         });
     }
 
@@ -431,6 +468,10 @@ impl<H: Host> Loop<H> {
                 let known = self.ledger.enclaves.contains_key(&name) || self.desired.enclaves.contains_key(&name);
                 let answer = if known { self.command(Change::Released(name)).await } else { Err(unknown(&name)) };
                 drop(reply.send(answer));
+            }
+            Command::Fetch { request, begin, reply } => {
+                let fetching = self.jobs.fetches().get(&request).copied();
+                drop(reply.send(self.asked.ask(&request, begin, fetching)));
             }
             Command::Terminate => {
                 self.terminating = Some(tokio::time::Instant::now() + self.desired.host.drain + TERMINATE);

@@ -8,18 +8,18 @@ mod harness;
 pub use harness::{Harness, desired, image};
 
 use enclaved::host::{
-    Allocator, Clock, Effect, Host, ImageStore, LedgerStore, LoadedLedger, Outcome, Prober, Progress, ProxyLink,
+    Allocator, Clock, Effect, Host, ImageStore, LedgerStore, LoadedLedger, Outcome, Prober, Progress, Proof, ProxyLink,
     Supervisor,
 };
 use enclaved_core::desired::{HealthCheck, ImageRequest};
 use enclaved_core::failure::Failure;
-use enclaved_core::id::{BootId, Cid, EnclaveKey, MemoryMib, Timestamp};
+use enclaved_core::id::{BootId, Cid, EifDigest, EnclaveKey, MemoryMib, Timestamp};
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::ledger::{GenerationRecord, LaunchRecord, Ledger, ProcessIdentity};
-use enclaved_core::observed::{Instance, InstanceState, Pool};
+use enclaved_core::observed::{CacheItem, CachedImage, ImageCache, Instance, InstanceState, Pool};
 use enclaved_core::plan::Launch;
 use enclaved_core::routes::{ListenerKey, ListenerReport, ProxyReport, Routes};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -98,8 +98,15 @@ struct State {
     routes: Option<Routes>,
     pool: (u32, u64),
     most: (u32, u64),
+    /// What the sources have.
     images: BTreeMap<ImageRequest, VerifiedImage>,
     images_away: bool,
+    /// What each request came to, by the cache's index.
+    index: BTreeMap<ImageRequest, VerifiedImage>,
+    /// The images on disk, and when they were used last.
+    cached: BTreeMap<EifDigest, Timestamp>,
+    /// Those on disk that are not what they were.
+    spoilt: BTreeSet<EifDigest>,
     open: BTreeMap<Cid, u64>,
     /// Hugepage memory that somebody else holds.
     foreign: u64,
@@ -142,6 +149,13 @@ impl State {
         None
     }
 
+    /// An image was fetched and proven.
+    fn keep(&mut self, request: &ImageRequest, image: &VerifiedImage, at: Timestamp) {
+        self.index.insert(request.clone(), image.clone());
+        self.cached.insert(image.digest(), at);
+        self.spoilt.remove(&image.digest());
+    }
+
     fn alive(&self) -> impl Iterator<Item = (&EnclaveKey, &Launched)> {
         self.launched.iter().filter(|(_, launched)| !launched.is_over())
     }
@@ -170,6 +184,10 @@ impl State {
         }
         if launch.image.digest() != record.identity.image {
             wrong.push(format!("{key} is launched with another image than decided"));
+        }
+        let digest = launch.image.digest();
+        if !self.cached.contains_key(&digest) || self.spoilt.contains(&digest) {
+            wrong.push(format!("{key} is launched though its image is not on disk as it was proven"));
         }
         let served = |port| {
             // Nobody can know of a proxy that died after the look on which the launch was decided.
@@ -210,6 +228,9 @@ impl World {
             most,
             images: BTreeMap::new(),
             images_away: false,
+            index: BTreeMap::new(),
+            cached: BTreeMap::new(),
+            spoilt: BTreeSet::new(),
             open: BTreeMap::new(),
             foreign: 0,
             sick: false,
@@ -321,7 +342,17 @@ impl World {
         self.lock().images.insert(request, image);
     }
 
-    /// Whether images can be fetched at all.
+    /// Something happens to an image on disk.
+    pub fn spoil_image(&self, digest: EifDigest) {
+        self.lock().spoilt.insert(digest);
+    }
+
+    /// The images on disk.
+    pub fn cached(&self) -> BTreeSet<EifDigest> {
+        self.lock().cached.keys().copied().collect()
+    }
+
+    /// Whether no image can be had: neither from its source nor from the cache.
     pub fn set_images_away(&self, away: bool) {
         self.lock().images_away = away;
     }
@@ -471,12 +502,72 @@ impl Supervisor for World {
 }
 
 impl ImageStore for World {
+    async fn observe(&self) -> Outcome<ImageCache> {
+        self.effect(Effect::ImageStoreObserve, |state| {
+            let image =
+                |(digest, used): (&EifDigest, &Timestamp)| CachedImage { digest: *digest, size: 1, used: *used };
+            Ok(ImageCache { images: state.cached.iter().map(image).collect(), unfinished: Vec::new() })
+        })
+        .await
+    }
+
     async fn fetch(&self, request: &ImageRequest, progress: Arc<Progress>) -> Outcome<VerifiedImage> {
         progress.set_total(1);
         tokio::time::sleep(Duration::from_secs(1)).await;
+        let at = self.now();
         self.effect(Effect::ImageStoreFetch, |state| {
-            let image = state.images.get(request).filter(|_| !state.images_away);
-            image.cloned().ok_or_else(|| Failure::new("there is no such image"))
+            let good = |image: &&VerifiedImage| {
+                state.cached.contains_key(&image.digest()) && !state.spoilt.contains(&image.digest())
+            };
+            let kept = state.index.get(request).filter(good);
+            let image = kept.or_else(|| state.images.get(request)).filter(|_| !state.images_away).cloned();
+            let image = image.ok_or_else(|| Failure::new("there is no such image"))?;
+            state.keep(request, &image, at);
+            Ok(image)
+        })
+        .await
+    }
+
+    async fn refresh(
+        &self,
+        request: &ImageRequest,
+        known: &EifDigest,
+        progress: Arc<Progress>,
+    ) -> Outcome<Option<VerifiedImage>> {
+        progress.set_total(1);
+        let at = self.now();
+        self.effect(Effect::ImageStoreRefresh, |state| {
+            let there = state.images.get(request).filter(|_| !state.images_away).cloned();
+            let there = there.ok_or_else(|| Failure::new("there is no such image"))?;
+            state.keep(request, &there, at);
+            Ok((there.digest() != *known).then_some(there))
+        })
+        .await
+    }
+
+    async fn prove(&self, image: &VerifiedImage) -> Outcome<Proof> {
+        self.effect(Effect::ImageStoreProve, |state| {
+            let digest = image.digest();
+            if state.spoilt.remove(&digest) || !state.cached.contains_key(&digest) {
+                state.cached.remove(&digest);
+                return Ok(Proof::Spoilt(Failure::new("it is not what it was")));
+            }
+            Ok(Proof::Holds)
+        })
+        .await
+    }
+
+    async fn remove(&self, item: &CacheItem) -> Outcome<()> {
+        self.effect(Effect::ImageStoreRemove, |state| {
+            let CacheItem::Image(digest) = item else { return Ok(()) };
+            let used = state.alive().find(|(_, launched)| launched.record.identity.image == *digest);
+            if let Some((key, _)) = used {
+                let violation = format!("the image of {key} is removed while it runs");
+                state.violations.push(violation);
+            }
+            state.cached.remove(digest);
+            state.spoilt.remove(digest);
+            Ok(())
         })
         .await
     }

@@ -6,10 +6,14 @@ use enclaved_core::desired::Desired;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, Cid, EnclaveKey, Generation, MemoryMib, Timestamp};
 use enclaved_core::image::VerifiedImage;
+use enclaved_core::image_record::{ImageFacts, ImageOutcome, ImageRecord, Validity};
 use enclaved_core::ledger::{
     Change, GenerationRecord, Identity, LaunchRecord, Ledger, Phase, ProcessIdentity, StopReason,
 };
-use enclaved_core::observed::{HealthReport, Instance, InstanceState, Observation, Observed, Pool};
+use enclaved_core::observed::{
+    CacheItem, CachedImage, HealthReport, ImageCache, Instance, InstanceState, JobKey, Observation, Observed, Pool,
+    Unfinished,
+};
 use enclaved_core::plan::{Plan, Step, plan, routing};
 use enclaved_core::routes::ProxyReport;
 use enclaved_integration::sim::{desired, image};
@@ -109,6 +113,9 @@ fn world(seeds: &[Seed], pool: (u32, u64)) -> (Ledger, Observed) {
         }),
         proxy: Observation::Known(ProxyReport::default()),
         images: BTreeMap::new(),
+        cache: Observation::Known(ImageCache::default()),
+        refreshed: BTreeMap::new(),
+        asked: BTreeSet::new(),
         health: BTreeMap::new(),
         running: BTreeSet::new(),
         failed: BTreeMap::new(),
@@ -151,6 +158,15 @@ fn carry_out(plan: &Plan, ledger: &mut Ledger, observed: &mut Observed, now: Tim
             }
             Step::Probe { key, .. } => {
                 observed.health.insert(key.clone(), HealthReport { at: now, result: Ok(()), streak: 1 });
+            }
+            Step::Refresh { request, .. } => {
+                observed.refreshed.insert(request.clone(), now);
+            }
+            Step::RemoveCached(item) => {
+                if let Observation::Known(cache) = &mut observed.cache {
+                    cache.images.retain(|image| CacheItem::Image(image.digest) != *item);
+                    cache.unfinished.retain(|left| CacheItem::Unfinished(left.request.clone()) != *item);
+                }
             }
             Step::Reserve { .. } | Step::StartProxy => {}
         }
@@ -196,6 +212,31 @@ fn check_budgets(ledger: &Ledger, pool: (u32, u64)) -> Result<(), TestCaseError>
     Ok(())
 }
 
+/// Five images on disk, the first two of which are the enclaves', and what a download of nobody's has left.
+fn full_cache(used: &[u64]) -> ImageCache {
+    let image = |(number, used): (u64, &u64)| CachedImage {
+        digest: image(number).1.digest(),
+        size: 10,
+        used: Timestamp::from_millis(*used),
+    };
+    let unfinished = vec![Unfinished { request: image_of_nobody(), size: 5 }];
+    ImageCache { images: (1..).zip(used).map(image).collect(), unfinished }
+}
+
+fn image_of_nobody() -> enclaved_core::desired::ImageRequest {
+    image(9).0
+}
+
+/// A ledger that knows both images, with these facts of the first.
+fn with_images(ledger: &mut Ledger, facts: ImageFacts) {
+    for (seed, facts) in [(1, facts), (2, ImageFacts { size: 1, certificate: None })] {
+        let (request, image) = image(seed);
+        let (digest, measurements) = (image.digest(), *image.measurements());
+        let outcome = ImageOutcome::Verified { at: NOW, digest, measurements, facts: Some(facts) };
+        ledger.images.push(ImageRecord { request, outcome });
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -234,6 +275,76 @@ proptest! {
             {
                 prop_assert!(*until <= NOW, "{step}");
             }
+        }
+    }
+
+    #[test]
+    fn no_image_that_runs_or_ran_last_leaves_the_cache_and_the_rest_goes_oldest_first_down_to_the_limit(
+        seeds in seeds(), used in prop::collection::vec(0..5_u64, 5), limit in 0..60_u64,
+    ) {
+        let (mut ledger, mut observed) = world(&seeds, (6, 8192));
+        with_images(&mut ledger, ImageFacts { size: 1, certificate: None });
+        let cache = full_cache(&used);
+        observed.cache = Observation::Known(cache.clone());
+        let mut desired = wanted();
+        desired.host.image_cache = limit;
+        let plan = plan(&desired, &observed, &ledger, NOW);
+        let removed: Vec<_> = plan.steps.iter().filter_map(|step| match step {
+            Step::RemoveCached(item) => Some(item.clone()),
+            _ => None,
+        }).collect();
+        let fetches = plan.steps.iter().any(|step| matches!(step, Step::Fetch(_)));
+        if fetches {
+            prop_assert_eq!(removed, vec![], "a fetch may be about to use it");
+            return Ok(());
+        }
+        prop_assert!(removed.contains(&CacheItem::Unfinished(image_of_nobody())));
+        let gone = |image: &CachedImage| removed.contains(&CacheItem::Image(image.digest));
+        let kept: Vec<_> = cache.images.iter().filter(|image| !gone(image)).collect();
+        for digest in [image(1).1.digest(), image(2).1.digest()] {
+            prop_assert!(kept.iter().any(|image| image.digest == digest), "a needed image is removed");
+        }
+        let bytes: u64 = kept.iter().map(|image| image.size).sum();
+        prop_assert!(bytes <= limit || kept.len() == 2, "{bytes} of {limit} bytes are kept");
+        prop_assert!(removed.len() == 1 || bytes + 10 > limit, "more is removed than the limit asks for");
+        let newest_gone = cache.images.iter().filter(|image| gone(image)).map(|image| image.used).max();
+        let oldest_kept = kept.iter().filter(|image| image.digest != cache.images[0].digest)
+            .filter(|image| image.digest != cache.images[1].digest).map(|image| image.used).min();
+        prop_assert!(newest_gone.zip(oldest_kept).is_none_or(|(gone, kept)| gone <= kept), "a newer one went first");
+    }
+
+    #[test]
+    fn nothing_that_works_is_ended_for_an_image_that_cannot_be_launched_and_no_such_image_is_launched(
+        seeds in seeds(), expired in any::<bool>(),
+    ) {
+        let (mut ledger, mut observed) = world(&seeds, (6, 8192));
+        let second = |seconds: u64| Timestamp::from_millis(NOW.as_millis() - seconds * 1000);
+        let certificate = expired.then(|| Validity { not_before: second(20), not_after: second(10) });
+        with_images(&mut ledger, ImageFacts { size: if expired { 1 } else { 257 << 20 }, certificate });
+        // As if they were being fetched again: what the ledger knows of them counts.
+        observed.running = [image(1).0, image(2).0].map(JobKey::Fetch).into();
+        let plan = plan(&wanted(), &observed, &ledger, NOW);
+        let signer = |key: &EnclaveKey| key.name.as_str() == NAMES[0];
+        let newest = ledger.enclaves.get(&NAMES[0].parse().unwrap()).and_then(|of| of.generations.iter().rev().find(|(_, of)| of.is_current()));
+        for step in &plan.steps {
+            match step {
+                Step::Record(Change::Planned { key, .. }) => prop_assert!(!signer(key), "{step}"),
+                Step::Record(Change::Launching(key)) if observed.instances.known().is_some_and(|all| !all.contains_key(key)) => {
+                    prop_assert!(!signer(key), "{step}");
+                }
+                Step::Launch(launch) => prop_assert!(!signer(&launch.key), "{step}"),
+                Step::Record(Change::Draining { key, .. } | Change::Stopping { key, .. }) if signer(key) => {
+                    let ready = matches!(ledger.generation(key).map(|of| &of.phase), Some(Phase::Ready { .. }));
+                    let serves = newest.is_some_and(|(generation, _)| *generation == key.generation);
+                    prop_assert!(!(ready && serves), "{step}");
+                }
+                _ => {}
+            }
+        }
+        if seeds.iter().all(|seed| seed.name != 0) {
+            let why = plan.waits.iter().find(|(name, _)| name.as_str() == NAMES[0]).map(|(_, why)| why.clone());
+            let why = why.unwrap_or_default();
+            prop_assert!(why.contains(if expired { "expired" } else { "memory_mib = 1028" }), "{why}");
         }
     }
 

@@ -32,7 +32,7 @@ fn world() -> Arc<World> {
 /// A host whose pool has that many CPUs and MiB at first.
 fn world_of(pool: (u32, u64)) -> Arc<World> {
     let world = World::new(pool, (6, 8192));
-    for seed in [1, 2] {
+    for seed in [1, 2, 3] {
         let (request, image) = image(seed);
         world.put_image(request, image);
     }
@@ -58,10 +58,41 @@ enum Scenario {
     Stops,
     /// One gets another image.
     Update,
+    /// Its source gets another image, and is watched.
+    NewObject,
+    /// One gets one image after the other, and old ones leave the cache; then its image is spoilt, and it dies.
+    Cache,
 }
 
 impl Scenario {
-    const ALL: [Self; 4] = [Self::Launch, Self::Deaths, Self::Stops, Self::Update];
+    const ALL: [Self; 6] = [Self::Launch, Self::Deaths, Self::Stops, Self::Update, Self::NewObject, Self::Cache];
+
+    /// The effects that strike while it is played and faults are armed.
+    fn effects(self) -> BTreeSet<Effect> {
+        use Effect::*;
+        let always = [
+            SupervisorObserve,
+            SupervisorLaunch,
+            SupervisorChanged,
+            ImageStoreObserve,
+            ImageStoreProve,
+            AllocatorObserve,
+            ProxyLinkObserve,
+            ProxyLinkPublish,
+            ProxyLinkChanged,
+            ProberProbe,
+            LedgerStoreSave,
+        ];
+        let more: &[Effect] = match self {
+            Self::Launch => &[ImageStoreFetch, AllocatorReserve, ProxyLinkStart, LedgerStoreLoad],
+            Self::Deaths => &[SupervisorForget, ImageStoreFetch, ProxyLinkStart, LedgerStoreLoad],
+            Self::Stops => &[SupervisorStop, SupervisorForget],
+            Self::Update => &[SupervisorStop, SupervisorForget, ImageStoreFetch],
+            Self::NewObject => &[SupervisorStop, SupervisorForget, ImageStoreFetch, ImageStoreRefresh],
+            Self::Cache => &[SupervisorStop, SupervisorForget, ImageStoreFetch, ImageStoreRemove],
+        };
+        always.into_iter().chain(more.iter().copied()).collect()
+    }
 
     /// Plays it; faults strike while it is played. Returns an error where the host does not become what is wanted.
     async fn play(self, harness: &mut Harness, arm: impl Fn(&World)) -> Result<(), String> {
@@ -125,6 +156,43 @@ impl Scenario {
                 harness.converge(PATIENCE).await?;
                 once_each(&harness.world, 3, 1)?;
             }
+            Self::NewObject => {
+                let mut watched = two(1);
+                for spec in watched.enclaves.values_mut().take(1) {
+                    spec.image.source = image(4).0.source;
+                    spec.image_poll = Some(Duration::from_secs(10));
+                }
+                harness.world.put_image(image(4).0, image(1).1);
+                harness.configure(watched).await;
+                harness.pass(Duration::from_secs(12)).await;
+                harness.converge(PATIENCE).await?;
+                // The same image under another name is no reason for a launch.
+                once_each(&harness.world, 2, 0)?;
+                harness.world.put_image(image(4).0, image(2).1);
+                harness.pass(Duration::from_secs(11)).await;
+                harness.converge(PATIENCE).await?;
+                once_each(&harness.world, 3, 1)?;
+            }
+            Self::Cache => {
+                let mut launches = 2;
+                for seed in [2, 3, 1] {
+                    let mut desired = two(seed);
+                    desired.host.image_cache = 0;
+                    harness.configure(desired).await;
+                    harness.pass(Duration::from_millis(200)).await;
+                    harness.converge(PATIENCE).await?;
+                    launches += 1;
+                }
+                let kept = BTreeSet::from([image(1).1.digest(), image(3).1.digest()]);
+                harness.until(PATIENCE, |world| world.cached() == kept).await?;
+                once_each(&harness.world, launches, 3)?;
+                harness.world.spoil_image(image(1).1.digest());
+                let victim = harness.world.alive().keys().next().unwrap().clone();
+                harness.world.kill(&victim);
+                harness.pass(Duration::from_millis(200)).await;
+                harness.converge(PATIENCE).await?;
+                once_each(&harness.world, launches + 1, 3)?;
+            }
         }
         Ok(())
     }
@@ -163,41 +231,71 @@ fn check(scenario: Scenario, arm: impl Fn(&World)) -> Result<BTreeMap<Effect, u3
     })
 }
 
-#[test]
-fn every_effect_may_fail_in_every_way_at_every_place_and_the_host_becomes_what_is_wanted() {
+/// Plays a scenario with every fault of every effect it has, at each of the first times that it is asked for.
+fn sweep(scenario: Scenario) {
     let mut swept = BTreeSet::new();
     let (mut runs, mut failed) = (0, Vec::new());
-    for scenario in Scenario::ALL {
-        let counts = check(scenario, |_| {}).unwrap_or_else(|error| panic!("{scenario:?} without a fault: {error}"));
-        for (effect, count) in counts {
-            for nth in 1..=count.min(OCCURRENCES) {
-                for fault in Fault::ALL {
-                    // Faults are counted from where the scenario arms them; the counts begin with the world.
-                    let arm = move |world: &World| {
-                        let so_far = world.counts().get(&effect).copied().unwrap_or(0);
-                        world.plan_fault(effect, so_far + nth, fault);
-                    };
-                    match check(scenario, arm) {
-                        Err(error) if error == NO_FAULT => continue,
-                        Err(error) => failed.push(format!("{scenario:?}, {effect:?} number {nth}, {fault:?}: {error}")),
-                        Ok(_) => {}
-                    }
-                    runs += 1;
-                    swept.insert((effect, fault));
+    let counts = check(scenario, |_| {}).unwrap_or_else(|error| panic!("{scenario:?} without a fault: {error}"));
+    for (effect, count) in counts {
+        for nth in 1..=count.min(OCCURRENCES) {
+            for fault in Fault::ALL {
+                // Faults are counted from where the scenario arms them; the counts begin with the world.
+                let arm = move |world: &World| {
+                    let so_far = world.counts().get(&effect).copied().unwrap_or(0);
+                    world.plan_fault(effect, so_far + nth, fault);
+                };
+                match check(scenario, arm) {
+                    Err(error) if error == NO_FAULT => continue,
+                    Err(error) => failed.push(format!("{effect:?} number {nth}, {fault:?}: {error}")),
+                    Ok(_) => {}
                 }
+                runs += 1;
+                swept.insert((effect, fault));
             }
         }
     }
     let effects: BTreeSet<_> = swept.iter().map(|(effect, _)| *effect).collect();
-    println!("swept {} effects x {} fault modes in {runs} runs", effects.len(), Fault::ALL.len());
-    assert!(
-        failed.is_empty(),
-        "{} of {runs} runs failed:\n{}",
-        failed.len(),
-        failed[..failed.len().min(12)].join("\n")
-    );
-    assert_eq!(effects, BTreeSet::from(Effect::ALL), "an effect of the ports was never swept");
-    assert_eq!(swept.len(), Effect::ALL.len() * Fault::ALL.len());
+    println!("swept {} effects x {} fault modes in {runs} runs of {scenario:?}", effects.len(), Fault::ALL.len());
+    let shown = failed[..failed.len().min(12)].join("\n");
+    assert!(failed.is_empty(), "{} of {runs} runs failed:\n{shown}", failed.len());
+    assert_eq!(swept.len(), effects.len() * Fault::ALL.len(), "an effect was not swept in every way");
+    assert_eq!(effects, scenario.effects());
+}
+
+#[test]
+fn a_launch_comes_to_what_is_wanted_whatever_fails_in_it() {
+    sweep(Scenario::Launch);
+}
+
+#[test]
+fn deaths_and_a_reboot_are_mended_whatever_fails_meanwhile() {
+    sweep(Scenario::Deaths);
+}
+
+#[test]
+fn stops_and_starts_come_to_what_is_wanted_whatever_fails_in_them() {
+    sweep(Scenario::Stops);
+}
+
+#[test]
+fn an_update_comes_to_what_is_wanted_whatever_fails_in_it() {
+    sweep(Scenario::Update);
+}
+
+#[test]
+fn a_changed_object_is_brought_in_whatever_fails_meanwhile() {
+    sweep(Scenario::NewObject);
+}
+
+#[test]
+fn the_cache_is_kept_and_a_spoilt_image_replaced_whatever_fails_meanwhile() {
+    sweep(Scenario::Cache);
+}
+
+#[test]
+fn no_effect_of_the_ports_is_left_out_of_the_sweeps() {
+    let swept: BTreeSet<_> = Scenario::ALL.into_iter().flat_map(Scenario::effects).collect();
+    assert_eq!(swept, BTreeSet::from(Effect::ALL));
 }
 
 #[test]

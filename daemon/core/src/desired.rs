@@ -35,11 +35,21 @@ pub struct HostPolicy {
     pub reserve_memory: MemoryMib,
     /// How long existing connections may go on after an enclave was asked to stop.
     pub drain: Duration,
+    /// How many bytes of images are kept at most, beside those that run or ran last, which are always kept.
+    pub image_cache: u64,
 }
+
+/// [`HostPolicy::image_cache`] where nothing else is configured: 10 GiB.
+pub const IMAGE_CACHE: u64 = 10 << 30;
 
 impl Default for HostPolicy {
     fn default() -> Self {
-        Self { reserve_cpus: 2, reserve_memory: MemoryMib(2048), drain: Duration::from_secs(30) }
+        Self {
+            reserve_cpus: 2,
+            reserve_memory: MemoryMib(2048),
+            drain: Duration::from_secs(30),
+            image_cache: IMAGE_CACHE,
+        }
     }
 }
 
@@ -48,6 +58,8 @@ impl Default for HostPolicy {
 pub struct EnclaveSpec {
     /// Where its image comes from, and what it must be.
     pub image: ImageRequest,
+    /// How often its source is asked whether it has something else by now; `None`: never.
+    pub image_poll: Option<Duration>,
     /// vCPUs, whole cores: an even number where the host has SMT.
     pub cpus: u32,
     /// Memory.

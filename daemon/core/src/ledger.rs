@@ -3,6 +3,8 @@
 //! It is the record of intent (invariant 8): it is on disk before a step that cannot be repeated. It changes only by
 //! [`Ledger::apply`]. Reading and writing it is the daemon's `host::ledger_file`.
 
+pub use crate::image_record::{ImageFacts, ImageOutcome, ImageRecord};
+
 use crate::desired::{EgressSpec, ImageRequest};
 use crate::failure::Failure;
 use crate::id::{BootId, Cid, EifDigest, EnclaveKey, EnclaveName, Generation, Measurements, MemoryMib, Timestamp};
@@ -61,6 +63,12 @@ pub struct EnclaveRecord {
     /// The last end that nobody asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_end: Option<EndRecord>,
+    /// The image that was ready last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<EifDigest>,
+    /// The other image that was ready before that one: where an operator goes back to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous_image: Option<EifDigest>,
     /// The generations of which something is left.
     pub generations: BTreeMap<Generation, GenerationRecord>,
 }
@@ -277,40 +285,6 @@ impl GenerationRecord {
     }
 }
 
-/// What an image request came to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ImageRecord {
-    /// What was asked for.
-    pub request: ImageRequest,
-    /// What it came to.
-    pub outcome: ImageOutcome,
-}
-
-/// What an image request came to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "outcome", rename_all = "snake_case", deny_unknown_fields)]
-pub enum ImageOutcome {
-    /// It was fetched and verified.
-    Verified {
-        /// When.
-        at: Timestamp,
-        /// The file's SHA-256.
-        digest: EifDigest,
-        /// Its measurements.
-        measurements: Measurements,
-    },
-    /// It could not be had, or it is not what was asked for.
-    Failed {
-        /// When it was tried last.
-        at: Timestamp,
-        /// How often in a row.
-        count: u32,
-        /// Why.
-        failure: Failure,
-    },
-}
-
 /// A change of the ledger.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
@@ -324,6 +298,8 @@ pub enum Change {
         digest: EifDigest,
         /// Its measurements.
         measurements: Measurements,
+        /// What else a launch must know of it.
+        facts: ImageFacts,
     },
     /// An image could not be had.
     ImageFailed {
@@ -469,8 +445,9 @@ impl Ledger {
     pub fn apply(&mut self, change: Change, now: Timestamp) {
         match change {
             Change::Booted(id) => self.boot_id = Some(id),
-            Change::ImageVerified { request, digest, measurements } => {
-                self.set_image(request, ImageOutcome::Verified { at: now, digest, measurements });
+            Change::ImageVerified { request, digest, measurements, facts } => {
+                let facts = Some(facts);
+                self.set_image(request, ImageOutcome::Verified { at: now, digest, measurements, facts });
             }
             Change::ImageFailed { request, at, failure } => {
                 let count = match self.image(&request) {
@@ -496,9 +473,10 @@ impl Ledger {
                 if record.cid >= self.next_cid {
                     self.next_cid = record.cid.next();
                 }
-                let enclave = self.enclaves.entry(key.name).or_default();
+                let enclave = self.enclaves.entry(key.name.clone()).or_default();
                 enclave.last_generation = enclave.last_generation.max(key.generation);
                 enclave.generations.insert(key.generation, record);
+                self.note_image(&key);
             }
             Change::Endpoints { key, egress } => {
                 let enclave = self.enclaves.get_mut(&key.name);
@@ -508,10 +486,13 @@ impl Ledger {
             }
             Change::Launching(key) => self.set_phase(&key, |_| Phase::Launching { since: now }),
             Change::Booting { key, launch } => self.set_phase(&key, |_| Phase::Booting { since: now, launch }),
-            Change::Ready(key) => self.set_phase(&key, |record| match record.launch() {
-                Some(launch) => Phase::Ready { since: now, launch: launch.clone() },
-                None => record.phase.clone(),
-            }),
+            Change::Ready(key) => {
+                self.set_phase(&key, |record| match record.launch() {
+                    Some(launch) => Phase::Ready { since: now, launch: launch.clone() },
+                    None => record.phase.clone(),
+                });
+                self.note_image(&key);
+            }
             Change::Draining { key, until, why } => self.set_phase(&key, |record| match record.launch() {
                 Some(launch) => Phase::Draining { since: now, until, launch: launch.clone(), why },
                 None => Phase::Stopping { since: now, launch: None, why },
@@ -544,6 +525,16 @@ impl Ledger {
             Change::Removed(name) => {
                 self.enclaves.remove(&name);
             }
+        }
+    }
+
+    /// Notes the image of a generation that is ready.
+    fn note_image(&mut self, key: &EnclaveKey) {
+        let Some(enclave) = self.enclaves.get_mut(&key.name) else { return };
+        let ready = enclave.generations.get(&key.generation).filter(|of| matches!(of.phase, Phase::Ready { .. }));
+        let Some(image) = ready.map(|of| of.identity.image) else { return };
+        if enclave.image != Some(image) {
+            enclave.previous_image = enclave.image.replace(image);
         }
     }
 

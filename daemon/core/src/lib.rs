@@ -5,6 +5,7 @@ pub mod egress_policy;
 pub mod failure;
 pub mod id;
 pub mod image;
+pub mod image_record;
 pub mod ledger;
 pub mod observed;
 pub mod plan;

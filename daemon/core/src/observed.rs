@@ -4,11 +4,12 @@
 
 use crate::desired::ImageRequest;
 use crate::failure::Failure;
-use crate::id::{BootId, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
+use crate::id::{BootId, EifDigest, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
 use crate::image::VerifiedImage;
 use crate::ledger::{GenerationRecord, LaunchRecord};
 use crate::routes::ProxyReport;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 /// Something that was looked at: seen, or not to be seen just now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +43,12 @@ pub struct Observed {
     pub proxy: Observation<ProxyReport>,
     /// Images that were verified since this process started.
     pub images: BTreeMap<ImageRequest, VerifiedImage>,
+    /// What the image cache holds.
+    pub cache: Observation<ImageCache>,
+    /// When the source of each image was last asked, with success, whether it has something else by now.
+    pub refreshed: BTreeMap<ImageRequest, Timestamp>,
+    /// Images that somebody wants in the cache, beside those of the configuration.
+    pub asked: BTreeSet<ImageRequest>,
     /// The last probe of each generation.
     pub health: BTreeMap<EnclaveKey, HealthReport>,
     /// Jobs at work now.
@@ -96,6 +103,53 @@ pub enum Pool {
     },
 }
 
+/// The images on this host's disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ImageCache {
+    /// Whole ones.
+    pub images: Vec<CachedImage>,
+    /// Downloads that were begun, under way or not.
+    pub unfinished: Vec<Unfinished>,
+}
+
+/// One image on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CachedImage {
+    /// Its SHA-256, by its name: whether the file is still that is for a proof to say.
+    pub digest: EifDigest,
+    /// Its size on disk, in bytes.
+    pub size: u64,
+    /// When it was last fetched or asked for.
+    pub used: Timestamp,
+}
+
+/// A download that was begun.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unfinished {
+    /// What was asked for.
+    pub request: ImageRequest,
+    /// Its size on disk, in bytes.
+    pub size: u64,
+}
+
+/// Something in the image cache.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum CacheItem {
+    /// A whole image.
+    Image(EifDigest),
+    /// What a download has left.
+    Unfinished(ImageRequest),
+}
+
+impl fmt::Display for CacheItem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Image(digest) => write!(f, "the image {}", digest.short()),
+            Self::Unfinished(request) => write!(f, "the unfinished download of {}", request.source),
+        }
+    }
+}
+
 /// The probes of one generation so far.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthReport {
@@ -112,6 +166,10 @@ pub struct HealthReport {
 pub enum JobKey {
     /// Fetch and verify an image.
     Fetch(ImageRequest),
+    /// Ask an image's source whether it has something else by now; if so, fetch and verify that.
+    Refresh(ImageRequest),
+    /// Remove something from the image cache.
+    RemoveCached(CacheItem),
     /// Ask the allocator for resources.
     Reserve,
     /// Start the proxy process.

@@ -6,15 +6,16 @@
 
 pub mod admission;
 mod enclave;
+mod images;
 pub mod restart;
 pub mod routing;
 
 use crate::desired::{Desired, HealthCheck, ImageRequest};
 use crate::failure::Failure;
-use crate::id::{Cid, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
+use crate::id::{Cid, EifDigest, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
 use crate::image::VerifiedImage;
-use crate::ledger::{Change, GenerationRecord, ImageOutcome, LaunchRecord, Ledger, Phase};
-use crate::observed::{Instance, InstanceState, JobKey, Observation, Observed};
+use crate::ledger::{Change, GenerationRecord, LaunchRecord, Ledger, Phase};
+use crate::observed::{CacheItem, Instance, InstanceState, JobKey, Observation, Observed};
 use crate::routes::Routes;
 use restart::Backoff;
 use std::collections::BTreeMap;
@@ -38,6 +39,15 @@ pub enum Step {
     Record(Change),
     /// Fetch an image and verify it.
     Fetch(ImageRequest),
+    /// Ask an image's source whether it has something else by now; if so, fetch and verify that.
+    Refresh {
+        /// Which.
+        request: ImageRequest,
+        /// What it came to, as far as the ledger knows.
+        known: EifDigest,
+    },
+    /// Remove something from the image cache.
+    RemoveCached(CacheItem),
     /// Ask the allocator for resources for all enclaves.
     Reserve {
         /// CPUs in all.
@@ -87,6 +97,8 @@ impl fmt::Display for Step {
         match self {
             Self::Record(change) => change.fmt(f),
             Self::Fetch(request) => write!(f, "fetch and verify {}", request.source),
+            Self::Refresh { request, .. } => write!(f, "ask {} for a new image", request.source),
+            Self::RemoveCached(item) => write!(f, "remove {item} from the cache"),
             Self::Reserve { cpus, memory } => write!(f, "ask the allocator for {cpus} CPUs and {memory} in all"),
             Self::StartProxy => f.write_str("start the proxy process"),
             Self::Publish(routes) => write!(f, "publish routes {}", routes.revision()),
@@ -114,6 +126,7 @@ pub fn plan(desired: &Desired, observed: &Observed, ledger: &Ledger, now: Timest
     planner.images();
     planner.enclaves();
     planner.proxy();
+    planner.collect_images();
     planner.plan
 }
 
@@ -194,78 +207,25 @@ impl Planner<'_> {
         self.observed.proxy.known().is_some_and(|report| report.revision == Some(revision))
     }
 
+    /// Whether the ledger knows every enclave that runs, or may run: not if its file was lost, or the supervisor has not
+    /// been heard.
+    fn ledger_is_complete(&self) -> bool {
+        self.observed.instances.known().is_some_and(|all| {
+            let over = |instance: &Instance| matches!(instance.state, InstanceState::Ended { .. });
+            all.iter().all(|(key, instance)| over(instance) || self.ledger.generation(key).is_some())
+        })
+    }
+
     fn proxy(&mut self) {
         if matches!(self.observed.proxy, Observation::Unknown(_)) {
             self.job(&JobKey::StartProxy, restart::STEP, Step::StartProxy);
             return;
         }
-        // Routes are made from the ledger. As long as it may lack an enclave that runs (its file was lost, the
-        // supervisor has not been heard), publishing them could cut that enclave off.
-        let complete = self.observed.instances.known().is_some_and(|all| {
-            let over = |instance: &Instance| matches!(instance.state, InstanceState::Ended { .. });
-            all.iter().all(|(key, instance)| over(instance) || self.ledger.generation(key).is_some())
-        });
-        if complete && !self.routes_applied() {
+        // Routes are made from the ledger. As long as it may lack an enclave that runs, publishing them could cut that
+        // enclave off.
+        if self.ledger_is_complete() && !self.routes_applied() {
             let routes = self.routes.clone();
             self.job(&JobKey::Publish, restart::STEP, Step::Publish(routes));
-        }
-    }
-
-    fn images(&mut self) {
-        let wanted = |request: &ImageRequest| self.desired.enclaves.values().any(|spec| spec.image == *request);
-        let stale: Vec<_> = self
-            .ledger
-            .images
-            .iter()
-            .map(|record| &record.request)
-            .filter(|request| !wanted(request))
-            .cloned()
-            .collect();
-        for request in stale {
-            self.record(Change::ImageForgotten(request));
-        }
-        // What a job found is recorded here; jobs do not write the ledger.
-        for (request, image) in &self.observed.images {
-            let digest = image.digest();
-            let known =
-                matches!(self.ledger.image(request), Some(ImageOutcome::Verified { digest: d, .. }) if *d == digest);
-            if wanted(request) && !known {
-                let (request, measurements) = (request.clone(), *image.measurements());
-                self.record(Change::ImageVerified { request, digest, measurements });
-            }
-        }
-        for (job, failed) in &self.observed.failed {
-            let JobKey::Fetch(request) = job else { continue };
-            // By equality, not by order: clocks step.
-            let known = matches!(self.ledger.image(request), Some(ImageOutcome::Failed { at, .. }) if *at == failed.at);
-            if wanted(request) && !known {
-                let (request, failure) = (request.clone(), failed.failure.clone());
-                self.record(Change::ImageFailed { request, at: failed.at, failure });
-            }
-        }
-    }
-
-    /// Fetches the image unless that is under way, or failed and pauses.
-    fn fetch(&mut self, name: &EnclaveName, request: &ImageRequest) {
-        let news = |step: &Step| match step {
-            Step::Record(Change::ImageVerified { request: of, .. } | Change::ImageFailed { request: of, .. }) => {
-                of == request
-            }
-            _ => false,
-        };
-        if self.observed.running.contains(&JobKey::Fetch(request.clone())) || self.plan.steps.iter().any(news) {
-            return self.wait(name, "its image is being fetched");
-        }
-        if let Some(ImageOutcome::Failed { at, count, failure }) = self.ledger.image(request)
-            && let Some(again) = restart::pause_end(*at, restart::IMAGE.after(*count), self.now)
-        {
-            self.wait(name, format!("its image could not be had and is tried again at {again}: {failure}"));
-            return self.wake(again);
-        }
-        self.wait(name, "its image is being fetched");
-        let step = Step::Fetch(request.clone());
-        if !self.plan.steps.contains(&step) {
-            self.plan.steps.push(step);
         }
     }
 

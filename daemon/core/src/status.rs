@@ -10,6 +10,10 @@ use crate::plan::Plan;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// A certificate of an image that ends sooner than this is told as a problem: time enough to build, sign and roll out.
+const EXPIRES_SOON: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// The status of one host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -26,6 +30,9 @@ pub struct Status {
     pub problems: Vec<Problem>,
     /// Every enclave that is wanted, or of which something is left.
     pub enclaves: Vec<EnclaveStatus>,
+    /// Every download under way, those for no enclave of the configuration included.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fetches: Vec<NamedFetch>,
     /// The steps that would be taken now, for people to read.
     pub steps: Vec<String>,
 }
@@ -70,6 +77,12 @@ pub struct HostStatus {
     /// Enclave memory that nobody uses.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool_memory_free_mib: Option<MemoryMib>,
+    /// Whole images in the cache; absent where it can't be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_cache_images: Option<usize>,
+    /// Bytes of images in the cache, unfinished downloads included.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_cache_bytes: Option<u64>,
 }
 
 /// The proxy process.
@@ -144,6 +157,12 @@ pub struct EnclaveStatus {
     /// The ramdisks after the first; computed by this host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pcr2: Option<Pcr>,
+    /// Until when the certificate is valid that its image is signed with: from then on it can't be launched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_certificate_expires: Option<Timestamp>,
+    /// When its image's source was last asked for a new image, where it is watched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_polled_at: Option<Timestamp>,
     /// nitro-cli's id.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub enclave_id: Option<String>,
@@ -263,12 +282,55 @@ pub struct LastError {
 }
 
 /// How far a download is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FetchStatus {
-    /// Bytes that have arrived.
+    /// What is being done.
+    #[serde(default)]
+    pub stage: FetchStage,
+    /// Bytes that are done with.
     pub bytes: u64,
     /// Bytes in all; 0 while unknown.
     pub total: u64,
+    /// How many bytes a second were done with lately; absent until that can be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<u64>,
+    /// How many seconds the rest takes at that rate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eta_seconds: Option<u64>,
+}
+
+/// What is done to get an image.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum FetchStage {
+    /// Its source is asked.
+    #[default]
+    Asking,
+    /// It is downloaded, or copied, and measured as it arrives.
+    Downloading,
+    /// What is on disk already is measured.
+    Measuring,
+}
+
+impl FetchStage {
+    /// Its name for people.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Asking => "asking",
+            Self::Downloading => "downloading",
+            Self::Measuring => "measuring",
+        }
+    }
+}
+
+/// A download that is under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct NamedFetch {
+    /// From where.
+    pub image: String,
+    /// How far it is.
+    #[serde(flatten)]
+    pub progress: FetchStatus,
 }
 
 /// What goes into a status beside what the loop knows.
@@ -291,7 +353,7 @@ pub fn status(
     facts: &Facts,
     now: Timestamp,
 ) -> Status {
-    let maker = Maker { desired, observed, ledger, plan, facts };
+    let maker = Maker { desired, observed, ledger, plan, facts, now };
     let names: std::collections::BTreeSet<_> = desired.enclaves.keys().chain(ledger.enclaves.keys()).collect();
     let enclaves: Vec<_> = names.into_iter().map(|name| maker.enclave(name)).collect();
     let proxy = maker.proxy();
@@ -299,7 +361,12 @@ pub fn status(
     let served = |enclave: &EnclaveStatus| enclave.ready || !enclave.wanted || enclave.state == EnclaveState::Held;
     let ready = enclaves.iter().all(served) && proxy.current && proxy.listeners_failed == 0;
     let steps = plan.steps.iter().map(ToString::to_string).collect();
-    Status { at: now, ready, host: maker.host(), proxy, problems, enclaves, steps }
+    let named = |(request, progress): (&ImageRequest, &FetchStatus)| NamedFetch {
+        image: request.source.to_string(),
+        progress: *progress,
+    };
+    let fetches = facts.fetches.iter().map(named).collect();
+    Status { at: now, ready, host: maker.host(), proxy, problems, enclaves, fetches, steps }
 }
 
 struct Maker<'a> {
@@ -308,6 +375,7 @@ struct Maker<'a> {
     ledger: &'a Ledger,
     plan: &'a Plan,
     facts: &'a Facts,
+    now: Timestamp,
 }
 
 impl Maker<'_> {
@@ -316,6 +384,12 @@ impl Maker<'_> {
         if let Observation::Known(Pool::Sized { cpus, memory, memory_free }) = &self.observed.pool {
             (host.pool_cpus, host.pool_memory_mib) = (Some(*cpus), Some(*memory));
             host.pool_memory_free_mib = Some(*memory_free);
+        }
+        if let Observation::Known(cache) = &self.observed.cache {
+            let sizes = cache.images.iter().map(|image| image.size);
+            let all = sizes.chain(cache.unfinished.iter().map(|unfinished| unfinished.size));
+            host.image_cache_images = Some(cache.images.len());
+            host.image_cache_bytes = Some(all.fold(0, u64::saturating_add));
         }
         host
     }
@@ -348,6 +422,9 @@ impl Maker<'_> {
         if let Observation::Unknown(failure) = &self.observed.pool {
             add("host", failure.clone());
         }
+        if let Observation::Unknown(failure) = &self.observed.cache {
+            add("host", failure.clone());
+        }
         match &self.observed.proxy {
             Observation::Unknown(failure) => add("proxy", failure.clone()),
             Observation::Known(report) => {
@@ -374,7 +451,13 @@ impl Maker<'_> {
                 JobKey::Probe(key) | JobKey::Launch(key) | JobKey::Stop(key) | JobKey::Forget(key) => {
                     add(key.name.as_str(), failed.failure.clone());
                 }
-                JobKey::Reserve => add("host", failed.failure.clone()),
+                JobKey::Refresh(request) => {
+                    let watches = |spec: &EnclaveSpec| spec.image_poll.is_some() && spec.image == *request;
+                    for (name, _) in self.desired.enclaves.iter().filter(|(_, spec)| watches(spec)) {
+                        add(name.as_str(), failed.failure.clone());
+                    }
+                }
+                JobKey::Reserve | JobKey::RemoveCached(_) => add("host", failed.failure.clone()),
                 JobKey::StartProxy | JobKey::Publish => add("proxy", failed.failure.clone()),
             }
         }
@@ -382,6 +465,13 @@ impl Maker<'_> {
             if enclave.debug {
                 let text = "it runs in debug mode: its console is readable and its attestation proves nothing";
                 add(enclave.name.as_str(), Failure::new(text).with_remedy("remove debug_mode from its configuration"));
+            }
+            if let Some(expires) = enclave.image_certificate_expires.filter(|at| *at <= self.now.plus(EXPIRES_SOON)) {
+                let text = format!(
+                    "the certificate that its image is signed with is valid until {expires}: from then on it can't be launched again"
+                );
+                let remedy = "sign the image again with a certificate that is valid for longer, and update";
+                add(enclave.name.as_str(), Failure::new(text).with_remedy(remedy));
             }
             if let Health::Unhealthy { error } = &enclave.health {
                 add(enclave.name.as_str(), Failure::new(format!("its health check fails: {error}")));
@@ -434,6 +524,11 @@ impl Maker<'_> {
             pcr0: proof.map(|(_, measurements)| measurements.pcr0),
             pcr1: proof.map(|(_, measurements)| measurements.pcr1),
             pcr2: proof.map(|(_, measurements)| measurements.pcr2),
+            image_certificate_expires: self.certificate_expires(spec, proof.map(|(digest, _)| digest)),
+            image_polled_at: spec
+                .filter(|spec| spec.image_poll.is_some())
+                .and_then(|spec| self.observed.refreshed.get(&spec.image))
+                .copied(),
             enclave_id: launch.map(|launch| launch.enclave_id.clone()),
             pid: launch.map(|launch| launch.process.pid),
             health,
@@ -450,6 +545,16 @@ impl Maker<'_> {
                 .filter(|(generation, _)| Some(**generation) != shown.map(|(shown, _)| shown))
                 .map(|(generation, of)| format!("{generation}: {}", phase_name(&of.phase)))
                 .collect(),
+        }
+    }
+
+    /// Until when the certificate of that image is valid, if it is the one that is wanted and it is signed.
+    fn certificate_expires(&self, spec: Option<&EnclaveSpec>, shown: Option<EifDigest>) -> Option<Timestamp> {
+        match self.ledger.image(&spec?.image)? {
+            ImageOutcome::Verified { digest, facts: Some(facts), .. } if Some(*digest) == shown => {
+                Some(facts.certificate?.not_after)
+            }
+            ImageOutcome::Verified { .. } | ImageOutcome::Failed { .. } => None,
         }
     }
 

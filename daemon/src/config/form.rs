@@ -55,6 +55,10 @@ pub(super) struct HostForm {
     pub supervisor: SupervisorKind,
     /// What becomes of the enclaves when the daemon is asked to stop.
     pub on_stop: OnStop,
+    /// How much of the disk images may take, in MiB, beside those that run or ran last: these are always kept. What was not
+    /// used for longest is removed first.
+    #[schemars(range(min = 0, max = 16_777_216))]
+    pub image_cache_mib: u64,
     /// How long connections and requests under way may go on before an enclave is stopped; 0s to 1h.
     pub drain: DurationText,
     /// Where images, the ledger and the last good configuration are kept.
@@ -72,6 +76,7 @@ impl Default for HostForm {
         Self {
             reserve_cpus: 2,
             reserve_memory_mib: 2048,
+            image_cache_mib: enclaved_core::desired::IMAGE_CACHE >> 20,
             allocator: AllocatorMode::default(),
             supervisor: SupervisorKind::default(),
             on_stop: OnStop::default(),
@@ -160,6 +165,9 @@ pub(super) struct EnclaveForm {
     /// Its image (EIF): `s3://bucket/key`, read with the instance's role, or `file:///absolute/path`.
     #[schemars(regex(pattern = "^(s3://[^/]+/.+|file:///.+)$"), example = "s3://bucket/signer.eif")]
     pub image: String,
+    /// How often the image's source is asked whether there is something else by now; 10s to 24h. What is new is verified
+    /// like any other image, and brought in as `update` says. Left out: only a changed configuration brings a new image.
+    pub image_poll: Option<DurationText>,
     /// vCPUs: whole cores, so an even number where the instance has two threads a core.
     #[schemars(range(min = 1, max = 1024))]
     pub cpus: u32,

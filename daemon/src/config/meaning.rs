@@ -87,6 +87,7 @@ impl Judge<'_> {
             reserve_cpus: form.reserve_cpus,
             reserve_memory: MemoryMib(form.reserve_memory_mib),
             drain: drain.unwrap_or_default(),
+            image_cache: form.image_cache_mib.saturating_mul(1 << 20),
         };
         let dirs = [
             ("state_dir", &form.state_dir),

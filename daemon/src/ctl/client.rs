@@ -4,8 +4,9 @@ use super::{CtlError, understood};
 use bytes::Bytes;
 use enclaved_core::status::Status;
 use http::{Method, Request, StatusCode, header};
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
+use serde::Serialize;
 use serde_json::Value;
 use std::io::{Error, ErrorKind};
 use std::path::PathBuf;
@@ -33,15 +34,21 @@ impl Client {
     }
 
     pub(super) async fn get(&self, path: &str) -> Result<Value, CtlError> {
-        self.ask(Method::GET, path).await
+        self.ask(Method::GET, path, Bytes::new()).await
     }
 
     pub(super) async fn post(&self, path: &str) -> Result<Value, CtlError> {
-        self.ask(Method::POST, path).await
+        self.ask(Method::POST, path, Bytes::new()).await
     }
 
-    async fn ask(&self, method: Method, path: &str) -> Result<Value, CtlError> {
-        let asked = tokio::time::timeout(ANSWER, self.exchange(method, path)).await;
+    pub(super) async fn post_json(&self, path: &str, body: &impl Serialize) -> Result<Value, CtlError> {
+        let body = serde_json::to_vec(body);
+        let body = body.map_err(|error| CtlError::Bug(format!("making the request {path}: {error}")))?;
+        self.ask(Method::POST, path, body.into()).await
+    }
+
+    async fn ask(&self, method: Method, path: &str, body: Bytes) -> Result<Value, CtlError> {
+        let asked = tokio::time::timeout(ANSWER, self.exchange(method, path, body)).await;
         let (status, body) = asked.unwrap_or_else(|_| {
             let text = format!("enclaved has not answered within {} s on {}", ANSWER.as_secs(), self.socket.display());
             Err(CtlError::TryAgain(text))
@@ -49,7 +56,7 @@ impl Client {
         answer(status, &body)
     }
 
-    async fn exchange(&self, method: Method, path: &str) -> Result<(StatusCode, Bytes), CtlError> {
+    async fn exchange(&self, method: Method, path: &str, body: Bytes) -> Result<(StatusCode, Bytes), CtlError> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(&error))?;
         let broken = |error: &dyn std::fmt::Display| {
             CtlError::TryAgain(format!("talking to enclaved over {}: {error}", self.socket.display()))
@@ -60,7 +67,7 @@ impl Client {
             .method(method)
             .uri(path)
             .header(header::HOST, "localhost")
-            .body(Empty::<Bytes>::new())
+            .body(Full::new(body))
             .map_err(|error| CtlError::Bug(format!("making the request {path}: {error}")))?;
         let exchange = async {
             let response = sender.send_request(request).await.map_err(|error| broken(&error))?;

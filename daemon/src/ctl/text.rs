@@ -1,5 +1,6 @@
 //! Numbers as people read them. Pure.
 
+use enclaved_core::status::{FetchStage, FetchStatus};
 use std::time::Duration;
 
 /// A span of time in its two largest units: `5s`, `2m 10s`, `3h 12m`, `4d 3h`.
@@ -29,6 +30,26 @@ pub(super) fn mib(bytes: u64) -> String {
     }
 }
 
+/// How far a download is: `3.0 MiB of 12.0 MiB (25%), 1.5 MiB/s, 6s left`.
+pub(super) fn progress(fetch: &FetchStatus) -> String {
+    let done = match (u128::from(fetch.bytes) * 100).checked_div(u128::from(fetch.total)) {
+        Some(percent) => format!("{} of {} ({percent}%)", mib(fetch.bytes), mib(fetch.total)),
+        None => mib(fetch.bytes),
+    };
+    let mut text = match fetch.stage {
+        FetchStage::Asking => return "asking for it".to_owned(),
+        FetchStage::Downloading => done,
+        FetchStage::Measuring => format!("measured {done}"),
+    };
+    if let Some(rate) = fetch.bytes_per_second {
+        text.push_str(&format!(", {}/s", mib(rate)));
+    }
+    if let Some(eta) = fetch.eta_seconds {
+        text.push_str(&format!(", {} left", span(Duration::from_secs(eta))));
+    }
+    text
+}
+
 /// The first characters of a text, on one line, with `…` if there is more.
 pub(super) fn cut(text: &str, max: usize) -> String {
     let line = text.lines().next().unwrap_or_default();
@@ -39,6 +60,21 @@ pub(super) fn cut(text: &str, max: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn progress_tells_how_much_how_fast_and_how_long() {
+        let mut fetch =
+            FetchStatus { stage: FetchStage::Downloading, bytes: 3 << 20, total: 12 << 20, ..FetchStatus::default() };
+        assert_eq!(progress(&fetch), "3.0 MiB of 12.0 MiB (25%)");
+        (fetch.bytes_per_second, fetch.eta_seconds) = (Some(3 << 19), Some(6));
+        assert_eq!(progress(&fetch), "3.0 MiB of 12.0 MiB (25%), 1.5 MiB/s, 6s left");
+        assert_eq!(progress(&FetchStatus::default()), "asking for it");
+        let unknown = FetchStatus { stage: FetchStage::Downloading, bytes: 1 << 20, ..FetchStatus::default() };
+        assert_eq!(progress(&unknown), "1.0 MiB");
+        let huge =
+            FetchStatus { stage: FetchStage::Measuring, bytes: u64::MAX, total: u64::MAX, ..FetchStatus::default() };
+        assert_eq!(progress(&huge).rsplit(' ').next(), Some("(100%)"));
+    }
 
     #[test]
     fn a_span_shows_its_two_largest_units() {

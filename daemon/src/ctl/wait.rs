@@ -154,7 +154,7 @@ mod tests {
     use super::super::status::tests::{enclave, sample};
     use super::*;
     use enclaved_core::failure::Failure;
-    use enclaved_core::status::FetchStatus;
+    use enclaved_core::status::{FetchStage, FetchStatus};
     use serde_json::json;
 
     fn host(state: &str) -> Status {
@@ -257,7 +257,12 @@ mod tests {
         let lines = |status: &Status| status.enclaves.iter().map(stand).collect::<Vec<_>>();
         let mut status = host("fetching");
         progress.show(lines(&status));
-        status.enclaves[0].fetch = Some(FetchStatus { bytes: 1 << 20, total: 2 << 20 });
+        status.enclaves[0].fetch = Some(FetchStatus {
+            stage: FetchStage::Downloading,
+            bytes: 1 << 20,
+            total: 2 << 20,
+            ..FetchStatus::default()
+        });
         progress.show(lines(&status));
         progress.show(lines(&status));
         assert_eq!(

@@ -84,6 +84,18 @@ impl Store {
 }
 
 impl ImageStore for Store {
+    async fn observe(&self) -> Outcome<enclaved_core::observed::ImageCache> {
+        Ok(Default::default())
+    }
+    async fn refresh(&self, _: &ImageRequest, _: &EifDigest, _: Arc<Progress>) -> Outcome<Option<VerifiedImage>> {
+        Ok(None)
+    }
+    async fn prove(&self, _: &VerifiedImage) -> Outcome<super::Proof> {
+        Ok(super::Proof::Holds)
+    }
+    async fn remove(&self, _: &enclaved_core::observed::CacheItem) -> Outcome<()> {
+        Ok(())
+    }
     async fn fetch(&self, request: &ImageRequest, progress: Arc<Progress>) -> Outcome<VerifiedImage> {
         progress.restart();
         if let Some(image) = self.cached(request, &progress).await? {

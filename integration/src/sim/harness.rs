@@ -66,6 +66,7 @@ pub fn desired(enclaves: &[(&str, &ImageRequest, u32, u64)]) -> Desired {
         let listen = SocketAddr::from(([127, 0, 0, 1], port));
         let spec = EnclaveSpec {
             image: (*image).clone(),
+            image_poll: None,
             cpus: *cpus,
             memory: MemoryMib(*memory),
             debug: false,
@@ -241,6 +242,21 @@ impl Harness {
             }
             self.pass(Duration::from_millis(100)).await;
         }
+    }
+
+    /// Waits until the host is so.
+    ///
+    /// # Errors
+    /// It is not, after that much simulated time.
+    pub async fn until(&mut self, within: Duration, so: impl Fn(&World) -> bool) -> Result<(), String> {
+        let began = Instant::now();
+        while !so(&self.world) {
+            if began.elapsed() > within {
+                return Err(format!("the host did not become what it should: {:?}", self.status()));
+            }
+            self.pass(Duration::from_millis(100)).await;
+        }
+        Ok(())
     }
 
     /// What is still missing, or `None`.

@@ -230,8 +230,12 @@ impl Planner<'_> {
             }
         };
         let target = Identity { image: digest, cpus: spec.cpus, memory: spec.memory, debug: spec.debug };
+        let unfit = self.launchable(spec).err();
         let Some(((newest, of), older)) = current.split_last() else {
-            return self.plan_next(name, spec, record, target, measurements);
+            return match unfit {
+                Some(unfit) => self.wait(name, format!("it can't be launched: {}", unfit.failure)),
+                None => self.plan_next(name, spec, record, target, measurements),
+            };
         };
         let serves = matches!(of.phase, Phase::Ready { .. });
         for (generation, of) in older {
@@ -241,6 +245,21 @@ impl Planner<'_> {
                 // It never served and a newer one is on its way, or the newer one serves in its place.
                 self.end(key(generation), of, &StopReason::Replaced, instances);
             }
+        }
+        let launched = self.is_launched(&key(newest), instances);
+        if let Some(unfit) = unfit
+            && (of.identity != target || !launched)
+        {
+            // What runs goes on; what was only planned is taken back.
+            self.wait(
+                name,
+                format!("{} can't be launched: {}", if launched { "its update" } else { "it" }, unfit.failure),
+            );
+            return if launched {
+                self.watch(&key(newest), of, spec);
+            } else {
+                self.end(key(newest), of, &StopReason::Replaced, instances);
+            };
         }
         if of.identity == target {
             return self.advance(&key(newest), of, spec, instances);

@@ -41,11 +41,19 @@ impl Judge<'_> {
                            `enclavectl measure FILE` prints what [enclave.measurements] should hold";
             self.problems.warn(self.tree, path, message);
         }
+        let image_poll = form.image_poll.as_ref().map(|every| {
+            let range = Duration::from_secs(10)..=Duration::from_secs(24 * 3600);
+            self.duration(every, range, &path.key("image_poll"))
+        });
         let health = form.health.map(|health| self.health(&health, &path.key("health")));
         let egress = self.egress(form.egress, &path.key("egress"));
         let ingress = self.ingress(form.ingress, &path.key("ingress"), domains);
         Some(EnclaveSpec {
             image: ImageRequest { source: source?, expected },
+            image_poll: match image_poll {
+                None => None,
+                Some(every) => Some(every?),
+            },
             cpus: form.cpus,
             memory: MemoryMib(form.memory_mib),
             debug: form.debug_mode,
