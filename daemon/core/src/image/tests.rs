@@ -2,8 +2,11 @@
 //! break one rule; that well-formed ones are read as AWS's tools read them is proven in `integration/eif-oracle`.
 
 use super::*;
+use crate::id::{EifDigest, Measurements, Pcr};
 use proptest::prelude::*;
+use sha2::{Digest, Sha256, Sha384};
 
+mod lanes;
 mod signature;
 
 /// PCR2 of an image with one ramdisk: the register of empty contents, as nitro-cli 1.5.2 prints it.

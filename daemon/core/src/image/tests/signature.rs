@@ -84,6 +84,11 @@ fn with(section: Vec<u8>) -> Vec<u8> {
     image.bytes()
 }
 
+/// A typical image, signed.
+pub(super) fn signed_image() -> Vec<u8> {
+    with(Signing::of(&pcr0()).section())
+}
+
 fn pcr0() -> Pcr {
     measure(&typical().bytes()).unwrap().measurements().pcr0
 }
