@@ -17,6 +17,7 @@
 //! No files and no network here: whoever has the bytes feeds them.
 
 mod error;
+mod expected;
 mod lane;
 mod layout;
 mod metadata;
@@ -25,14 +26,13 @@ mod signature;
 mod verify;
 
 pub use error::{EifError, Place};
+pub use expected::{ExpectedImage, Pins};
 pub use lane::{ApplicationShare, FileShare, ImageShare, Lane, Lanes, Share};
 pub use layout::{Architecture, Limits, SectionInfo, SectionKind};
 pub use metadata::ImageMetadata;
 pub use report::EifReport;
 pub use signature::{ImageSignature, SignatureAlgorithm};
-pub use verify::{
-    ExpectedImage, Found, Mismatch, Pinned, Refusal, VerifiedImage, os_image_hash, required_memory, verify,
-};
+pub use verify::{Found, Mismatch, Pinned, Refusal, VerifiedImage, os_image_hash, required_memory, verify};
 
 /// Reads an EIF as it arrives, checks its form and measures it: all three [`Lanes`] one after another, on the caller's thread.
 ///

@@ -102,12 +102,11 @@ impl ImageStore for Store {
 }
 
 fn refused(request: &ImageRequest, refusal: &Refusal) -> Failure {
-    let differences: Vec<String> = refusal.mismatches.iter().map(ToString::to_string).collect();
     Failure::new(format!(
         "{} is refused: it is not the image that was asked for (its SHA-256 is {}): {}",
         request.source,
         refusal.digest,
-        differences.join(", ")
+        refusal.reason()
     ))
     .with_remedy(refusal.remedy())
 }
