@@ -184,9 +184,12 @@ pub(super) struct EnclaveForm {
     #[serde(default)]
     pub restart: RestartPolicy,
     /// What the image must be: one that differs is refused. `enclavectl measure FILE` prints the values. What is left out
-    /// is not checked.
+    /// is not checked. As an array of tables (`[[enclave.measurements]]`, 8 at most) it allows several images: one that fits
+    /// one of them as a whole is taken.
+    pub measurements: Option<MeasurementsForm>,
+    /// Refuses an image that is not signed. Who may sign it is pinned by `pcr8`.
     #[serde(default)]
-    pub measurements: MeasurementsForm,
+    pub require_signature: bool,
     /// How it is known to be ready and well. Left out: it is taken to be ready as soon as it runs.
     pub health: Option<HealthForm>,
     /// What it may reach. It reaches nothing else.
@@ -199,9 +202,20 @@ pub(super) struct EnclaveForm {
 }
 
 /// What an image must be.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub(super) enum MeasurementsForm {
+    // First, because serde would also take an array for the fields of a table.
+    /// Several sets of values, of which one must fit.
+    AnyOf(#[schemars(length(max = 8))] Vec<PinsForm>),
+    /// One set.
+    One(PinsForm),
+}
+
+/// The values of an image; at least one.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
-pub(super) struct MeasurementsForm {
+pub(super) struct PinsForm {
     /// SHA-256 of the whole file: 64 hexadecimal digits. Pins every byte.
     #[schemars(with = "Option<EifDigest>")]
     pub sha256: Option<String>,

@@ -2,7 +2,8 @@
 
 use super::*;
 use enclaved_core::desired::{Probe, UpdatePolicy};
-use enclaved_core::id::{Cid, MemoryMib};
+use enclaved_core::id::{Cid, MemoryMib, Pcr};
+use enclaved_core::image::{ExpectedImage, Pins};
 use enclaved_core::ledger::Ledger;
 use enclaved_core::routes::{EgressRoute, Routes, VsockTransport};
 use proptest::prelude::*;
@@ -275,6 +276,29 @@ fn what_is_unwise_is_a_warning_with_its_place() {
         good(&format!("{SIGNER}debug_mode = true\n[enclave.measurements]\npcr0 = \"{}\"", "ab".repeat(48))).warnings;
     assert!(
         warnings[0].starts_with("t.toml:6:14: [[enclave]] \"signer\" debug_mode: the enclave runs in debug"),
+        "{warnings:?}"
+    );
+}
+
+#[test]
+fn measurements_are_one_table_or_several_and_a_signature_can_be_required() {
+    let [one, other] = [1, 2].map(|byte| Pins { pcr0: Some(Pcr([byte; 48])), ..Pins::default() });
+    let (first, second) = ("01".repeat(48), "02".repeat(48));
+    let expected = |text: &str| {
+        let config = good(&format!("{SIGNER}{text}"));
+        (config.desired.enclaves.values().next().unwrap().image.expected.clone(), config.warnings)
+    };
+    let (single, warnings) = expected(&format!("[enclave.measurements]\npcr0 = \"{first}\""));
+    assert_eq!((single, warnings.len()), (one.clone().into(), 0));
+    let several = format!(
+        "require_signature = true\n[[enclave.measurements]]\npcr0 = \"{first}\"\n[[enclave.measurements]]\npcr0 = \"{second}\""
+    );
+    let (several, warnings) = expected(&several);
+    assert_eq!((several, warnings.len()), (ExpectedImage::new([other, one], true), 0));
+    let (signed, warnings) = expected("require_signature = true");
+    assert_eq!(signed, ExpectedImage::new([], true));
+    assert!(
+        warnings[0].starts_with("t.toml:6:21: [[enclave]] \"signer\" require_signature: any signature"),
         "{warnings:?}"
     );
 }

@@ -2,6 +2,7 @@
 //! proven anew by every fetch, whether they came from afar or from the cache. What an image must be is core's to say.
 
 mod cache;
+mod intake;
 mod measure;
 mod s3;
 mod s3_failure;
@@ -12,7 +13,7 @@ use enclaved_core::desired::{ImageRequest, ImageSource};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::EifDigest;
 use enclaved_core::image::{EifReport, Refusal, VerifiedImage, verify};
-use measure::{IntakeError, measure_file};
+pub(crate) use measure::{IntakeError, measure_whole};
 use s3::S3;
 use std::fs::File;
 use std::io;
@@ -45,7 +46,7 @@ impl Store {
         let Some(digest) = self.cache.find(request)? else { return Ok(None) };
         let path = self.cache.path(&digest);
         let spoilt = match File::open(&path) {
-            Ok(file) => match measured(file, None, progress).await {
+            Ok(file) => match measure_whole(file, progress).await {
                 Ok(report) if report.digest() == digest => match verify(report, &request.expected) {
                     Ok(image) => return Ok(Some(image)),
                     Err(refusal) => refusal.to_string(),
@@ -78,7 +79,7 @@ impl Store {
         }
         self.cache.check_space(metadata.len())?;
         let (incoming, copy) = self.cache.incoming()?;
-        let report = measured(file, Some(copy), progress).await;
+        let report = intake::copy(file, copy, progress).await;
         Ok((incoming, report.map_err(|error| not_taken(&format!("file://{}", path.display()), &error))?))
     }
 }
@@ -112,19 +113,12 @@ impl ImageStore for Store {
     }
 }
 
-async fn measured(file: File, copy: Option<File>, progress: &Arc<Progress>) -> Result<EifReport, IntakeError> {
-    let progress = progress.clone();
-    let measured = tokio::task::spawn_blocking(move || measure_file(file, copy, &progress)).await;
-    measured.unwrap_or_else(|error| Err(IntakeError::Cut(error.to_string())))
-}
-
 fn refused(request: &ImageRequest, refusal: &Refusal) -> Failure {
-    let differences: Vec<String> = refusal.mismatches.iter().map(ToString::to_string).collect();
     Failure::new(format!(
         "{} is refused: it is not the image that was asked for (its SHA-256 is {}): {}",
         request.source,
         refusal.digest,
-        differences.join(", ")
+        refusal.reason()
     ))
     .with_remedy(refusal.remedy())
 }

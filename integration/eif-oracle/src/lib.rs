@@ -10,7 +10,7 @@ use aws_nitro_enclaves_image_format::defs::{EifBuildInfo, EifHeader, EifIdentity
 use aws_nitro_enclaves_image_format::utils::eif_reader::EifReader;
 use aws_nitro_enclaves_image_format::utils::{EifBuilder, SignKeyData};
 use eif::Eif;
-use enclaved_core::image::{EifError, EifReport, Limits, Measurer};
+use enclaved_core::image::{EifError, EifReport, Lanes, Limits, Measurer};
 use sha2::{Digest, Sha384};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -79,12 +79,19 @@ pub fn read(file: &[u8]) -> Result<Reading, String> {
     })
 }
 
-/// Has this project's reader read an image.
+/// Has this project's reader read an image, on one thread and in lanes that are apart, which must come to the same.
 pub fn measure(file: &[u8]) -> Result<EifReport, EifError> {
     let mut measurer = Measurer::new(Limits::default());
     // In pieces, as it arrives from a network.
-    file.chunks(60_000).try_for_each(|piece| measurer.update(piece))?;
-    measurer.finish()
+    let fed = file.chunks(60_000).try_for_each(|piece| measurer.update(piece));
+    let measured = fed.and_then(|()| measurer.finish());
+    let mut lanes = Lanes::new(Limits::default());
+    // What a lane finds wrong it keeps until it is joined with the others.
+    drop(file.chunks(50_000).try_for_each(|piece| lanes.application.update(piece)));
+    drop(file.chunks(65_536).try_for_each(|piece| lanes.image.update(piece)));
+    drop(file.chunks(1_000).try_for_each(|piece| lanes.file.update(piece)));
+    assert_eq!(lanes.join(), measured, "lanes and one thread differ");
+    measured
 }
 
 /// The registers of a report, as AWS's crate gives its own.

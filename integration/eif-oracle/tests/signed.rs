@@ -5,7 +5,7 @@ use aws_nitro_enclaves_image_format::utils::eif_reader::EifReader;
 use aws_nitro_enclaves_image_format::utils::eif_signer::SignKey;
 use aws_nitro_enclaves_image_format::utils::{EifSigner, SignKeyData};
 use enclaved_core::id::Timestamp;
-use enclaved_core::image::{EifError, ExpectedImage, SectionKind, SignatureAlgorithm, verify};
+use enclaved_core::image::{EifError, Pins, SectionKind, SignatureAlgorithm, verify};
 use enclaved_eif_oracle::eif::{self, Eif, damage};
 use enclaved_eif_oracle::{build, identity, measure, read, registers, text};
 use openssl::asn1::Asn1Time;
@@ -80,8 +80,8 @@ fn images_signed_while_they_are_built_are_measured_alike_on_every_curve() {
         assert!(signature.not_before <= now && now < signature.not_after, "{signature:?}");
         assert_eq!(signature.not_after, signature.not_before.plus(day));
 
-        let pinned = ExpectedImage { pcr8: report.measurements().pcr8, ..ExpectedImage::default() };
-        assert!(verify(report.clone(), &pinned).is_ok(), "{algorithm}");
+        let pinned = Pins { pcr8: report.measurements().pcr8, ..Pins::default() };
+        assert!(verify(report.clone(), &pinned.into()).is_ok(), "{algorithm}");
 
         // The writer puts a signature where the builder puts it.
         let section = report.sections().last().unwrap();

@@ -147,7 +147,7 @@ pub(super) struct Header {
     /// The sizes of the sections' contents; their number is that of the sections.
     sizes: Vec<u64>,
     /// The file's size.
-    total: u64,
+    pub(super) total: u64,
 }
 
 /// Follows the layout of a file through its bytes.

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 /// A well-formed image and its measurements; whether it is the right one is for [`verify`](super::verify()) to say.
 ///
-/// Only [`Measurer::finish`](super::Measurer::finish) makes one, and it can't be changed: the fields are private.
+/// Only [`Lanes::join`](super::Lanes::join) makes one, and it can't be changed: the fields are private.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct EifReport {
     pub(super) size: u64,

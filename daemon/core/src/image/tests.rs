@@ -2,9 +2,13 @@
 //! break one rule; that well-formed ones are read as AWS's tools read them is proven in `integration/eif-oracle`.
 
 use super::*;
+use crate::id::{EifDigest, Measurements, Pcr};
 use proptest::prelude::*;
+use sha2::{Digest, Sha256, Sha384};
 
+mod lanes;
 mod signature;
+mod verdict;
 
 /// PCR2 of an image with one ramdisk: the register of empty contents, as nitro-cli 1.5.2 prints it.
 const EMPTY_REGISTER: &str =
@@ -327,74 +331,6 @@ fn metadata_that_is_no_json_object_or_could_deceive_a_terminal_is_refused_with_a
         let Err(EifError::Metadata { offset, reason }) = measure(&file) else { panic!("accepted: {text}") };
         assert_eq!(offset, 548 + 3 * 12 + 2);
         assert!(reason.contains(text) && reason.len() < 1000 && !reason.contains(char::is_control), "{text}: {reason}");
-    }
-}
-
-#[test]
-fn an_image_that_is_what_was_asked_for_is_verified_and_keeps_its_report() {
-    let report = measure(&typical().bytes()).unwrap();
-    let measurements = *report.measurements();
-    let expected = ExpectedImage {
-        sha256: Some(report.digest()),
-        pcr0: Some(measurements.pcr0),
-        pcr1: Some(measurements.pcr1),
-        pcr2: Some(measurements.pcr2),
-        pcr8: None,
-    };
-    let image = verify(report.clone(), &expected).unwrap();
-    assert_eq!((image.digest(), *image.measurements(), image.size()), (report.digest(), measurements, report.size()));
-    assert_eq!((image.name(), image.version()), (Some("signer"), Some("1.2")));
-    assert!(verify(report, &ExpectedImage::default()).is_ok());
-}
-
-#[test]
-fn a_refusal_lists_every_difference_with_both_values_and_a_remedy() {
-    let report = measure(&typical().bytes()).unwrap();
-    let wrong = Pcr([0xab; 48]);
-    let expected = ExpectedImage {
-        sha256: Some(EifDigest([0xcd; 32])),
-        pcr0: Some(wrong),
-        pcr1: Some(report.measurements().pcr1),
-        pcr2: Some(wrong),
-        pcr8: Some(wrong),
-    };
-    let refusal = verify(report.clone(), &expected).unwrap_err();
-    let what: Vec<_> = refusal.mismatches.iter().map(|mismatch| mismatch.what).collect();
-    assert_eq!(what, [Pinned::Sha256, Pinned::Pcr0, Pinned::Pcr2, Pinned::Pcr8]);
-    let text = refusal.to_string();
-    assert!(text.contains(&format!("PCR0 is {}, expected {wrong}", report.measurements().pcr0)), "{text}");
-    assert!(text.contains("PCR8 is absent (the image is not signed)") && text.contains("sign the image"), "{text}");
-}
-
-#[test]
-fn registers_of_zero_are_told_to_come_from_debug_mode() {
-    let report = measure(&typical().bytes()).unwrap();
-    let refusal = verify(report, &ExpectedImage { pcr0: Some(Pcr([0; 48])), ..Default::default() }).unwrap_err();
-    assert!(refusal.to_string().contains("debug mode"), "{refusal}");
-}
-
-#[test]
-fn what_is_expected_is_written_in_hexadecimal_and_misspelt_registers_are_refused() {
-    let text = format!(r#"{{"pcr0":"{EMPTY_REGISTER}"}}"#);
-    let expected: ExpectedImage = serde_json::from_str(&text).unwrap();
-    assert_eq!(expected.pcr0.unwrap().to_string(), EMPTY_REGISTER);
-    assert_eq!(serde_json::to_string(&expected).unwrap(), text);
-    assert!(serde_json::from_str::<ExpectedImage>(r#"{"pcr3":""}"#).is_err());
-    assert!(ExpectedImage::default().is_empty() && !expected.is_empty());
-}
-
-#[test]
-fn the_image_hash_of_dstack_is_that_of_the_three_registers_as_text_and_a_newline() {
-    let measurements = Measurements { pcr0: Pcr([0; 48]), pcr1: Pcr([1; 48]), pcr2: Pcr([0xff; 48]), pcr8: None };
-    let hash = EifDigest(os_image_hash(&measurements));
-    // sha256sum <<< "$(printf 00%.0s {1..48})$(printf 01%.0s {1..48})$(printf ff%.0s {1..48})"
-    assert_eq!(hash.to_string(), "75cc3b9749b89b43cfb1dfdd89d95113b777c26e3b2e1b50ce9df302b893181d");
-}
-
-#[test]
-fn an_enclave_needs_four_times_its_image_and_64_mib_at_least() {
-    for (size, mib) in [(0, 64), (16 << 20, 64), ((16 << 20) + 1, 65), (100 << 20, 400), (u64::MAX, 1 << 46)] {
-        assert_eq!(required_memory(size).0, mib, "{size} bytes");
     }
 }
 

@@ -2,46 +2,15 @@
 //!
 //! [`VerifiedImage`] has one constructor, [`verify`]; whatever launches enclaves takes nothing else.
 
+use super::expected::{ExpectedImage, Pins};
 use super::layout::Architecture;
 use super::metadata::ImageMetadata;
 use super::report::EifReport;
 use super::signature::ImageSignature;
 use crate::id::{EifDigest, Measurements, MemoryMib, Pcr};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
 use std::fmt;
-
-/// What an image must be. What is not given is not checked; with nothing given, any well-formed image will do.
-///
-/// PCR0 pins the contents of kernel, command line and ramdisks, but as one stream: it does not pin where one ends and the
-/// next begins, nor the metadata. `sha256` pins every byte of the file.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct ExpectedImage {
-    /// SHA-256 of the whole file.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sha256: Option<EifDigest>,
-    /// Measurement of the kernel, the command line and all ramdisks.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pcr0: Option<Pcr>,
-    /// Measurement of the kernel, the command line and the first ramdisk.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pcr1: Option<Pcr>,
-    /// Measurement of the ramdisks after the first: the application.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pcr2: Option<Pcr>,
-    /// Measurement of the certificate that the image is signed with: any image signed by the holder of its key will do.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pcr8: Option<Pcr>,
-}
-
-impl ExpectedImage {
-    /// Whether nothing at all is asked for.
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
-    }
-}
 
 /// An image that is well-formed and is the one that was asked for. There is no way to have one without proof: [`verify`]
 /// makes it, it can't be changed, and it can't be read from anywhere.
@@ -100,63 +69,98 @@ impl VerifiedImage {
 /// Compares an image with what was asked for.
 ///
 /// # Errors
-/// Every difference, not only the first.
+/// Every difference from every allowed set, not only the first.
 pub fn verify(report: EifReport, expected: &ExpectedImage) -> Result<VerifiedImage, Refusal> {
+    if expected.admits(&report.digest, &report.measurements) {
+        return Ok(VerifiedImage { report });
+    }
+    let sets: Vec<_> = expected.any_of().map(|pins| mismatches(&report, pins)).collect();
+    // If one of them fits, only the signature is missing.
+    let sets = if sets.iter().any(Vec::is_empty) { Vec::new() } else { sets };
+    Err(Refusal { digest: report.digest, sets, not_signed: expected.signed() && !report.signed() })
+}
+
+/// Where an image differs from one set.
+fn mismatches(report: &EifReport, pins: &Pins) -> Vec<Mismatch> {
+    let Pins { sha256, pcr0, pcr1, pcr2, pcr8 } = pins;
     let found = &report.measurements;
-    let mut mismatches = Vec::new();
-    if let Some(sha256) = expected.sha256
-        && sha256 != report.digest
-    {
-        mismatches.push(Mismatch {
-            what: Pinned::Sha256,
-            expected: sha256.to_string(),
-            found: Found::Value(report.digest.to_string()),
-        });
-    }
-    let registers = [
-        (Pinned::Pcr0, expected.pcr0, Some(found.pcr0)),
-        (Pinned::Pcr1, expected.pcr1, Some(found.pcr1)),
-        (Pinned::Pcr2, expected.pcr2, Some(found.pcr2)),
-        (Pinned::Pcr8, expected.pcr8, found.pcr8),
+    let text = |pcr: &Option<Pcr>| pcr.map(|pcr| pcr.to_string());
+    let all = [
+        (Pinned::Sha256, sha256.map(|digest| digest.to_string()), Some(report.digest.to_string())),
+        (Pinned::Pcr0, text(pcr0), Some(found.pcr0.to_string())),
+        (Pinned::Pcr1, text(pcr1), Some(found.pcr1.to_string())),
+        (Pinned::Pcr2, text(pcr2), Some(found.pcr2.to_string())),
+        (Pinned::Pcr8, text(pcr8), text(&found.pcr8)),
     ];
-    for (what, expected, found) in registers {
-        let Some(expected) = expected.filter(|_| expected != found) else { continue };
-        let found = match found {
-            Some(found) => Found::Value(found.to_string()),
-            None => Found::NotSigned,
-        };
-        mismatches.push(Mismatch { what, expected: expected.to_string(), found });
-    }
-    if mismatches.is_empty() {
-        Ok(VerifiedImage { report })
-    } else {
-        Err(Refusal { digest: report.digest, mismatches })
-    }
+    let differs = |(what, expected, found): (Pinned, Option<String>, Option<String>)| {
+        let different = expected != found;
+        let expected = expected.filter(|_| different)?;
+        Some(Mismatch { what, expected, found: found.map_or(Found::NotSigned, Found::Value) })
+    };
+    all.into_iter().filter_map(differs).collect()
 }
 
 /// An image that is not the one that was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the image (SHA-256 {digest}) is not the one that was asked for: {}; {}", list(mismatches), self.remedy())]
+#[error("the image (SHA-256 {digest}) is not the one that was asked for: {}; {}", self.reason(), self.remedy())]
 pub struct Refusal {
     /// Which image.
     pub digest: EifDigest,
-    /// Every difference; at least one.
-    pub mismatches: Vec<Mismatch>,
+    /// For each of the allowed sets every difference, of which there is at least one; none if only the signature is missing.
+    pub sets: Vec<Vec<Mismatch>>,
+    /// A signature is required, and there is none.
+    pub not_signed: bool,
 }
 
 impl Refusal {
+    /// What differs, on one line. The image's own values are given in full, once each.
+    pub fn reason(&self) -> String {
+        let mut reasons = Vec::new();
+        match self.sets.as_slice() {
+            [] => {}
+            [only] => reasons.push(list(only, ", ", Mismatch::to_string)),
+            several => {
+                let found: BTreeMap<Pinned, &Found> =
+                    several.iter().flatten().map(|mismatch| (mismatch.what, &mismatch.found)).collect();
+                let found: Vec<_> = found.iter().map(|(what, found)| format!("{what} is {found}")).collect();
+                let set = |set: &Vec<Mismatch>| list(set, " and ", |it| format!("{} {}", it.what, short(&it.expected)));
+                reasons.push(format!(
+                    "{}; none of the {} allowed sets fits, which differ in: {}",
+                    found.join(", "),
+                    several.len(),
+                    list(several, ", or ", set)
+                ));
+            }
+        }
+        if self.not_signed {
+            reasons.push("it is not signed, and a signature is required".to_owned());
+        }
+        reasons.join("; ")
+    }
+
     /// What a person can do about it.
     pub fn remedy(&self) -> &'static str {
-        let zero = |mismatch: &Mismatch| mismatch.expected.bytes().all(|digit| digit == b'0');
-        let found = |found: Found| self.mismatches.iter().any(|mismatch| mismatch.found == found);
-        if self.mismatches.iter().any(zero) {
+        let any = |is: fn(&Mismatch) -> bool| self.sets.iter().flatten().any(is);
+        if any(|mismatch| mismatch.expected.bytes().all(|digit| digit == b'0')) {
             "zero is what an enclave in debug mode attests, never what an image measures: take the values from `enclavectl measure`"
-        } else if found(Found::NotSigned) {
+        } else if self.not_signed {
+            "sign the image (nitro-cli's --signing-certificate and --private-key), or remove require_signature from the enclave"
+        } else if any(|mismatch| mismatch.found == Found::NotSigned) {
             "sign the image, or remove pcr8 from the enclave's measurements"
         } else {
             "if this image is right, put its values (`enclavectl measure`) into the enclave's measurements; if not, put the right image in its place"
         }
     }
+}
+
+fn list<T>(items: &[T], between: &str, text: impl Fn(&T) -> String) -> String {
+    items.iter().map(text).collect::<Vec<_>>().join(between)
+}
+
+/// The beginning of a value: enough to find it in a configuration.
+fn short(value: &str) -> String {
+    const DIGITS: usize = 12;
+    format!("{}…", value.get(..DIGITS).unwrap_or(value))
 }
 
 /// One difference between an image and what was asked for.
@@ -219,10 +223,6 @@ impl fmt::Display for Found {
             Self::NotSigned => "absent (the image is not signed)",
         })
     }
-}
-
-fn list(mismatches: &[Mismatch]) -> String {
-    mismatches.iter().map(Mismatch::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// dstack's `OS_IMAGE_HASH` of an image on Nitro, which its governance registers before keys are released: SHA-256 over the

@@ -2,7 +2,7 @@
 
 use super::Judge;
 use crate::config::form::{
-    EgressForm, EnclaveForm, FullPortForm, HealthForm, IngressForm, ListenForm, MeasurementsForm, PortForm,
+    EgressForm, EnclaveForm, FullPortForm, HealthForm, IngressForm, ListenForm, MeasurementsForm, PinsForm, PortForm,
 };
 use crate::config::source::{Path, quoted};
 use enclaved_core::desired::{
@@ -10,7 +10,7 @@ use enclaved_core::desired::{
 };
 use enclaved_core::egress_policy;
 use enclaved_core::id::{MemoryMib, Pcr};
-use enclaved_core::image::ExpectedImage;
+use enclaved_core::image::{ExpectedImage, Pins};
 use enclaved_core::routes::{PathRoute, is_domain, is_host};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -32,14 +32,20 @@ impl Judge<'_> {
     /// The enclave, unless something is wrong with it.
     pub(super) fn enclave(&mut self, form: EnclaveForm, path: &Path, domains: &mut Domains) -> Option<EnclaveSpec> {
         let source: Option<ImageSource> = self.parsed(&form.image, &path.key("image"));
-        let expected = self.expected(&form.measurements, &path.key("measurements"));
+        let expected = self.expected(form.measurements.as_ref(), form.require_signature, &path.key("measurements"));
         if form.debug_mode {
             let message = "the enclave runs in debug mode: its console can be read and its attestation proves nothing";
             self.problems.warn(self.tree, &path.key("debug_mode"), message);
-        } else if expected.is_empty() && form.measurements.is_empty() {
-            let message = "no measurement is pinned: whoever can write the image decides what runs; \
-                           `enclavectl measure FILE` prints what [enclave.measurements] should hold";
-            self.problems.warn(self.tree, path, message);
+        } else if expected.any_of().len() == 0 && form.measurements.is_none() {
+            if form.require_signature {
+                let message = "any signature will do, also that of a key that somebody made for it: pin the signer by pcr8 \
+                               in [enclave.measurements]";
+                self.problems.warn(self.tree, &path.key("require_signature"), message);
+            } else {
+                let message = "no measurement is pinned: whoever can write the image decides what runs; \
+                               `enclavectl measure FILE` prints what [enclave.measurements] should hold";
+                self.problems.warn(self.tree, path, message);
+            }
         }
         let image_poll = form.image_poll.as_ref().map(|every| {
             let range = Duration::from_secs(10)..=Duration::from_secs(24 * 3600);
@@ -68,7 +74,35 @@ impl Judge<'_> {
         })
     }
 
-    fn expected(&mut self, form: &MeasurementsForm, path: &Path) -> ExpectedImage {
+    fn expected(&mut self, form: Option<&MeasurementsForm>, signed: bool, path: &Path) -> ExpectedImage {
+        let sets: Vec<(&PinsForm, Path)> = match form {
+            None => Vec::new(),
+            Some(MeasurementsForm::One(set)) => vec![(set, path.clone())],
+            Some(MeasurementsForm::AnyOf(sets)) => {
+                if sets.is_empty() {
+                    self.refuse(path, "is empty: give one set of values at least, or remove it");
+                }
+                sets.iter().enumerate().map(|(index, set)| (set, path.index(index))).collect()
+            }
+        };
+        let mut seen: BTreeMap<Pins, Path> = BTreeMap::new();
+        for (set, path) in sets {
+            let pins = self.pins(set, &path);
+            if set.is_empty() {
+                let message = "holds no value, so any image would be allowed: pin what `enclavectl measure FILE` prints, or \
+                               remove it";
+                self.refuse(&path, message);
+            } else if let Some(first) = seen.get(&pins).filter(|_| !pins.is_empty()) {
+                let message = format!("is the same set as the one at {}: remove one of the two", self.place_of(first));
+                self.refuse(&path, message);
+            } else {
+                seen.insert(pins, path);
+            }
+        }
+        ExpectedImage::new(seen.into_keys(), signed)
+    }
+
+    fn pins(&mut self, form: &PinsForm, path: &Path) -> Pins {
         let sha256 = form.sha256.as_ref().and_then(|text| self.parsed(text, &path.key("sha256")));
         let mut pcr = |key: &str, text: &Option<String>| {
             let text = text.as_ref()?;
@@ -80,7 +114,7 @@ impl Judge<'_> {
             }
             Some(pcr)
         };
-        ExpectedImage {
+        Pins {
             sha256,
             pcr0: pcr("pcr0", &form.pcr0),
             pcr1: pcr("pcr1", &form.pcr1),
@@ -286,7 +320,7 @@ impl Judge<'_> {
     }
 }
 
-impl MeasurementsForm {
+impl PinsForm {
     fn is_empty(&self) -> bool {
         let Self { sha256, pcr0, pcr1, pcr2, pcr8 } = self;
         [sha256, pcr0, pcr1, pcr2, pcr8].into_iter().all(Option::is_none)

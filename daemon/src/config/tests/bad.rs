@@ -149,7 +149,7 @@ name = "x""#,
         ),
         (
             "enclave = [1]",
-            "t.toml:1:12: [[enclave]] number 1: is 1; allowed: a table with cpus, debug_mode, egress, health, image, ingress, measurements, memory_mib, name, restart, update",
+            "t.toml:1:12: [[enclave]] number 1: is 1; allowed: a table with cpus, debug_mode, egress, health, image, ingress, measurements, memory_mib, name, require_signature, restart, update",
         ),
         (
             r#"[host]
@@ -443,6 +443,56 @@ url = "https://""#,
             r#"t.toml:2:7: [control_plane] url: is "https://", which is not a URL; allowed: https://host[:port][/path], or http:// to a loopback address"#,
         ),
     ]);
+}
+
+#[test]
+fn sets_of_measurements_hold_values_and_each_is_given_once() {
+    let pcr = "ab".repeat(48);
+    let set = format!("[[enclave.measurements]]\npcr0 = \"{pcr}\"\n");
+    let same = format!("[[enclave.measurements]]\npcr0 = \"{}\"\n", pcr.to_uppercase());
+    let empty = "[[enclave.measurements]]\n";
+    let nothing =
+        "holds no value, so any image would be allowed: pin what `enclavectl measure FILE` prints, or remove it";
+    for (text, expected) in [
+        ("[enclave.measurements]".to_owned(), format!(r#"t.toml:6:1: [[enclave]] "signer" measurements: {nothing}"#)),
+        ("measurements = {}".to_owned(), format!(r#"t.toml:6:16: [[enclave]] "signer" measurements: {nothing}"#)),
+        (
+            "measurements = []".to_owned(),
+            r#"t.toml:6:16: [[enclave]] "signer" measurements: is empty: give one set of values at least, or remove it"#
+                .to_owned(),
+        ),
+        (
+            format!("{set}{empty}"),
+            format!(r#"t.toml:8:1: [[enclave]] "signer" measurements[1]: {nothing}"#),
+        ),
+        (
+            format!("{set}{same}"),
+            r#"t.toml:8:1: [[enclave]] "signer" measurements[1]: is the same set as the one at t.toml:6:1: remove one of the two"#
+                .to_owned(),
+        ),
+        (
+            format!("{set}[[enclave.measurements]]\npcr7 = \"\"\n"),
+            r#"t.toml:8:1: [[enclave]] "signer" measurements[1]: holds no value, so any image would be allowed: pin what `enclavectl measure FILE` prints, or remove it
+t.toml:9:1: [[enclave]] "signer" measurements[1]: unknown key "pcr7"; did you mean "pcr0"?"#
+                .to_owned(),
+        ),
+        (
+            set.repeat(9),
+            r#"t.toml:22:1: [[enclave]] "signer" measurements[8]: is one too many: there are 9, at most 8 are allowed"#
+                .to_owned(),
+        ),
+        (
+            "measurements = 1".to_owned(),
+            r#"t.toml:6:16: [[enclave]] "signer" measurements: is 1; allowed: an array, each item a table with pcr0, pcr1, pcr2, pcr8, sha256 or a table with pcr0, pcr1, pcr2, pcr8, sha256"#
+                .to_owned(),
+        ),
+        (
+            "require_signature = 1".to_owned(),
+            r#"t.toml:6:21: [[enclave]] "signer" require_signature: is 1; allowed: true or false"#.to_owned(),
+        ),
+    ] {
+        assert_eq!(errors(&format!("{SIGNER}{text}")), expected, "{text}");
+    }
 }
 
 #[test]

@@ -121,10 +121,10 @@ impl Cache {
         )))
     }
 
-    /// A new file for an image, to be written to.
+    /// A new file for an image, to be written to and measured.
     pub(super) fn incoming(&self) -> Outcome<(Incoming, File)> {
         let path = self.folder.join(format!("{INCOMING}{}", self.next.fetch_add(1, Ordering::Relaxed)));
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
         let file = file.map_err(|error| Failure::from_error(&FileError::io("create", &path)(error)))?;
         Ok((Incoming { path }, file))
     }

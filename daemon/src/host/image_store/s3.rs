@@ -1,7 +1,8 @@
 //! Images from S3, with whatever credentials the host has: the instance's role, as a rule.
 
 use super::cache::{Cache, Incoming};
-use super::measure::{Intake, IntakeError};
+use super::intake::Intake;
+use super::measure::IntakeError;
 use super::not_taken;
 use super::s3_failure::{self, Address, Caller, Stage};
 use crate::host::{Outcome, Progress};
@@ -111,8 +112,9 @@ impl S3 {
             cache.check_space(length).map_err(Attempt::Final)?;
         }
         let (incoming, file) = cache.incoming().map_err(Attempt::Final)?;
-        let report = download(object, Intake::begin(file), progress).await?;
-        let report = report.map_err(|error| Attempt::Final(not_taken(&address.to_string(), &error)))?;
+        let not_taken = |error: IntakeError| Attempt::Final(not_taken(&address.to_string(), &error));
+        let intake = Intake::begin(file).map_err(not_taken)?;
+        let report = download(object, intake, progress).await?.map_err(not_taken)?;
         Ok((incoming, report))
     }
 

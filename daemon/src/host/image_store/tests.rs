@@ -7,7 +7,7 @@ use crate::test_support::http::{Answer, Server};
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_sdk_s3::config::{Credentials, SharedCredentialsProvider};
 use enclaved_core::id::Pcr;
-use enclaved_core::image::ExpectedImage;
+use enclaved_core::image::{ExpectedImage, Pins};
 use std::fs;
 use std::sync::Mutex;
 use tempfile::TempDir;
@@ -141,7 +141,7 @@ async fn an_index_that_went_bad_or_names_another_request_is_not_believed() {
 async fn a_wrong_image_is_refused_with_both_values_and_not_kept() {
     let stand = Stand::new();
     fs::write(stand.source(), image()).unwrap();
-    let expected = ExpectedImage { pcr0: Some(Pcr([0xab; 48])), ..ExpectedImage::default() };
+    let expected = Pins { pcr0: Some(Pcr([0xab; 48])), ..Pins::default() }.into();
     let failure = stand.fetch(&ImageRequest { expected, ..stand.request() }).await.unwrap_err();
     assert!(failure.message.contains(&"ab".repeat(48)) && failure.message.contains("PCR0 is "), "{failure}");
     assert!(failure.remedy.unwrap().contains("enclavectl measure"));

@@ -84,6 +84,11 @@ fn with(section: Vec<u8>) -> Vec<u8> {
     image.bytes()
 }
 
+/// A typical image, signed.
+pub(super) fn signed_image() -> Vec<u8> {
+    with(Signing::of(&pcr0()).section())
+}
+
 fn pcr0() -> Pcr {
     measure(&typical().bytes()).unwrap().measurements().pcr0
 }
@@ -107,14 +112,14 @@ fn a_signed_image_has_the_measurement_of_its_certificate_and_shows_it() {
     assert_eq!(signature.not_before.to_string(), "2026-11-21T04:32:19.000Z");
     assert_eq!(signature.not_after.to_string(), "2046-11-16T04:32:19.000Z");
     assert_eq!(signature.algorithm.to_string(), "ES384");
-    let expected = ExpectedImage { pcr8: report.measurements().pcr8, ..Default::default() };
-    assert!(verify(report, &expected).unwrap().signature().is_some());
+    let expected = Pins { pcr8: report.measurements().pcr8, ..Pins::default() };
+    assert!(verify(report, &expected.into()).unwrap().signature().is_some());
 }
 
 #[test]
 fn another_certificate_than_the_pinned_one_is_refused() {
     let report = measure(&with(Signing::of(&pcr0()).section())).unwrap();
-    let refusal = verify(report, &ExpectedImage { pcr8: Some(pcr0()), ..Default::default() }).unwrap_err();
+    let refusal = verify(report, &Pins { pcr8: Some(pcr0()), ..Pins::default() }.into()).unwrap_err();
     assert!(refusal.to_string().contains(&format!("PCR8 is {SIGNER_PCR8}, expected")), "{refusal}");
 }
 
