@@ -3,7 +3,7 @@
 
 use super::faults::{Moment, S3Fault};
 use super::{Controls, lock};
-use crate::http::{Body, BreakOff, Failed};
+use crate::http::{Body, BreakOff, Failed, PARTING};
 use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
 use std::pin::Pin;
@@ -15,8 +15,6 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 /// The size of the pieces in which a slow answer comes.
 const SLOW_PIECE: usize = 16 * 1024;
-/// Before a connection breaks off, what was written to it so far gets this long to leave.
-const PARTING: Duration = Duration::from_millis(10);
 
 /// The rate of the whole server.
 #[derive(Debug, Default)]
