@@ -6,6 +6,8 @@
 
 use crc32fast::Hasher;
 use serde::Serialize;
+use std::fs::File;
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 
 /// Where the header ends and the first section begins.
 pub const HEADER_LEN: usize = 548;
@@ -68,43 +70,108 @@ impl Eif {
         sections
     }
 
+    /// The header of an image whose sections are of these sizes, with no CRC yet.
+    ///
+    /// # Panics
+    /// With more than 32 sections, for which it has no room.
+    fn header(&self, section_sizes: &[u64]) -> Vec<u8> {
+        assert!(section_sizes.len() <= 32, "an EIF has 32 sections at most, not {}", section_sizes.len());
+        let mut offsets = [0_u64; 32];
+        let mut sizes = [0_u64; 32];
+        let mut end = HEADER_LEN as u64;
+        for (index, size) in section_sizes.iter().enumerate() {
+            offsets[index] = end;
+            sizes[index] = *size;
+            end += SECTION_HEADER_LEN as u64 + size;
+        }
+        let count: u16 = section_sizes.iter().map(|_| 1).sum();
+
+        let mut header = Vec::with_capacity(HEADER_LEN);
+        header.extend_from_slice(b".eif");
+        header.extend_from_slice(&self.version.to_be_bytes());
+        header.extend_from_slice(&self.flags.to_be_bytes());
+        header.extend_from_slice(&self.default_memory.to_be_bytes());
+        header.extend_from_slice(&self.default_cpus.to_be_bytes());
+        header.extend_from_slice(&0_u16.to_be_bytes());
+        header.extend_from_slice(&count.to_be_bytes());
+        for slot in offsets.iter().chain(&sizes) {
+            header.extend_from_slice(&slot.to_be_bytes());
+        }
+        header.extend_from_slice(&0_u32.to_be_bytes());
+        header.extend_from_slice(&0_u32.to_be_bytes());
+        header
+    }
+
     /// The image file.
     ///
     /// # Panics
     /// With more than 32 sections, for which the header has no room.
     pub fn to_bytes(&self) -> Vec<u8> {
         let sections = self.sections();
-        assert!(sections.len() <= 32, "an EIF has 32 sections at most, not {}", sections.len());
-        let mut offsets = [0_u64; 32];
-        let mut sizes = [0_u64; 32];
-        let mut body = Vec::new();
-        for (index, (kind, contents)) in sections.iter().enumerate() {
-            offsets[index] = (HEADER_LEN + body.len()) as u64;
-            sizes[index] = contents.len() as u64;
-            body.extend_from_slice(&kind.to_be_bytes());
-            body.extend_from_slice(&0_u16.to_be_bytes());
-            body.extend_from_slice(&sizes[index].to_be_bytes());
-            body.extend_from_slice(contents);
+        let sizes: Vec<u64> = sections.iter().map(|(_, contents)| contents.len() as u64).collect();
+        let mut file = self.header(&sizes);
+        for (kind, contents) in sections {
+            file.extend_from_slice(&section_header(kind, contents.len() as u64));
+            file.extend_from_slice(contents);
         }
-        let count: u16 = sections.iter().map(|_| 1).sum();
-
-        let mut file = Vec::with_capacity(HEADER_LEN + body.len());
-        file.extend_from_slice(b".eif");
-        file.extend_from_slice(&self.version.to_be_bytes());
-        file.extend_from_slice(&self.flags.to_be_bytes());
-        file.extend_from_slice(&self.default_memory.to_be_bytes());
-        file.extend_from_slice(&self.default_cpus.to_be_bytes());
-        file.extend_from_slice(&0_u16.to_be_bytes());
-        file.extend_from_slice(&count.to_be_bytes());
-        for slot in offsets.iter().chain(&sizes) {
-            file.extend_from_slice(&slot.to_be_bytes());
-        }
-        file.extend_from_slice(&0_u32.to_be_bytes());
-        file.extend_from_slice(&0_u32.to_be_bytes());
-        file.append(&mut body);
         damage::seal(&mut file);
         file
     }
+}
+
+fn section_header(kind: u16, size: u64) -> [u8; SECTION_HEADER_LEN] {
+    let mut header = [0; SECTION_HEADER_LEN];
+    header[..2].copy_from_slice(&kind.to_be_bytes());
+    header[4..].copy_from_slice(&size.to_be_bytes());
+    header
+}
+
+/// An image as [`sample`] makes it, of any size, written without ever being in memory: byte for byte what
+/// `sample(name, seed, size).to_bytes()` is.
+///
+/// # Errors
+/// When the file can't be written.
+pub fn write_sample(mut file: File, name: &str, seed: u64, size: u64) -> io::Result<()> {
+    let mut state = seed;
+    let (mut kernel, mut first) = (vec![0; 256], vec![0; 256]);
+    fill(&mut kernel, &mut state);
+    fill(&mut first, &mut state);
+    let rest = size.max(2048) - 2048;
+    // Everything but the contents of the last section, which is nearly all of the file.
+    let small = sample_of(name, kernel, vec![first, Vec::new()]);
+    let mut sections = small.sections();
+    let last = sections.pop();
+    let mut sizes: Vec<u64> = sections.iter().map(|(_, contents)| contents.len() as u64).collect();
+    sizes.push(rest);
+
+    let mut crc = Hasher::new();
+    let header = small.header(&sizes);
+    crc.update(&header[..CRC_AT]);
+    let mut out = BufWriter::with_capacity(1 << 20, &mut file);
+    out.write_all(&header)?;
+    let mut put = |bytes: &[u8]| {
+        crc.update(bytes);
+        out.write_all(bytes)
+    };
+    for (kind, contents) in sections {
+        put(&section_header(kind, contents.len() as u64))?;
+        put(contents)?;
+    }
+    if let Some((kind, _)) = last {
+        put(&section_header(kind, rest))?;
+    }
+    let mut piece = vec![0; 1 << 16];
+    let mut left = rest;
+    while left > 0 {
+        let count = usize::try_from(left).map_or(piece.len(), |left| left.min(piece.len()));
+        fill(&mut piece[..count], &mut state);
+        put(&piece[..count])?;
+        left -= count as u64;
+    }
+    out.flush()?;
+    drop(out);
+    file.seek(SeekFrom::Start(CRC_AT as u64))?;
+    file.write_all(&crc.finalize().to_be_bytes())
 }
 
 /// A metadata section with the keys that AWS's builder writes, in its order, the same at every call.
@@ -151,13 +218,26 @@ pub fn metadata(name: &str, version: &str) -> Vec<u8> {
 /// second, as in real images, with nearly all of it. Different seeds give different measurements.
 pub fn sample(name: &str, seed: u64, size: usize) -> Eif {
     let mut state = seed;
-    let mut bytes = |len: usize| -> Vec<u8> {
-        std::iter::repeat_with(|| splitmix(&mut state).to_be_bytes()).flatten().take(len).collect()
+    let mut bytes = |len: usize| {
+        let mut bytes = vec![0; len];
+        fill(&mut bytes, &mut state);
+        bytes
     };
     let (kernel, first) = (bytes(256), bytes(256));
     let rest = bytes(size.max(2048) - 2048);
-    Eif::new(kernel, "console=ttyS0 reboot=k panic=30 nomodules nit.target=/run.sh", vec![first, rest])
+    sample_of(name, kernel, vec![first, rest])
+}
+
+fn sample_of(name: &str, kernel: Vec<u8>, ramdisks: Vec<Vec<u8>>) -> Eif {
+    Eif::new(kernel, "console=ttyS0 reboot=k panic=30 nomodules nit.target=/run.sh", ramdisks)
         .with_metadata(metadata(name, "0.1.0"))
+}
+
+/// The next bytes of the sequence. What is left of its last number is not used.
+fn fill(bytes: &mut [u8], state: &mut u64) {
+    for chunk in bytes.chunks_mut(8) {
+        chunk.copy_from_slice(&splitmix(state).to_be_bytes()[..chunk.len()]);
+    }
 }
 
 /// The next number of a SplitMix64 sequence: enough to fill files, of no use for anything secret.
@@ -222,7 +302,18 @@ pub mod damage {
 
 #[cfg(test)]
 mod tests {
-    use super::{damage, sample};
+    use super::{damage, sample, write_sample};
+
+    #[test]
+    fn a_sample_written_to_a_file_is_the_one_made_in_memory_byte_for_byte() {
+        for size in [0, 2048, 2049, 4097, 70_000, 300_001] {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            write_sample(file.reopen().unwrap(), "a", 7, size).unwrap();
+            let mut written = Vec::new();
+            std::io::Read::read_to_end(&mut file, &mut written).unwrap();
+            assert!(written == sample("a", 7, usize::try_from(size).unwrap()).to_bytes(), "{size}");
+        }
+    }
 
     #[test]
     fn a_sample_is_the_same_for_the_same_seed_and_about_as_large_as_asked() {

@@ -11,8 +11,10 @@ use hyper_util::server::conn::auto;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
+use tokio_rustls::TlsAcceptor;
 
 /// Why a body broke off.
 pub type Failed = Box<dyn std::error::Error + Send + Sync>;
@@ -27,6 +29,9 @@ impl std::fmt::Display for BreakOff {
 }
 
 impl std::error::Error for BreakOff {}
+
+/// Before a connection breaks off midway, what was written to it so far gets this long to leave.
+pub(crate) const PARTING: std::time::Duration = std::time::Duration::from_millis(10);
 
 /// The body of every answer.
 pub type Body = BoxBody<Bytes, Failed>;
@@ -70,7 +75,19 @@ impl hyper::body::Body for Zeros {
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
+    scheme: &'static str,
     task: JoinHandle<()>,
+}
+
+/// Serves one connection to its end.
+async fn serve<H, F>(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, handler: H)
+where
+    H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = Result<Response<Body>, BreakOff>> + Send + 'static,
+{
+    let serve = auto::Builder::new(TokioExecutor::new());
+    // A peer that goes away in the middle is nothing to report.
+    let _ignored = serve.serve_connection(TokioIo::new(stream), service_fn(handler)).await;
 }
 
 impl Server {
@@ -84,6 +101,27 @@ impl Server {
         H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
         F: Future<Output = Result<Response<Body>, BreakOff>> + Send + 'static,
     {
+        Self::run(None, handler).await
+    }
+
+    /// The same with TLS. A handshake that fails ends its connection and nothing else.
+    ///
+    /// # Errors
+    /// When no port can be bound.
+    pub async fn start_tls<H, F>(tls: TlsAcceptor, handler: H) -> std::io::Result<Self>
+    where
+        H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
+        F: Future<Output = Result<Response<Body>, BreakOff>> + Send + 'static,
+    {
+        Self::run(Some(tls), handler).await
+    }
+
+    async fn run<H, F>(tls: Option<TlsAcceptor>, handler: H) -> std::io::Result<Self>
+    where
+        H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
+        F: Future<Output = Result<Response<Body>, BreakOff>> + Send + 'static,
+    {
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
         let task = tokio::spawn(async move {
@@ -99,15 +137,21 @@ impl Server {
                     }
                 };
                 let handler = handler.clone();
+                let tls = tls.clone();
                 connections.spawn(async move {
-                    let serve = auto::Builder::new(TokioExecutor::new());
-                    // A peer that goes away in the middle is nothing to report.
-                    let _ignored = serve.serve_connection(TokioIo::new(stream), service_fn(handler)).await;
+                    match tls {
+                        None => serve(stream, handler).await,
+                        Some(tls) => {
+                            if let Ok(stream) = tls.accept(stream).await {
+                                serve(stream, handler).await;
+                            }
+                        }
+                    }
                 });
                 while connections.try_join_next().is_some() {}
             }
         });
-        Ok(Self { address, task })
+        Ok(Self { address, scheme, task })
     }
 
     /// Where it listens.
@@ -115,9 +159,9 @@ impl Server {
         self.address
     }
 
-    /// `http://` and the address.
+    /// `http://` or `https://` and the address.
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("{}://{}", self.scheme, self.address)
     }
 }
 

@@ -144,6 +144,14 @@ impl RoleCredentials {
         lock(&self.0).renew = true;
     }
 
+    /// Those handed out so far end now, whatever was said of them: servers refuse them, and the next request gets new ones.
+    pub fn expire(&self) {
+        let now = SystemTime::now();
+        for credentials in &mut lock(&self.0).handed_out {
+            credentials.expires = credentials.expires.min(now);
+        }
+    }
+
     fn hand_out(&self, expired: bool) -> HandedOut {
         let now = SystemTime::now();
         let mut issuer = lock(&self.0);

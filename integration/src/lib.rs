@@ -9,6 +9,7 @@ pub mod control_plane;
 pub mod demo;
 pub mod eif;
 pub mod enclave;
+pub mod file_server;
 pub mod host;
 pub mod http;
 pub mod imds;
