@@ -165,7 +165,7 @@ pub(super) struct EnclaveForm {
     /// Its image (EIF): `s3://bucket/key`, read with the instance's role, or `file:///absolute/path`.
     #[schemars(regex(pattern = "^(s3://[^/]+/.+|file:///.+)$"), example = "s3://bucket/signer.eif")]
     pub image: String,
-    /// How often the image's source is asked whether there is something else by now; 10s to 24h. What is new is verified
+    /// How often the image's source is asked whether there is something else by now; 1s to 24h. What is new is verified
     /// like any other image, and brought in as `update` says. Left out: only a changed configuration brings a new image.
     pub image_poll: Option<DurationText>,
     /// vCPUs: whole cores, so an even number where the instance has two threads a core.

@@ -9,6 +9,7 @@ mod config;
 mod crashes;
 mod deaths;
 mod fixture;
+mod image_store;
 mod images;
 mod launch;
 mod nitro_cli;

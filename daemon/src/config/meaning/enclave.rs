@@ -48,7 +48,7 @@ impl Judge<'_> {
             }
         }
         let image_poll = form.image_poll.as_ref().map(|every| {
-            let range = Duration::from_secs(10)..=Duration::from_secs(24 * 3600);
+            let range = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
             self.duration(every, range, &path.key("image_poll"))
         });
         let health = form.health.map(|health| self.health(&health, &path.key("health")));

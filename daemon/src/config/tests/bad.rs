@@ -149,7 +149,7 @@ name = "x""#,
         ),
         (
             "enclave = [1]",
-            "t.toml:1:12: [[enclave]] number 1: is 1; allowed: a table with cpus, debug_mode, egress, health, image, ingress, measurements, memory_mib, name, require_signature, restart, update",
+            "t.toml:1:12: [[enclave]] number 1: is 1; allowed: a table with cpus, debug_mode, egress, health, image, image_poll, ingress, measurements, memory_mib, name, require_signature, restart, update",
         ),
         (
             r#"[host]
