@@ -1,7 +1,10 @@
-//! Where the built programs are: beside the program that asks, or beside the folder of a test.
+//! Where programs are: those of this workspace beside the program that asks, or beside the folder of a test; those of
+//! others where `integration/tool` keeps them.
 
+use anyhow::{Context as _, bail};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 /// The path of a program of this workspace.
 ///
@@ -21,4 +24,18 @@ pub fn find(name: &str) -> io::Result<PathBuf> {
         io::ErrorKind::NotFound,
         format!("{} is not there; build it with `cargo build --package {package} --bins`", path.display()),
     ))
+}
+
+/// The path of a tool of others, which is installed if need be; that can take minutes.
+///
+/// # Errors
+/// When it can't be installed; what was printed went to stderr.
+pub fn of_others(name: &str) -> anyhow::Result<PathBuf> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tool");
+    let output = Command::new(&script).arg(name).stdin(Stdio::null()).stderr(Stdio::inherit()).output();
+    let output = output.with_context(|| format!("running {}", script.display()))?;
+    if !output.status.success() {
+        bail!("{} {name}: {}", script.display(), output.status);
+    }
+    Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim()))
 }

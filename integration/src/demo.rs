@@ -14,6 +14,7 @@ mod stay;
 use crate::host::{Machine, Options};
 use crate::processes;
 use anyhow::Context as _;
+pub(crate) use build::build_beside;
 use clap::{Parser, ValueEnum};
 use guard::Guard;
 use life::Life;

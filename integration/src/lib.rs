@@ -4,6 +4,7 @@
 //! Nothing here is part of the daemon, and nothing in the daemon knows of it.
 
 pub mod application;
+pub mod bench;
 pub mod binaries;
 pub mod control_plane;
 pub mod demo;
@@ -17,6 +18,7 @@ pub mod nitro_cli;
 pub mod nitro_host;
 pub mod processes;
 pub mod s3;
+pub mod second_opinion;
 pub mod signing;
 pub mod sim;
 pub mod upstream;

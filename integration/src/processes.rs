@@ -5,6 +5,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs;
 use std::path::Path;
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 /// How long killed processes may take to disappear.
@@ -49,6 +50,18 @@ pub fn end_all(marker: &Path) -> Vec<i32> {
                 let _ignored = poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&limit));
             }
         }
+    }
+}
+
+/// A process that ends with this, with no say in it.
+#[derive(Debug)]
+pub struct Owned(pub Child);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // It may have ended by itself, which who asked it has noticed.
+        let _ignored = self.0.kill();
+        let _ignored = self.0.wait();
     }
 }
 

@@ -36,6 +36,22 @@ pub(super) async fn build(stages: &mut Stages) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Builds all programs where this one was built, for one that has no stages to show.
+///
+/// # Errors
+/// When cargo fails; what it printed went to stderr.
+pub(crate) fn build_beside() -> anyhow::Result<()> {
+    let this = std::env::current_exe().context("finding this program")?;
+    let mut command = std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(["build", "--quiet", "--workspace", "--bins"]).args(options(&this)?);
+    command.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null()).stdout(Stdio::null());
+    let status = command.status().context("running cargo")?;
+    if !status.success() {
+        bail!("cargo build: {status}");
+    }
+    Ok(())
+}
+
 /// What makes cargo build beside this program: `<target dir>[/<triple>]/<profile>/demo`.
 fn options(this: &Path) -> anyhow::Result<Vec<OsString>> {
     let profile_dir = this.parent().context("this program is in no folder")?;
