@@ -16,14 +16,14 @@ use crate::config;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use client::Client;
 use enclaved_core::desired::ImageSource;
-use enclaved_core::id::EnclaveName;
+use enclaved_core::id::{EnclaveName, Timestamp};
 use enclaved_core::status::Status;
 use serde_json::{Value, json};
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// Why a command did not succeed: what the exit code says, and what the person is told.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -129,9 +129,10 @@ enum Command {
     Fetch(FetchArgs),
     /// Measure an enclave image: prints the [enclave.measurements] of a configuration.
     Measure {
-        /// The image (EIF).
-        file: PathBuf,
-        /// Print JSON.
+        /// The image (EIF): a file, or an s3:// or https:// URL.
+        #[arg(value_name = "FILE|URL")]
+        image: OsString,
+        /// Print JSON; also for an image that is refused, on stdout: what is wrong, and at which byte.
         #[arg(long)]
         json: bool,
     },
@@ -256,7 +257,12 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
                 .await
                 .and_then(|text| print(&text))
         }
-        Command::Measure { file, json } => measure::measure(&file, json).and_then(|text| print(&text)),
+        Command::Measure { image, json } => {
+            match measure::measure(&image, json, Timestamp::from(SystemTime::now())).await {
+                Ok(text) => print(&text),
+                Err(refused) => refused.output.map_or(Ok(()), |text| print(&text)).and(Err(refused.error)),
+            }
+        }
         Command::Schema { of } => print(&format!(
             "{:#}\n",
             match of {

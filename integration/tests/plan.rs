@@ -6,7 +6,7 @@ use enclaved_core::desired::Desired;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, Cid, EnclaveKey, Generation, MemoryMib, Timestamp};
 use enclaved_core::image::VerifiedImage;
-use enclaved_core::image_record::{ImageFacts, ImageOutcome, ImageRecord, Validity};
+use enclaved_core::image_record::{ImageFacts, ImageOutcome, ImageRecord, ValidityPeriod};
 use enclaved_core::ledger::{
     Change, GenerationRecord, Identity, LaunchRecord, Ledger, Phase, ProcessIdentity, StopReason,
 };
@@ -319,7 +319,7 @@ proptest! {
     ) {
         let (mut ledger, mut observed) = world(&seeds, (6, 8192));
         let second = |seconds: u64| Timestamp::from_millis(NOW.as_millis() - seconds * 1000);
-        let certificate = expired.then(|| Validity { not_before: second(20), not_after: second(10) });
+        let certificate = expired.then(|| ValidityPeriod { not_before: second(20), not_after: second(10) });
         with_images(&mut ledger, ImageFacts { size: if expired { 1 } else { 257 << 20 }, certificate });
         // As if they were being fetched again: what the ledger knows of them counts.
         observed.running = [image(1).0, image(2).0].map(JobKey::Fetch).into();

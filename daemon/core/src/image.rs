@@ -16,6 +16,7 @@
 //!
 //! No files and no network here: whoever has the bytes feeds them.
 
+mod certificate;
 mod error;
 mod expected;
 mod lane;
@@ -25,6 +26,7 @@ mod report;
 mod signature;
 mod verify;
 
+pub use certificate::{ImageCertificate, Validity};
 pub use error::{EifError, Place};
 pub use expected::{ExpectedImage, Pins};
 pub use lane::{ApplicationShare, FileShare, ImageShare, Lane, Lanes, Share};

@@ -52,13 +52,13 @@ pub struct ImageFacts {
     pub size: u64,
     /// When the certificate is valid that it is signed with; `None` if it is not signed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub certificate: Option<Validity>,
+    pub certificate: Option<ValidityPeriod>,
 }
 
 /// When a certificate is valid, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Validity {
+pub struct ValidityPeriod {
     /// Not before this.
     pub not_before: Timestamp,
     /// Not after this.
@@ -77,7 +77,7 @@ pub struct Unfit {
 impl ImageFacts {
     /// Those of a proven image.
     pub fn of(image: &VerifiedImage) -> Self {
-        let validity = |not_before, not_after| Validity { not_before, not_after };
+        let validity = |not_before, not_after| ValidityPeriod { not_before, not_after };
         let certificate = image.signature().map(|signature| validity(signature.not_before, signature.not_after));
         Self { size: image.size(), certificate }
     }
@@ -97,7 +97,7 @@ impl ImageFacts {
             let remedy = format!("set memory_mib = {} or more, or make the image smaller", needed.0);
             return Err(Unfit { failure: Failure::new(message).with_remedy(remedy), until: None });
         }
-        let Some(Validity { not_before, not_after }) = self.certificate else { return Ok(()) };
+        let Some(ValidityPeriod { not_before, not_after }) = self.certificate else { return Ok(()) };
         if now > not_after {
             let message = format!(
                 "the certificate that its image is signed with expired at {not_after}: it would not boot (nitro-cli says E36)"
@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn an_image_is_launched_only_while_its_certificate_is_valid() {
-        let certificate = Some(Validity { not_before: at(10), not_after: at(20) });
+        let certificate = Some(ValidityPeriod { not_before: at(10), not_after: at(20) });
         let facts = ImageFacts { size: 1, certificate };
         let judge = |now| facts.launchable(MemoryMib(64), now);
         assert_eq!(judge(at(9)).unwrap_err().until, Some(at(10)));

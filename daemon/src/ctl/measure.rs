@@ -1,55 +1,137 @@
-//! Measures an image file, with the daemon's own code. The file is read once, in pieces.
+//! Measures an image, with the daemon's own code and as fast as the daemon does.
 
 use super::CtlError;
-use enclaved_core::image::{EifReport, Limits, Measurer, os_image_hash, required_memory};
-use serde_json::json;
+use crate::host::Progress;
+use crate::host::image_store::{IntakeError, measure_whole};
+use enclaved_core::id::Timestamp;
+use enclaved_core::image::{EifReport, ImageCertificate, ImageSignature, Validity, os_image_hash, required_memory};
+use serde_json::{Value, json};
+use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{ErrorKind, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-/// Bytes that are read at a time.
-const PIECE: usize = 1 << 20;
-
-/// The measurements of the image at `path`, as the part of a configuration that pins them, or as JSON.
-pub(super) fn measure(path: &Path, json: bool) -> Result<String, CtlError> {
-    let report = read(path)?;
-    Ok(if json { as_json(&report)? } else { as_text(path, &report) })
+/// The measurements of an image, as the part of a configuration that pins them, or as JSON. `now` judges certificates.
+pub(super) async fn measure(image: &OsStr, json: bool, now: Timestamp) -> Result<String, Refused> {
+    let place = Place::of(image);
+    let report = match &place {
+        Place::File(path) => read(path).await,
+        Place::Remote(url) => fetch_and_measure(url).await,
+    };
+    match report {
+        Ok(report) if json => as_json(&report, now).map_err(Refused::from),
+        Ok(report) => Ok(as_text(&place.name(), &report, now)),
+        Err(Unmeasured::Image { place, error }) => {
+            let output =
+                json.then(|| format!("{:#}\n", json!({ "error": error.to_string(), "offset": error.offset() })));
+            Err(Refused { output, error: CtlError::Unfit(format!("{place}: {error}")) })
+        }
+        Err(Unmeasured::Other(error)) => Err(error.into()),
+    }
 }
 
-fn read(path: &Path) -> Result<EifReport, CtlError> {
-    let unreadable = |error: std::io::Error| CtlError::Usage(format!("{}: can't be read: {error}", path.display()));
-    let damaged = |error| CtlError::Unfit(format!("{}: {error}", path.display()));
-    let mut file = File::open(path).map_err(unreadable)?;
-    let mut measurer = Measurer::new(Limits::default());
-    let mut piece = vec![0; PIECE];
-    loop {
-        match file.read(&mut piece) {
-            Ok(0) => return measurer.finish().map_err(damaged),
-            Ok(length) => measurer.update(piece.get(..length).unwrap_or_default()).map_err(damaged)?,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(unreadable(error)),
+/// Why there are no measurements, and what is for stdout in spite of that.
+#[derive(Debug)]
+pub(super) struct Refused {
+    pub(super) output: Option<String>,
+    pub(super) error: CtlError,
+}
+
+impl From<CtlError> for Refused {
+    fn from(error: CtlError) -> Self {
+        Self { output: None, error }
+    }
+}
+
+/// Where an image is, by its argument.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    File(PathBuf),
+    /// `s3://…` or `https://…`.
+    Remote(String),
+}
+
+impl Place {
+    fn of(argument: &OsStr) -> Self {
+        let text = argument.to_str().unwrap_or_default();
+        if ["s3://", "https://", "http://"].iter().any(|scheme| text.starts_with(scheme)) {
+            Self::Remote(text.to_owned())
+        } else if let Some(path) = text.strip_prefix("file://").filter(|path| path.starts_with('/')) {
+            Self::File(path.into())
+        } else {
+            Self::File(argument.into())
+        }
+    }
+
+    /// Fit to be shown: what follows the `?` of a presigned URL is a secret.
+    fn name(&self) -> String {
+        match self {
+            Self::File(path) => path.display().to_string(),
+            Self::Remote(url) => match url.split_once('?') {
+                Some((address, _)) => format!("{address}?…"),
+                None => url.clone(),
+            },
         }
     }
 }
 
-fn as_json(report: &EifReport) -> Result<String, CtlError> {
+enum Unmeasured {
+    /// It is there, and is no good image.
+    Image {
+        place: String,
+        error: enclaved_core::image::EifError,
+    },
+    Other(CtlError),
+}
+
+async fn read(path: &Path) -> Result<EifReport, Unmeasured> {
+    let unreadable =
+        |error: &dyn std::fmt::Display| Unmeasured::Other(CtlError::Usage(format!("{}: {error}", path.display())));
+    let file = File::open(path).map_err(|error| unreadable(&format!("can't be read: {error}")))?;
+    measure_whole(file, &Arc::new(Progress::default())).await.map_err(|error| match error {
+        IntakeError::Eif(error) => Unmeasured::Image { place: path.display().to_string(), error },
+        error @ (IntakeError::Read(_) | IntakeError::Write(_) | IntakeError::Cut(_)) => unreadable(&error),
+    })
+}
+
+/// Measures what is at a URL while it is downloaded, without keeping it.
+async fn fetch_and_measure(url: &str) -> Result<EifReport, Unmeasured> {
+    let name = Place::Remote(url.to_owned()).name();
+    Err(Unmeasured::Other(CtlError::Usage(format!(
+        "{name}: images are measured from files only; download it, and measure the file"
+    ))))
+}
+
+fn as_json(report: &EifReport, now: Timestamp) -> Result<String, CtlError> {
     let bug = |error: serde_json::Error| CtlError::Bug(format!("writing the report: {error}"));
     let mut value = serde_json::to_value(report).map_err(bug)?;
     if let Some(object) = value.as_object_mut() {
         object.insert("os_image_hash".into(), json!(hex(&os_image_hash(report.measurements()))));
         object.insert("required_memory_mib".into(), json!(required_memory(report.size()).0));
     }
+    if let (Some(signature), Some(object)) = (report.signature(), value.get_mut("signature")) {
+        let validity = |value: &mut Value, validity: Validity| {
+            if let Some(object) = value.as_object_mut() {
+                object.insert("validity".into(), json!(validity));
+            }
+        };
+        validity(object, signature.validity(now));
+        let chain = object.get_mut("chain").and_then(Value::as_array_mut).into_iter().flatten();
+        for (value, certificate) in chain.zip(&signature.chain) {
+            validity(value, certificate.validity(now));
+        }
+    }
     Ok(format!("{value:#}\n"))
 }
 
 /// What is not measured or for people only stands in comments, so that the whole can be pasted into a configuration.
-fn as_text(path: &Path, report: &EifReport) -> String {
+fn as_text(name: &str, report: &EifReport, now: Timestamp) -> String {
     let mut text = String::new();
     let mut line = |line: String| {
         text.push_str(&line);
         text.push('\n');
     };
-    line(format!("# {}: a good image, {} ({} bytes)", path.display(), super::text::mib(report.size()), report.size()));
+    line(format!("# {name}: a good image, {} ({} bytes)", super::text::mib(report.size()), report.size()));
     line(format!(
         "# EIF version {} for {}; needs memory_mib = {} or more",
         report.version(),
@@ -57,18 +139,22 @@ fn as_text(path: &Path, report: &EifReport) -> String {
         required_memory(report.size()).0
     ));
     if let Some(metadata) = report.metadata() {
-        let said = [("name", &metadata.name), ("version", &metadata.version), ("built", &metadata.build_time)];
+        let said = [
+            ("name", &metadata.name),
+            ("version", &metadata.version),
+            ("built", &metadata.build_time),
+            ("by", &metadata.build_tool),
+            ("kernel", &metadata.kernel_version),
+        ];
         let said: Vec<_> =
             said.iter().filter_map(|(what, value)| Some(format!("{what} {}", value.as_ref()?))).collect();
         if !said.is_empty() {
             line(format!("# says of itself (not measured): {}", said.join(", ")));
         }
     }
-    if let Some(signature) = report.signature() {
-        line(format!(
-            "# signed ({}) by {}, valid until {}",
-            signature.algorithm, signature.subject, signature.not_after
-        ));
+    match report.signature() {
+        Some(signature) => signed_by(signature, now).into_iter().for_each(&mut line),
+        None => line("# not signed".to_owned()),
     }
     line(format!("# OS_IMAGE_HASH {}", hex(&os_image_hash(report.measurements()))));
     line("[enclave.measurements]".to_owned());
@@ -88,6 +174,43 @@ fn as_text(path: &Path, report: &EifReport) -> String {
     text
 }
 
+/// The signer and its chain, a line each, and what follows if the signer's certificate is not valid.
+fn signed_by(signature: &ImageSignature, now: Timestamp) -> Vec<String> {
+    let ImageSignature { subject, issuer, not_before, not_after, algorithm, chain } = signature;
+    let validity = signature.validity(now);
+    let mut lines = vec![format!(
+        "# signed ({algorithm}) by {subject}, issued by {issuer}, {}",
+        dates(validity, *not_before, *not_after, now)
+    )];
+    for ImageCertificate { subject, issuer, not_before, not_after } in chain {
+        let validity = Validity::at(now, *not_before, *not_after);
+        let dates = dates(validity, *not_before, *not_after, now);
+        lines.push(format!("#   its chain (not measured): {subject}, issued by {issuer}, {dates}"));
+    }
+    match validity {
+        Validity::Valid => {}
+        Validity::EndsSoon => lines.push(
+            "# WARNING: from then on this image does not boot (nitro-cli says E36); sign it again with a newer certificate"
+                .to_owned(),
+        ),
+        Validity::NotYet | Validity::Expired => lines.push(
+            "# WARNING: an image does not boot (nitro-cli says E36) while its certificate is not valid; sign it with another"
+                .to_owned(),
+        ),
+    }
+    lines
+}
+
+fn dates(validity: Validity, not_before: Timestamp, not_after: Timestamp, now: Timestamp) -> String {
+    let span = super::text::span;
+    match validity {
+        Validity::NotYet => format!("NOT VALID YET: from {not_before} to {not_after}"),
+        Validity::Valid => format!("valid until {not_after}"),
+        Validity::EndsSoon => format!("valid until {not_after}, which is in {}", span(not_after.since(now))),
+        Validity::Expired => format!("EXPIRED {} ago, at {not_after}", span(now.since(not_after))),
+    }
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -95,21 +218,78 @@ fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::test_support::eif::sample;
 
-    #[test]
-    fn a_file_that_is_no_image_is_refused_by_name() {
+    fn now() -> Timestamp {
+        Timestamp::from_millis(0)
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_no_image_is_refused_by_name_and_place_also_in_json() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.eif");
-        std::fs::write(&path, "not an image").unwrap();
-        let error = measure(&path, false).unwrap_err();
-        assert_eq!(error.code(), 78);
-        assert!(error.to_string().contains("x.eif: not an EIF"), "{error}");
+        let mut image = sample("x", 1, 4096).to_bytes();
+        image.truncate(2000);
+        for (contents, text, offset) in
+            [(b"not an image".to_vec(), "not an EIF", 0), (image, "ends at byte 2000", 2000)]
+        {
+            std::fs::write(&path, contents).unwrap();
+            let refused = measure(path.as_os_str(), true, now()).await.unwrap_err();
+            assert_eq!(refused.error.code(), 78);
+            assert!(refused.error.to_string().contains(&format!("x.eif: {text}")) || offset == 2000, "{refused:?}");
+            let json: Value = serde_json::from_str(&refused.output.unwrap()).unwrap();
+            assert_eq!(json["offset"], offset);
+            assert!(json["error"].as_str().unwrap().contains(text), "{json}");
+            assert_eq!(measure(path.as_os_str(), false, now()).await.unwrap_err().output, None);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_not_there_is_named() {
+        for argument in ["/nonexistent/x.eif", "file:///nonexistent/x.eif"] {
+            let refused = measure(OsStr::new(argument), false, now()).await.unwrap_err();
+            assert_eq!(refused.error.code(), 64);
+            assert!(refused.error.to_string().starts_with("/nonexistent/x.eif: "), "{refused:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_url_is_told_from_a_file_and_its_query_is_never_shown() {
+        assert_eq!(Place::of(OsStr::new("s3://bucket/x.eif")), Place::Remote("s3://bucket/x.eif".to_owned()));
+        assert_eq!(Place::of(OsStr::new("s3:/x")), Place::File("s3:/x".into()));
+        assert_eq!(Place::of(OsStr::new("file://x")), Place::File("file://x".into()));
+        let presigned = OsStr::new("https://b.s3.amazonaws.com/x.eif?X-Amz-Signature=secret");
+        assert_eq!(Place::of(presigned).name(), "https://b.s3.amazonaws.com/x.eif?…");
+        let refused = measure(presigned, false, now()).await.unwrap_err();
+        assert_eq!(refused.error.code(), 64);
+        assert!(!refused.error.to_string().contains("secret"), "{refused:?}");
     }
 
     #[test]
-    fn a_file_that_is_not_there_is_named() {
-        let error = measure(Path::new("/nonexistent/x.eif"), false).unwrap_err();
-        assert_eq!(error.code(), 64);
-        assert!(error.to_string().contains("/nonexistent/x.eif"), "{error}");
+    fn the_signer_and_its_chain_are_shown_with_what_their_dates_mean() {
+        let day = |day: u64| Timestamp::from_millis(day * 24 * 60 * 60 * 1000);
+        let chained = ImageCertificate {
+            subject: "CN=ca".into(),
+            issuer: "CN=root".into(),
+            not_before: day(0),
+            not_after: day(1000),
+        };
+        let signature = ImageSignature {
+            subject: "CN=me".into(),
+            issuer: "CN=ca".into(),
+            not_before: day(100),
+            not_after: day(200),
+            algorithm: enclaved_core::image::SignatureAlgorithm::Es384,
+            chain: vec![chained],
+        };
+        let at = |now| signed_by(&signature, day(now)).join("\n");
+        assert_eq!(
+            at(150),
+            "# signed (ES384) by CN=me, issued by CN=ca, valid until 1970-07-20T00:00:00.000Z\n\
+             #   its chain (not measured): CN=ca, issued by CN=root, valid until 1972-09-27T00:00:00.000Z"
+        );
+        for (now, words) in [(50, "NOT VALID YET"), (195, "which is in 5d"), (203, "EXPIRED 3d ago")] {
+            assert!(at(now).contains(words) && at(now).contains("E36"), "{}", at(now));
+        }
     }
 }

@@ -4,7 +4,9 @@
 
 use super::error::{EifError, reason};
 use super::layout::SectionInfo;
-use serde::{Deserialize, Serialize, Serializer};
+use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::fmt;
 
 /// Longest of the texts that are shown, in bytes.
 const MAX_TEXT: usize = 1024;
@@ -63,7 +65,7 @@ impl ImageMetadata {
         }
         // The whole of it, so that what is kept is known to be JSON, and not nested more deeply than readers bear; the
         // second reading also refuses a known key that stands there twice.
-        serde_json::from_str::<serde_json::Value>(&json).map_err(|error| refuse(reason(&error)))?;
+        serde_json::from_str::<Seen>(&json).map_err(|error| refuse(reason(&error)))?;
         let known: Known = serde_json::from_str(&json).map_err(|error| refuse(reason(&error)))?;
         let build = known.build.unwrap_or_default();
         let text = |key: &str, text: Option<String>| match text {
@@ -85,6 +87,58 @@ impl ImageMetadata {
             kernel_version: text("KernelVersion", build.kernel_version)?,
             json,
         })
+    }
+}
+
+/// JSON that was read to its end and of which nothing was kept: as a tree it would take many times the memory that it takes as
+/// text. (Unlike `IgnoredAny`, which lets any depth pass.)
+struct Seen;
+
+impl<'de> Deserialize<'de> for Seen {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Self)
+    }
+}
+
+impl<'de> Visitor<'de> for Seen {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_unit<E>(self) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<Self, E> {
+        Ok(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self, A::Error> {
+        while items.next_element::<Self>()?.is_some() {}
+        Ok(self)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self, A::Error> {
+        while entries.next_entry::<Self, Self>()?.is_some() {}
+        Ok(self)
     }
 }
 

@@ -7,6 +7,7 @@
 //! the hypervisor judges. Whether the certificate is anybody one should trust is for whoever pins PCR8 to say; whether it has
 //! expired, for whoever has a clock.
 
+use super::certificate::{self, ImageCertificate, Validity};
 use super::error::{EifError, reason};
 use super::layout::SectionInfo;
 use crate::id::{Pcr, Timestamp};
@@ -17,9 +18,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use std::convert::Infallible;
 use std::fmt;
-use x509_cert::certificate::{CertificateInner, Raw};
 use x509_cert::der::asn1::ObjectIdentifier;
-use x509_cert::der::{Decode, Encode};
 
 /// The certificate that an image is signed with. The signature has been checked against it and the image's PCR0.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -34,6 +33,16 @@ pub struct ImageSignature {
     pub not_after: Timestamp,
     /// How it was signed.
     pub algorithm: SignatureAlgorithm,
+    /// The certificates that stand after the signer's, in their order: as a rule who issued it, who issued that, and so on.
+    /// **Neither measured nor checked**: anyone can change them without changing PCR8.
+    pub chain: Vec<ImageCertificate>,
+}
+
+impl ImageSignature {
+    /// Whether the signer's certificate is valid at that time. If it is not, the image does not boot.
+    pub fn validity(&self, now: Timestamp) -> Validity {
+        Validity::at(now, self.not_before, self.not_after)
+    }
 }
 
 /// How an image is signed; AWS's tools know these three.
@@ -114,8 +123,15 @@ impl SignatureSection {
         let refuse = |reason: String| EifError::Signature { offset: section.offset, reason };
         let (pem, cose) = entries(contents).map_err(refuse)?;
         let signed = Sign1::parse(&cose).map_err(refuse)?;
-        let der = first_certificate(&pem).map_err(refuse)?;
-        let (shown, key) = read_certificate(&der, signed.algorithm).map_err(refuse)?;
+        let mut certificates = certificate::from_pem(&pem).map_err(refuse)?.into_iter();
+        let der = certificates.next().unwrap_or_default();
+        let algorithm = signed.algorithm;
+        let (signer, key) =
+            certificate::read_signer(&der, algorithm.curve(), &algorithm.to_string()).map_err(refuse)?;
+        let chain = (1..).zip(certificates).map(|(number, der)| certificate::read_chained(&der, number));
+        let chain = chain.collect::<Result<_, _>>().map_err(refuse)?;
+        let ImageCertificate { subject, issuer, not_before, not_after } = signer;
+        let shown = ImageSignature { subject, issuer, not_before, not_after, algorithm, chain };
         Ok(Self { offset: section.offset, shown, certificate: der, key, signed })
     }
 
@@ -251,61 +267,4 @@ fn end(decoder: &Decoder<'_>) -> Result<(), String> {
         0 => Ok(()),
         more => Err(format!("{more} bytes follow where nothing is expected")),
     }
-}
-
-/// The first certificate of a PEM file, in DER form. Others after it (its chain) are not measured.
-///
-/// OpenSSL, which AWS's tools read it with, skips what is not a certificate and knows two more names for one. Here the first
-/// thing in the file must be the certificate, so that both take the same.
-fn first_certificate(pem: &[u8]) -> Result<Vec<u8>, String> {
-    const BEGIN: &[u8] = b"-----BEGIN CERTIFICATE-----";
-    const END: &[u8] = b"-----END CERTIFICATE-----";
-    let find = |within: &[u8], what: &[u8]| within.windows(what.len()).position(|window| window == what);
-    let begin = find(pem, b"-----BEGIN ").ok_or("its certificate is not in PEM form")?;
-    let pem = &pem[begin..];
-    if !pem.starts_with(BEGIN) {
-        return Err("the first thing in its certificate's PEM is not a CERTIFICATE".to_owned());
-    }
-    let end = find(pem, END).ok_or("its certificate's PEM has no end")?;
-    let mut der = Vec::new();
-    let mut decoder = pem_rfc7468::Decoder::new_detect_wrap(&pem[..end + END.len()])
-        .map_err(|error| format!("its certificate's PEM can't be read: {}", reason(&error)))?;
-    decoder
-        .decode_to_end(&mut der)
-        .map_err(|error| format!("its certificate's PEM can't be read: {}", reason(&error)))?;
-    Ok(der)
-}
-
-/// What there is to show of a certificate, and its key, which must be one that `algorithm` signs with.
-fn read_certificate(der: &[u8], algorithm: SignatureAlgorithm) -> Result<(ImageSignature, Vec<u8>), String> {
-    const EC_PUBLIC_KEY: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
-    let unreadable = |error: x509_cert::der::Error| format!("its certificate can't be read: {}", reason(&error));
-    let certificate = CertificateInner::<Raw>::from_der(der).map_err(unreadable)?;
-    // OpenSSL writes the certificate anew before it is measured; only of one way to write it is the measurement the same.
-    if certificate.to_der().map_err(unreadable)? != der {
-        return Err("its certificate is not in the distinguished encoding (DER)".to_owned());
-    }
-    let certificate = certificate.tbs_certificate();
-    let key = certificate.subject_public_key_info();
-    if key.algorithm.oid != EC_PUBLIC_KEY {
-        return Err(format!("its certificate's key ({}) is no elliptic-curve key", key.algorithm.oid));
-    }
-    let curve = key.algorithm.parameters.as_ref().and_then(|curve| curve.decode_as::<ObjectIdentifier>().ok());
-    if curve != Some(algorithm.curve()) {
-        return Err(format!("its certificate's key is not on the curve that {algorithm} signs with"));
-    }
-    let point = key.subject_public_key.as_bytes().ok_or("its certificate's key is no whole number of bytes")?;
-    let validity = certificate.validity();
-    let shown = ImageSignature {
-        subject: reason(certificate.subject()),
-        issuer: reason(certificate.issuer()),
-        not_before: point_in_time(validity.not_before),
-        not_after: point_in_time(validity.not_after),
-        algorithm,
-    };
-    Ok((shown, point.to_vec()))
-}
-
-fn point_in_time(time: x509_cert::time::Time) -> Timestamp {
-    Timestamp::from_millis(0).plus(time.to_unix_duration())
 }

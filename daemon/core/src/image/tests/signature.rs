@@ -2,6 +2,7 @@
 //! which is that of `signer.pem`.
 
 use super::*;
+use crate::id::Timestamp;
 use minicbor::Encoder;
 use p384::ecdsa::{Signature, SigningKey, signature::Signer};
 
@@ -139,6 +140,37 @@ fn a_tag_a_chain_text_before_the_certificate_and_byte_strings_are_taken() {
 }
 
 #[test]
+fn the_whole_chain_is_shown_but_the_signer_alone_is_measured() {
+    let with_chain = |chain: &[&str]| {
+        let certificate = [&[SIGNER], chain].concat().concat().into();
+        let section = Signing { certificate, ..Signing::of(&pcr0()) }.section();
+        measure(&with(section)).unwrap()
+    };
+    let (p256, rsa) = (include_str!("p256.pem"), include_str!("rsa.pem"));
+    let report = with_chain(&[p256, "  some text\r\n", rsa]);
+    assert_eq!(report.measurements().pcr8.unwrap().to_string(), SIGNER_PCR8);
+    let signature = report.signature().unwrap();
+    let subjects: Vec<_> = signature.chain.iter().map(|certificate| certificate.subject.as_str()).collect();
+    assert_eq!(subjects, ["CN=other", "CN=rsa"]);
+    assert!(signature.chain.iter().all(|certificate| certificate.not_before < certificate.not_after));
+    assert_eq!(with_chain(&[]).signature().unwrap().chain, []);
+}
+
+#[test]
+fn a_certificate_is_valid_between_its_dates_and_ends_soon_in_its_last_30_days() {
+    let day = |day: u64| Timestamp::from_millis(day * 24 * 60 * 60 * 1000);
+    let at = |now| Validity::at(now, day(100), day(200));
+    assert_eq!(at(day(99)), Validity::NotYet);
+    assert_eq!(at(day(100)), Validity::Valid);
+    assert_eq!(at(day(170)), Validity::Valid);
+    assert_eq!(at(day(171)), Validity::EndsSoon);
+    assert_eq!(at(day(200)), Validity::EndsSoon);
+    assert_eq!(at(day(201)), Validity::Expired);
+    let report = measure(&signed_image()).unwrap();
+    assert_eq!(report.signature().unwrap().validity(day(1)), Validity::NotYet);
+}
+
+#[test]
 fn a_signature_over_something_else_or_by_someone_else_is_refused() {
     let good = Signing::of(&pcr0());
     let other = Signing::of(&Pcr([1; 48]));
@@ -159,6 +191,10 @@ fn what_is_no_signature_section_of_aws_tools_is_refused_with_its_reason() {
     let pem_of = |certificate: &str| Signing { certificate: certificate.into(), ..good.clone() }.section();
     let mut twice = good.section();
     twice.extend_from_slice(b"\x00");
+    let huge = format!(
+        "-----BEGIN CERTIFICATE-----\n{}-----END CERTIFICATE-----\n",
+        format!("{}\n", "A".repeat(64)).repeat(400)
+    );
     let endless = [&b"\x81\xa2"[..], b"\x73signing_certificate\x9b\xff\xff\xff\xff\xff\xff\xff\xff\x00"].concat();
     let cases = [
         (vec![], "the list of signatures is not there"),
@@ -179,6 +215,22 @@ fn what_is_no_signature_section_of_aws_tools_is_refused_with_its_reason() {
         (pem_of(&SIGNER[..300]), "has no end"),
         (pem_of(&SIGNER.replacen('M', "!", 1)), "can't be read"),
         (pem_of(&SIGNER.replacen("MIIC", "MIID", 1)), "its certificate can't be read"),
+        (
+            pem_of(&format!("{SIGNER}-----BEGIN PRIVATE KEY-----\nMIIC\n")),
+            "holds \"-----BEGIN PRIVATE KEY-----\", which is",
+        ),
+        (
+            pem_of(&format!("{SIGNER}{}", SIGNER.replacen("MIIC", "MIID", 1))),
+            "certificate 1 of its chain can't be read",
+        ),
+        (pem_of(&SIGNER.repeat(17)), "more than 16 certificates"),
+        (pem_of(&huge), "bytes, 16384 at most are taken"),
+        // Texts in which OpenSSL might find another first certificate.
+        (pem_of(&format!("text -----BEGIN CERTIFICATE-----\n{SIGNER}")), "can be read in two ways"),
+        (pem_of(&format!("{}{SIGNER}", " ".repeat(254))), "can be read in two ways"),
+        (pem_of(&format!("\0\n{SIGNER}")), "can be read in two ways"),
+        (pem_of(&format!("\u{feff}{SIGNER}")), "can be read in two ways"),
+        (pem_of(&SIGNER.replace("-----END CERTIFICATE-----\n", "-----END CERTIFICATE----- x\n")), "on the same line"),
     ];
     for (section, text) in cases {
         let reason = refusal(section);
