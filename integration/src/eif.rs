@@ -73,7 +73,14 @@ impl Eif {
     /// # Panics
     /// With more than 32 sections, for which the header has no room.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let sections = self.sections();
+        self.with_sections(&self.sections())
+    }
+
+    /// An image file with these sections (type, contents) in place of its own, whatever they are: also such that no tool writes.
+    ///
+    /// # Panics
+    /// With more than 32 sections, for which the header has no room.
+    pub fn with_sections(&self, sections: &[(u16, &[u8])]) -> Vec<u8> {
         assert!(sections.len() <= 32, "an EIF has 32 sections at most, not {}", sections.len());
         let mut offsets = [0_u64; 32];
         let mut sizes = [0_u64; 32];
