@@ -71,6 +71,7 @@ fn seeds() -> BTreeMap<&'static str, Seed> {
     let signature = signed.signature.clone().unwrap();
     let another = signed_with(CERTIFICATE, Eif { kernel: b"another".to_vec(), ..image() }).signature;
     let (kernel, cmdline, ramdisk) = ((KERNEL, &b"k"[..]), (CMDLINE, &b"c"[..]), (RAMDISK, &b"r"[..]));
+    let said = metadata("seed", "1");
     let be = u64::to_be_bytes;
     BTreeMap::from([
         ("good-honest", good(honest.clone())),
@@ -79,7 +80,7 @@ fn seeds() -> BTreeMap<&'static str, Seed> {
         ("good-empty-sections", good(of(&[(KERNEL, b""), (CMDLINE, b""), (RAMDISK, b"")]))),
         ("good-aarch64", good(Eif { flags: 1, ..image() }.to_bytes())),
         ("good-version-2", good(Eif { version: 2, metadata: None, ..image() }.to_bytes())),
-        ("good-metadata-last", good(of(&[kernel, cmdline, ramdisk, (METADATA, b"{}")]))),
+        ("good-metadata-last", good(of(&[kernel, cmdline, ramdisk, (METADATA, &said)]))),
         ("good-signed", good(signed.to_bytes())),
         (
             "good-signed-with-chain",

@@ -62,7 +62,8 @@ fn sections(file: &[u8]) -> Vec<(u16, Vec<u8>)> {
     let mut rest = file.get(HEADER_LEN..).unwrap_or_default();
     while let Some((header, after)) = rest.split_at_checked(SECTION_HEADER_LEN) {
         let kind = u16::from_be_bytes([header[0], header[1]]);
-        let size = header[4..].iter().fold(0_usize, |size, byte| size.saturating_mul(256).saturating_add((*byte).into()));
+        let size =
+            header[4..].iter().fold(0_usize, |size, byte| size.saturating_mul(256).saturating_add((*byte).into()));
         let (contents, after) = after.split_at(size.min(after.len()));
         sections.push((kind, contents.to_vec()));
         rest = after;
