@@ -2,7 +2,7 @@
 //! this one refuses is listed with what the other says of it.
 //!
 //! `ENCLAVED_REAL_NITRO_CLI` names the program; `integration/test --lane slow` builds it and sets that.
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests fail the test")]
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests fail the test")]
 
 use enclaved_core::id::Measurements;
 use enclaved_core::image::{EifError, EifReport, Limits, Measurer};
