@@ -107,11 +107,18 @@ impl Eif {
     /// # Panics
     /// With more than 32 sections, for which the header has no room.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let sections = self.sections();
+        self.with_sections(&self.sections())
+    }
+
+    /// An image file with these sections (type, contents) in place of its own, whatever they are: also such that no tool writes.
+    ///
+    /// # Panics
+    /// With more than 32 sections, for which the header has no room.
+    pub fn with_sections(&self, sections: &[(u16, &[u8])]) -> Vec<u8> {
         let sizes: Vec<u64> = sections.iter().map(|(_, contents)| contents.len() as u64).collect();
         let mut file = self.header(&sizes);
         for (kind, contents) in sections {
-            file.extend_from_slice(&section_header(kind, contents.len() as u64));
+            file.extend_from_slice(&section_header(*kind, contents.len() as u64));
             file.extend_from_slice(contents);
         }
         damage::seal(&mut file);

@@ -4,14 +4,24 @@ use crate::eif::Eif;
 use crate::nitro_cli::pcr0;
 use anyhow::Context as _;
 use minicbor::Encoder;
-use p384::ecdsa::Signature;
+use p384::ecdsa::signature::Signer as _;
+use p384::ecdsa::{Signature, SigningKey};
 use rcgen::{CertificateParams, DnType, KeyPair, SigningKey as _};
 
-/// A key on P-384 and its self-signed certificate.
+/// A key on P-384 and its certificate.
 #[derive(Debug)]
 pub struct Signer {
+    /// PEM; what stands after the first certificate is its chain.
     certificate: String,
-    key: KeyPair,
+    key: Key,
+}
+
+#[derive(Debug)]
+enum Key {
+    /// Made on the spot. Signs differently each time.
+    Made(KeyPair),
+    /// Given. Signs the same each time.
+    Given(SigningKey),
 }
 
 /// Whether a certificate is still good.
@@ -35,7 +45,23 @@ impl Signer {
         params.not_before = rcgen::date_time_ymd(2020, 1, 1);
         params.not_after = rcgen::date_time_ymd(if validity == Validity::Valid { 2060 } else { 2021 }, 1, 1);
         let certificate = params.self_signed(&key)?.pem();
-        Ok(Self { certificate, key })
+        Ok(Self { certificate, key: Key::Made(key) })
+    }
+
+    /// With a certificate that there is, and its key: the number, in 48 bytes. The same image is then signed with the same bytes.
+    ///
+    /// # Errors
+    /// When the number is not a key.
+    pub fn with_key(certificate: &str, key: &[u8; 48]) -> anyhow::Result<Self> {
+        let key = SigningKey::from_slice(key).context("a number that is no key on P-384")?;
+        Ok(Self { certificate: certificate.to_owned(), key: Key::Given(key) })
+    }
+
+    fn signature(&self, message: &[u8]) -> anyhow::Result<Signature> {
+        match &self.key {
+            Key::Made(key) => Signature::from_der(&key.sign(message)?).context("reading the signature back"),
+            Key::Given(key) => Ok(key.sign(message)),
+        }
     }
 
     /// The image with a signature section.
@@ -57,8 +83,7 @@ impl Signer {
         let payload = payload.into_writer();
         let mut message = Encoder::new(Vec::new());
         message.array(4)?.str("Signature1")?.bytes(&protected)?.bytes(&[])?.bytes(&payload)?;
-        let signature = self.key.sign(message.writer())?;
-        let signature = Signature::from_der(&signature).context("reading the signature back")?;
+        let signature = self.signature(message.writer())?;
 
         let mut cose = Encoder::new(Vec::new());
         cose.array(4)?.bytes(&protected)?.map(0)?.bytes(&payload)?.bytes(&signature.to_bytes())?;

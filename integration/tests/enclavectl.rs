@@ -7,6 +7,7 @@ use enclaved::reconciler::{Command, Report};
 use enclaved_core::status::{EnclaveState, Status};
 use enclaved_integration::binaries;
 use enclaved_integration::eif::{self, damage};
+use enclaved_integration::signing::{Signer, Validity};
 use serde_json::json;
 use std::ffi::OsStr;
 use std::fs;
@@ -284,6 +285,40 @@ async fn a_damaged_image_is_refused() {
         let done = enclavectl([OsStr::new("measure"), file(&dir, "x.eif", damaged).as_os_str()]).await;
         assert_eq!(done.code, Some(78), "{done:?}");
         assert!(done.err.contains("x.eif: ") && done.out.is_empty(), "{done:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_damaged_image_is_told_to_programs_with_its_place() {
+    let dir = TempDir::new().unwrap();
+    let image = damage::two_faced(eif::sample("signer", 1, 10_000).to_bytes());
+    let done = enclavectl([OsStr::new("measure"), file(&dir, "x.eif", image).as_os_str(), OsStr::new("--json")]).await;
+    assert_eq!(done.code, Some(78), "{done:?}");
+    let json: serde_json::Value = serde_json::from_str(&done.out).unwrap();
+    assert_eq!(json["offset"], 36);
+    assert!(json["error"].as_str().unwrap().starts_with("the header's offset of section 1 (at byte 36)"), "{json}");
+}
+
+#[tokio::test]
+async fn a_signed_image_is_shown_with_its_signer_and_whether_its_certificate_is_still_valid() {
+    let dir = TempDir::new().unwrap();
+    for (validity, state, words) in [
+        (Validity::Valid, "valid", "issued by CN=signer, valid until 2060-01-01T00:00:00.000Z\n"),
+        (Validity::Expired, "expired", "ago, at 2021-01-01T00:00:00.000Z\n# WARNING: "),
+    ] {
+        let signer = Signer::new("signer", validity).unwrap();
+        let image = signer.sign(eif::sample("signer", 1, 10_000)).unwrap().to_bytes();
+        let path = file(&dir, "x.eif", image);
+        let done = enclavectl([OsStr::new("measure"), path.as_os_str()]).await;
+        assert_eq!(done.code, Some(0), "{done:?}");
+        assert!(done.out.contains("# signed (ES384) by CN=signer, ") && done.out.contains(words), "{done:?}");
+        assert!(done.out.contains("\npcr8 = \""), "{done:?}");
+        let json = enclavectl([OsStr::new("measure"), path.as_os_str(), OsStr::new("--json")]).await;
+        let json: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+        assert_eq!(
+            (&json["signature"]["subject"], &json["signature"]["validity"]),
+            (&json!("CN=signer"), &json!(state))
+        );
     }
 }
 
