@@ -23,9 +23,9 @@
 //!   is the largest anonymous memory (heap and stacks) that was seen, looked at every 5 ms.
 //! - The page cache is warm for all. Files are written to the folder for temporary files (`TMPDIR`): on another kind of disk
 //!   the wall-clock of a fetch says more about the disk.
-//! - The contenders do not do the same: `aws s3 cp` only downloads. What a host needs without enclaved is it and
-//!   `nitro-cli describe-eif` one after the other: the sum of two rows of two tables. That both came to the same bytes and
-//!   the same measurements is checked in every round; a difference ends the run.
+//! - The contenders of the first table do not do the same: `aws s3 cp` only downloads. What a host needs without enclaved
+//!   is it and `nitro-cli describe-eif` one after the other: that sum is said at the end. That both came to the same bytes
+//!   and the same measurements is checked in every round; a difference ends the run.
 //!
 //! A program that is missing is installed by `integration/tool`, outside the tree.
 

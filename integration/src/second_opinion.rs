@@ -209,7 +209,10 @@ impl Question<'_> {
     /// Asks both, and compares.
     async fn compare(self, tally: &mut Tally, name: &str, ours: &Client, theirs: &Client) {
         let (ours, theirs) = (self.ask(ours).await, self.ask(theirs).await);
-        for (method, (ours, theirs)) in ["get", "head"].into_iter().zip(ours.into_iter().zip(theirs)) {
+        let answers = ["get", "head"].into_iter().zip(ours.into_iter().zip(theirs));
+        // S3 documents that a HEAD honours a range, in its length and by 416; ministack does not look at it.
+        let comparable = if self.range.is_some() { 1 } else { 2 };
+        for (method, (ours, theirs)) in answers.take(comparable) {
             let outcome = if ours == theirs { Ok(()) } else { Err(format!("  ours:   {ours}\n  theirs: {theirs}")) };
             tally.test(&format!("{method}_{name}"), outcome);
         }

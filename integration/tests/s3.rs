@@ -3,8 +3,8 @@
 
 use aws_config::imds::credentials::ImdsCredentialsProvider;
 use aws_sdk_s3::Client;
-use aws_sdk_s3::config::SharedCredentialsProvider;
 use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::{IdentityCache, SharedCredentialsProvider};
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
 use aws_sdk_s3::operation::head_object::HeadObjectOutput;
@@ -39,13 +39,21 @@ impl Aws {
         self.s3.controls()
     }
 
-    /// A client with the role's credentials, freshly fetched from the metadata service, that tries nothing twice.
-    fn role(&self) -> Role {
+    fn config(&self) -> aws_sdk_s3::config::Builder {
         let imds = aws_config::imds::Client::builder().endpoint(self.imds.endpoint()).unwrap().build();
         let provider = ImdsCredentialsProvider::builder().imds_client(imds).build();
         let client = self.s3.client(SharedCredentialsProvider::new(provider));
-        let config = client.config().to_builder().retry_config(RetryConfig::disabled()).build();
-        Role(Client::from_conf(config))
+        client.config().to_builder().retry_config(RetryConfig::disabled())
+    }
+
+    /// A client with the role's credentials, freshly fetched from the metadata service, that tries nothing twice.
+    fn role(&self) -> Role {
+        Role(Client::from_conf(self.config().build()))
+    }
+
+    /// One that asks the metadata service for credentials before every request.
+    fn forgetful_role(&self) -> Role {
+        Role(Client::from_conf(self.config().identity_cache(IdentityCache::no_cache()).build()))
     }
 }
 
@@ -305,6 +313,22 @@ async fn credentials_that_end_midway_are_refused_from_then_on_and_new_ones_are_h
 }
 
 #[tokio::test]
+async fn a_download_goes_on_with_new_credentials_when_its_own_end_midway() {
+    let aws = Aws::start().await;
+    let role = aws.forgetful_role();
+    let tag = role.tag().await;
+    aws.controls().at(Moment::Within { range: 1, sent: PART / 2 }, Controls::expire_credentials);
+    for nth in 0..3 {
+        // What was let in is served to its end.
+        let expected = part_of(&contents(1), usize::try_from(nth).unwrap());
+        assert!(role.bytes(nth, &tag).await.unwrap() == expected);
+    }
+    let keys: Vec<_> = aws.s3.authenticated().into_iter().map(|request| request.access_key_id).collect();
+    assert_eq!(aws.imds.credentials().all().len(), 2);
+    assert!(keys[0] == keys[1] && keys[1] != keys[2] && keys[2] == keys[3], "{keys:?}");
+}
+
+#[tokio::test]
 async fn a_fault_meets_the_range_it_is_meant_for() {
     let aws = Aws::start().await;
     let role = aws.role();
@@ -337,10 +361,11 @@ async fn a_range_hangs_breaks_off_or_comes_damaged_as_told() {
     aws.controls().add_fault_at_range(S3Fault::HangAfter { after: 70_000 }, 2);
     let mut body = role.part(0, &tag).await.unwrap().body;
     let mut received = 0;
-    while let Ok(piece) = tokio::time::timeout(Duration::from_millis(200), body.next()).await {
-        received += piece.unwrap().unwrap().len();
+    while received < 70_000 {
+        received += body.next().await.unwrap().unwrap().len();
     }
     assert_eq!(received, 70_000);
+    assert!(tokio::time::timeout(Duration::from_millis(100), body.next()).await.is_err(), "and then nothing");
     drop(body);
     aws.controls().add_fault_at_range(S3Fault::BreakOff { after: 70_000 }, 3);
     assert!(role.bytes(0, &tag).await.is_err());

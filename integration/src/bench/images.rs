@@ -19,6 +19,13 @@ use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
 
+/// The comparisons.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Only {
+    Fetch,
+    Measure,
+}
+
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
     /// The image's size.
@@ -27,6 +34,9 @@ pub(super) struct Options {
     /// How often each contender runs.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
+    /// One comparison only.
+    #[arg(long, value_enum)]
+    only: Option<Only>,
     /// A file for the figures of every round.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -47,27 +57,32 @@ struct Contender<'a> {
 
 /// `bench images`.
 pub(super) fn compare(options: &Options) -> anyhow::Result<()> {
-    let (aws, nitro_cli) = (binaries::of_others("aws")?, binaries::of_others("nitro-cli")?);
     crate::demo::build_beside()?;
     let folder = tempfile::tempdir().context("making a folder")?;
     let image = folder.path().join("image.eif");
     eif::write_sample(File::create(&image)?, "bench", 1, options.size).context("writing the image")?;
     let size = fs::metadata(&image)?.len();
-    let of = |what: &str| format!("{what}, {} MiB, {} rounds", (size + MIB / 2) / MIB, options.rounds);
-    let tables = [
-        Table {
-            title: of("fetch: an object of a local S3 server"),
-            size,
-            rows: rounds(&fetching(&image, folder.path(), &aws)?, options.rounds, folder.path())?,
-        },
-        Table {
-            title: of("measure: a file in the page cache"),
-            size,
-            rows: rounds(&measuring(&image, folder.path(), &nitro_cli)?, options.rounds, folder.path())?,
-        },
-    ];
+    let table = |what: &str, contenders: &Contenders<'_>| -> anyhow::Result<Table> {
+        let title = format!("{what}, {} MiB, {} rounds", (size + MIB / 2) / MIB, options.rounds);
+        Ok(Table { title, size, rows: rounds(contenders, options.rounds, folder.path())? })
+    };
+    let mut tables = Vec::new();
+    if options.only != Some(Only::Measure) {
+        let contenders = fetching(&image, folder.path(), &binaries::of_others("aws")?)?;
+        tables.push(table("fetch: an object of a local S3 server", &contenders)?);
+    }
+    if options.only != Some(Only::Fetch) {
+        let contenders = measuring(&image, folder.path(), &binaries::of_others("nitro-cli")?)?;
+        tables.push(table("measure: a file in the page cache", &contenders)?);
+    }
     for table in &tables {
         println!("{table}");
+    }
+    if let [Table { rows: fetched, .. }, Table { rows: measured, .. }] = tables.as_slice()
+        && let ([ours, fetch], [_, measure]) = (fetched.as_slice(), measured.as_slice())
+    {
+        println!("To have an image that is proven (fetched and measured):\n  {}", ours.said());
+        println!("  {}", fetch.and_then(measure).said());
     }
     if let Some(path) = &options.json {
         fs::write(path, serde_json::to_vec_pretty(&tables)?).with_context(|| format!("writing {}", path.display()))?;

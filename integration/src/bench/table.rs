@@ -42,6 +42,28 @@ impl Row {
     }
 }
 
+impl Row {
+    /// The medians in one line.
+    pub(super) fn said(&self) -> String {
+        let cost = &self.median;
+        let cpu = cost.user_s + cost.system_s;
+        format!("{}: {:.2} s, {cpu:.2} s of CPU, {:.0} MiB at its peak", self.what, cost.wall_s, cost.peak_rss_mib)
+    }
+
+    /// What both cost one after the other, by their medians.
+    pub(super) fn and_then(&self, next: &Self) -> Self {
+        let (one, two) = (&self.median, &next.median);
+        let median = Cost {
+            wall_s: one.wall_s + two.wall_s,
+            user_s: one.user_s + two.user_s,
+            system_s: one.system_s + two.system_s,
+            peak_rss_mib: one.peak_rss_mib.max(two.peak_rss_mib),
+            peak_anonymous_mib: one.peak_anonymous_mib.max(two.peak_anonymous_mib),
+        };
+        Self { what: format!("{}, then {}", self.what, next.what), median, rounds: Vec::new() }
+    }
+}
+
 /// The middle one, or the mean of the two in the middle. 0 of none.
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
