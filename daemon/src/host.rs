@@ -18,12 +18,14 @@ use enclaved_core::failure::Failure;
 use enclaved_core::id::{Cid, EnclaveKey, MemoryMib, Timestamp};
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::ledger::{LaunchRecord, Ledger};
-use enclaved_core::observed::{Instance, Pool};
+use enclaved_core::observed::{CacheItem, ImageCache, Instance, Pool};
 use enclaved_core::plan::Launch;
 use enclaved_core::routes::{ProxyReport, Routes};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU8, AtomicU64};
 
 /// What an effect comes to. A [`Failure`] says what was being done, why it failed and what a person can do.
 pub type Outcome<T> = Result<T, Failure>;
@@ -53,14 +55,42 @@ pub trait Supervisor: Send + Sync + 'static {
     fn changed(&self) -> impl Future<Output = ()> + Send;
 }
 
-/// Gets images and proves them.
+/// Gets images, keeps them, and proves them.
 pub trait ImageStore: Send + Sync + 'static {
+    /// What the cache holds.
+    fn observe(&self) -> impl Future<Output = Outcome<ImageCache>> + Send;
+
     /// Gets the image, from the cache if it is there, and verifies it. Only what was proven in this call is returned.
     fn fetch(
         &self,
         request: &ImageRequest,
         progress: Arc<Progress>,
     ) -> impl Future<Output = Outcome<VerifiedImage>> + Send;
+
+    /// Asks the source whether it has something else by now than what that request came to; if so, gets and verifies that.
+    /// `None`: it has not. On a failure (also: what is there now is refused) everything stays as it was; a refused object is
+    /// remembered by its ETag, so that the next call answers the same without downloading it again, until the object changes.
+    fn refresh(
+        &self,
+        request: &ImageRequest,
+        progress: Arc<Progress>,
+    ) -> impl Future<Output = Outcome<Option<VerifiedImage>>> + Send;
+
+    /// Whether the cached file is still the one that was proven: by inode, size, mtime and ctime as they were at its proof
+    /// in this process, else by hashing it again.
+    fn prove(&self, image: &VerifiedImage) -> impl Future<Output = Outcome<Proof>> + Send;
+
+    /// Removes it from the cache. Succeeds if it is gone already.
+    fn remove(&self, item: &CacheItem) -> impl Future<Output = Outcome<()>> + Send;
+}
+
+/// Whether a cached image is still what it was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Proof {
+    /// It is.
+    Holds,
+    /// It is not, for this reason; the file has been removed, so that a fetch gets it anew.
+    Spoilt(Failure),
 }
 
 /// Has the host's enclave resources.
@@ -154,29 +184,62 @@ pub trait Host: Send + Sync + 'static {
 /// How far a fetch is; written by the image store, read by the status.
 #[derive(Debug, Default)]
 pub struct Progress {
-    done: std::sync::atomic::AtomicU64,
-    total: std::sync::atomic::AtomicU64,
+    done: AtomicU64,
+    total: AtomicU64,
+    stage: AtomicU8,
+}
+
+/// What a fetch is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u8)]
+pub enum FetchStage {
+    /// Asking the source what it has.
+    #[default]
+    Asking,
+    /// Downloading (or copying), and measuring what has arrived.
+    Downloading,
+    /// Hashing what is on disk already.
+    Measuring,
 }
 
 impl Progress {
     /// Sets how many bytes there are in all.
     pub fn set_total(&self, bytes: u64) {
-        self.total.store(bytes, std::sync::atomic::Ordering::Relaxed);
+        self.total.store(bytes, Relaxed);
     }
 
     /// Adds bytes that have arrived.
     pub fn add(&self, bytes: u64) {
-        self.done.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
+        self.done.fetch_add(bytes, Relaxed);
+    }
+
+    /// Takes bytes back that are fetched again.
+    pub fn sub(&self, bytes: u64) {
+        // The closure always gives a value, so there is always an update.
+        let _updated = self.done.fetch_update(Relaxed, Relaxed, |done| Some(done.saturating_sub(bytes)));
     }
 
     /// Begins again at nothing (a retry).
     pub fn restart(&self) {
-        self.done.store(0, std::sync::atomic::Ordering::Relaxed);
+        self.done.store(0, Relaxed);
+    }
+
+    /// Says what is being done.
+    pub fn set_stage(&self, stage: FetchStage) {
+        self.stage.store(stage as u8, Relaxed);
+    }
+
+    /// What is being done.
+    pub fn stage(&self) -> FetchStage {
+        match self.stage.load(Relaxed) {
+            1 => FetchStage::Downloading,
+            2 => FetchStage::Measuring,
+            _ => FetchStage::Asking,
+        }
     }
 
     /// Bytes that have arrived, and bytes in all (0 while that is unknown).
     pub fn get(&self) -> (u64, u64) {
-        use std::sync::atomic::Ordering::Relaxed;
         (self.done.load(Relaxed), self.total.load(Relaxed))
     }
 }
@@ -190,7 +253,11 @@ pub enum Effect {
     SupervisorStop,
     SupervisorForget,
     SupervisorChanged,
+    ImageStoreObserve,
     ImageStoreFetch,
+    ImageStoreRefresh,
+    ImageStoreProve,
+    ImageStoreRemove,
     AllocatorObserve,
     AllocatorReserve,
     ProxyLinkObserve,
@@ -204,13 +271,17 @@ pub enum Effect {
 
 impl Effect {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 19] = [
         Self::SupervisorObserve,
         Self::SupervisorLaunch,
         Self::SupervisorStop,
         Self::SupervisorForget,
         Self::SupervisorChanged,
+        Self::ImageStoreObserve,
         Self::ImageStoreFetch,
+        Self::ImageStoreRefresh,
+        Self::ImageStoreProve,
+        Self::ImageStoreRemove,
         Self::AllocatorObserve,
         Self::AllocatorReserve,
         Self::ProxyLinkObserve,

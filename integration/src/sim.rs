@@ -8,7 +8,7 @@ mod harness;
 pub use harness::{Harness, desired, image};
 
 use enclaved::host::{
-    Allocator, Clock, Effect, Host, ImageStore, LedgerStore, LoadedLedger, Outcome, Prober, Progress, ProxyLink,
+    Allocator, Clock, Effect, Host, ImageStore, LedgerStore, LoadedLedger, Outcome, Prober, Progress, Proof, ProxyLink,
     Supervisor,
 };
 use enclaved_core::desired::{HealthCheck, ImageRequest};
@@ -16,7 +16,7 @@ use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, Cid, EnclaveKey, MemoryMib, Timestamp};
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::ledger::{GenerationRecord, LaunchRecord, Ledger, ProcessIdentity};
-use enclaved_core::observed::{Instance, InstanceState, Pool};
+use enclaved_core::observed::{CacheItem, CachedImage, ImageCache, Instance, InstanceState, Pool};
 use enclaved_core::plan::Launch;
 use enclaved_core::routes::{ListenerKey, ListenerReport, ProxyReport, Routes};
 use std::collections::BTreeMap;
@@ -99,6 +99,8 @@ struct State {
     pool: (u32, u64),
     most: (u32, u64),
     images: BTreeMap<ImageRequest, VerifiedImage>,
+    /// What the cache holds.
+    fetched: BTreeMap<ImageRequest, VerifiedImage>,
     images_away: bool,
     open: BTreeMap<Cid, u64>,
     /// Hugepage memory that somebody else holds.
@@ -209,6 +211,7 @@ impl World {
             pool,
             most,
             images: BTreeMap::new(),
+            fetched: BTreeMap::new(),
             images_away: false,
             open: BTreeMap::new(),
             foreign: 0,
@@ -471,12 +474,52 @@ impl Supervisor for World {
 }
 
 impl ImageStore for World {
+    async fn observe(&self) -> Outcome<ImageCache> {
+        self.effect(Effect::ImageStoreObserve, |state| {
+            let cached = |image: &VerifiedImage| CachedImage {
+                digest: image.digest(),
+                size: image.size(),
+                used: Timestamp::from_millis(0),
+            };
+            Ok(ImageCache { images: state.fetched.values().map(cached).collect(), unfinished: Vec::new() })
+        })
+        .await
+    }
+
+    async fn refresh(&self, request: &ImageRequest, progress: Arc<Progress>) -> Outcome<Option<VerifiedImage>> {
+        progress.set_total(1);
+        self.effect(Effect::ImageStoreRefresh, |state| {
+            let there = state.images.get(request).filter(|_| !state.images_away);
+            let there = there.cloned().ok_or_else(|| Failure::new("there is no such image"))?;
+            let known = state.fetched.insert(request.clone(), there.clone());
+            Ok((known.as_ref() != Some(&there)).then_some(there))
+        })
+        .await
+    }
+
+    async fn prove(&self, _: &VerifiedImage) -> Outcome<Proof> {
+        self.effect(Effect::ImageStoreProve, |_| Ok(Proof::Holds)).await
+    }
+
+    async fn remove(&self, item: &CacheItem) -> Outcome<()> {
+        self.effect(Effect::ImageStoreRemove, |state| {
+            match item {
+                CacheItem::Image(digest) => state.fetched.retain(|_, image| image.digest() != *digest),
+                CacheItem::Unfinished(_) => {}
+            }
+            Ok(())
+        })
+        .await
+    }
+
     async fn fetch(&self, request: &ImageRequest, progress: Arc<Progress>) -> Outcome<VerifiedImage> {
         progress.set_total(1);
         tokio::time::sleep(Duration::from_secs(1)).await;
         self.effect(Effect::ImageStoreFetch, |state| {
             let image = state.images.get(request).filter(|_| !state.images_away);
-            image.cloned().ok_or_else(|| Failure::new("there is no such image"))
+            let image = image.cloned().ok_or_else(|| Failure::new("there is no such image"))?;
+            state.fetched.insert(request.clone(), image.clone());
+            Ok(image)
         })
         .await
     }

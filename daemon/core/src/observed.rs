@@ -4,7 +4,7 @@
 
 use crate::desired::ImageRequest;
 use crate::failure::Failure;
-use crate::id::{BootId, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
+use crate::id::{BootId, EifDigest, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
 use crate::image::VerifiedImage;
 use crate::ledger::{GenerationRecord, LaunchRecord};
 use crate::routes::ProxyReport;
@@ -94,6 +94,44 @@ pub enum Pool {
         /// Memory in hugepages that nobody uses.
         memory_free: MemoryMib,
     },
+}
+
+/// What the image cache holds.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ImageCache {
+    /// Images, each once, whatever the number of requests that came to it.
+    pub images: Vec<CachedImage>,
+    /// Downloads that were begun and can be continued.
+    pub unfinished: Vec<Unfinished>,
+}
+
+/// An image in the cache. It was proven when it was put there; whether it still is what it was, is not known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CachedImage {
+    /// The SHA-256 under which it is kept.
+    pub digest: EifDigest,
+    /// Bytes on disk.
+    pub size: u64,
+    /// When it was fetched, proven or asked for last.
+    pub used: Timestamp,
+}
+
+/// A download that is not complete.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unfinished {
+    /// What is being got.
+    pub request: ImageRequest,
+    /// Bytes on disk.
+    pub size: u64,
+}
+
+/// Something that can be removed from the image cache.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum CacheItem {
+    /// An image.
+    Image(EifDigest),
+    /// What there is of a download.
+    Unfinished(ImageRequest),
 }
 
 /// The probes of one generation so far.

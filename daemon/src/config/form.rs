@@ -157,8 +157,9 @@ pub(super) struct EnclaveForm {
     /// Its name on this host: 1 to 32 characters of a-z, 0-9 and -, beginning and ending with a letter or digit.
     #[schemars(with = "EnclaveName")]
     pub name: String,
-    /// Its image (EIF): `s3://bucket/key`, read with the instance's role, or `file:///absolute/path`.
-    #[schemars(regex(pattern = "^(s3://[^/]+/.+|file:///.+)$"), example = "s3://bucket/signer.eif")]
+    /// Its image (EIF): `s3://bucket/key`, read with the instance's role (`?versionId=` after it for one version of the
+    /// object); `https://host/path`, a presigned URL, say, whose query is kept out of logs; or `file:///absolute/path`.
+    #[schemars(regex(pattern = "^(s3://[^/]+/.+|https?://[^/]+.*|file:///.+)$"), example = "s3://bucket/signer.eif")]
     pub image: String,
     /// vCPUs: whole cores, so an even number where the instance has two threads a core.
     #[schemars(range(min = 1, max = 1024))]

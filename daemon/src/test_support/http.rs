@@ -111,6 +111,7 @@ async fn serve(
         stream.read_exact(&mut vec![0; length]).await?;
         let request = request.rsplit_once(' ').unwrap().0.to_owned();
         let answer = answer(&request);
+        let is_head = request.starts_with("HEAD ");
         requests.lock().unwrap().push(request);
         let mut head = format!("HTTP/1.1 {} x\r\ncontent-length: {}\r\n", answer.status, answer.body.len());
         for (name, value) in &answer.headers {
@@ -118,6 +119,9 @@ async fn serve(
         }
         head.push_str("\r\n");
         stream.write_all(head.as_bytes()).await?;
+        if is_head {
+            continue;
+        }
         stream.write_all(&answer.body[..answer.sent]).await?;
         if answer.sent < answer.body.len() {
             return stream.shutdown().await;

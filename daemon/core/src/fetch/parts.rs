@@ -11,8 +11,11 @@ pub const MAX_PARTS: u64 = 10_000;
 /// more than [`MAX_PARTS`] of them.
 pub fn part_size(size: u64, wanted: u64) -> u64 {
     const MIB: u64 = 1 << 20;
-    let least = size.div_ceil(MAX_PARTS).div_ceil(MIB).saturating_mul(MIB);
-    wanted.max(least).max(1)
+    let wanted = wanted.max(1);
+    if size.div_ceil(wanted) <= MAX_PARTS {
+        return wanted;
+    }
+    size.div_ceil(MAX_PARTS).div_ceil(MIB).saturating_mul(MIB)
 }
 
 /// One part of an object.
@@ -143,11 +146,6 @@ impl Parts {
         self.finished.insert(first, end);
     }
 
-    /// A part that was being got is not any more; it is to be got again.
-    pub fn give_back(&mut self, index: u64) {
-        self.taken.remove(&index);
-    }
-
     /// Whether all parts are finished.
     pub fn is_whole(&self) -> bool {
         self.finished.get(&0) == Some(&self.count())
@@ -178,17 +176,17 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn parts_are_given_out_from_the_front_and_those_given_back_come_first() {
+    fn parts_are_given_out_from_the_front_and_finish_in_any_order() {
         let mut parts = Parts::new(25, 10).unwrap();
         let [a, b, c] = [(); 3].map(|()| parts.take().unwrap());
         assert_eq!([&a.bytes, &b.bytes, &c.bytes], [&(0..10), &(10..20), &(20..25)]);
         assert_eq!(parts.take(), None);
         parts.finish(c.index);
         assert_eq!((parts.front(), parts.done()), (0, 5));
-        parts.give_back(b.index);
         parts.finish(a.index);
         assert_eq!(parts.front(), 10);
-        assert_eq!(parts.take(), Some(b.clone()));
+        parts.finish(a.index);
+        assert_eq!(parts.done(), 15, "once is enough");
         parts.finish(b.index);
         assert!(parts.is_whole());
         assert_eq!((parts.front(), parts.finished()), (25, vec![(0, 3)]));
@@ -196,7 +194,7 @@ mod tests {
 
     #[test]
     fn a_large_object_has_larger_parts_not_more() {
-        assert_eq!(part_size(1, 8 << 20), 8 << 20);
+        assert_eq!((part_size(1, 8 << 20), part_size(100, 10)), (8 << 20, 10));
         for size in [1, 64 << 30, 10_u64.pow(15), u64::MAX / 2] {
             let part = part_size(size, 8 << 20);
             assert!(Parts::new(size, part).is_ok(), "{size}");
@@ -216,7 +214,6 @@ mod tests {
     enum Deed {
         Take,
         Finish(usize),
-        GiveBack(usize),
         /// As after a restart: what was being got is forgotten.
         Restart,
     }
@@ -225,7 +222,6 @@ mod tests {
         prop_oneof![
             3 => Just(Deed::Take),
             3 => any::<usize>().prop_map(Deed::Finish),
-            1 => any::<usize>().prop_map(Deed::GiveBack),
             1 => Just(Deed::Restart),
         ]
     }
@@ -254,10 +250,6 @@ mod tests {
                     Deed::Finish(nth) => if let Some(at) = pick(nth) {
                         parts.finish(at as u64);
                         list[at] = 'f';
-                    },
-                    Deed::GiveBack(nth) => if let Some(at) = pick(nth) {
-                        parts.give_back(at as u64);
-                        list[at] = '-';
                     },
                     Deed::Restart => {
                         parts = Parts::restore(size, part, &parts.finished()).unwrap();

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 /// A part is asked for so often without getting on before the download is given up.
 pub const MAX_TRIES: u32 = 8;
+/// What the source has is asked so often before that is given up: nothing is lost then, and the reason is to be seen soon.
+pub const MAX_LOOKS: u32 = 3;
 /// A download is begun anew so often because the object had changed.
 pub const MAX_ANEW: u32 = 3;
 /// A download of which no byte has come for this long is given up: a request that fails then is the last.
@@ -61,14 +63,32 @@ pub enum Verdict {
 }
 
 /// The tries of one part so far, as far as they did not get on.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tries {
+    most: u32,
     failed: u32,
     renewed: u32,
     lagged: u32,
 }
 
+impl Default for Tries {
+    /// None yet, of [`MAX_TRIES`].
+    fn default() -> Self {
+        Self::of(MAX_TRIES)
+    }
+}
+
 impl Tries {
+    /// None yet, of so many.
+    pub fn of(most: u32) -> Self {
+        Self { most, failed: 0, renewed: 0, lagged: 0 }
+    }
+
+    /// How many there may be in a row.
+    pub fn most(&self) -> u32 {
+        self.most
+    }
+
     /// How many tries in a row have failed without getting on.
     pub fn failed(&self) -> u32 {
         self.failed
@@ -79,10 +99,10 @@ impl Tries {
     pub fn judge(&mut self, cause: &Cause, got: u64, idle: Duration, random: u16) -> Verdict {
         if got >= GOT_ON {
             // Lagging is bounded on its own: a part that always lags after a while is to be let alone.
-            *self = Self { lagged: self.lagged, ..Self::default() };
+            *self = Self { lagged: self.lagged, ..Self::of(self.most) };
         }
         self.failed += 1;
-        let again = |tries: &Self| match tries.failed < MAX_TRIES && idle < STALL {
+        let again = |tries: &Self| match tries.failed < tries.most && idle < STALL {
             true => Verdict::Again(pause(tries.failed, random)),
             false => Verdict::Final,
         };
