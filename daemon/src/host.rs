@@ -21,7 +21,7 @@ use enclaved_core::ledger::{LaunchRecord, Ledger};
 use enclaved_core::observed::{CacheItem, ImageCache, Instance, Pool};
 use enclaved_core::plan::Launch;
 use enclaved_core::routes::{ProxyReport, Routes};
-use enclaved_core::status::FetchStage;
+pub use enclaved_core::status::FetchStage;
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
@@ -204,7 +204,8 @@ impl Progress {
     /// Takes back bytes that are to be got again.
     pub fn sub(&self, bytes: u64) {
         use std::sync::atomic::Ordering::Relaxed;
-        self.done.update(Relaxed, Relaxed, |done| done.saturating_sub(bytes));
+        // The closure always gives a value, so there is always an update.
+        let _before = self.done.fetch_update(Relaxed, Relaxed, |done| Some(done.saturating_sub(bytes)));
     }
 
     /// Says what is being done.

@@ -3,13 +3,16 @@
 //! These types say what the planner needs and no more; reading TOML, its defaults and its error messages live in the
 //! daemon's `config`.
 
+mod source;
+
+pub use source::{BadImageSource, ImageSource, Url};
+
 use crate::id::{EnclaveName, MemoryMib};
 use crate::image::ExpectedImage;
 use crate::routes::{HttpsListener, PathRoute, VsockTransport};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -86,76 +89,6 @@ pub struct ImageRequest {
     pub source: ImageSource,
     /// What it must measure.
     pub expected: ExpectedImage,
-}
-
-/// Where an EIF comes from.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum ImageSource {
-    /// `s3://bucket/key`
-    S3 {
-        /// The bucket's name.
-        bucket: String,
-        /// The object's key.
-        key: String,
-    },
-    /// `file:///absolute/path`
-    File(String),
-}
-
-/// An image address that is none.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("\"{text}\" is not an image address: {reason}; allowed are s3://bucket/key and file:///absolute/path")]
-pub struct BadImageSource {
-    text: String,
-    reason: &'static str,
-}
-
-impl std::str::FromStr for ImageSource {
-    type Err = BadImageSource;
-    fn from_str(text: &str) -> Result<Self, BadImageSource> {
-        let bad = |reason| BadImageSource { text: text.escape_debug().to_string(), reason };
-        if text.len() > 2048 || text.chars().any(char::is_control) {
-            return Err(bad("it is longer than 2048 bytes or holds control characters"));
-        }
-        if let Some(rest) = text.strip_prefix("s3://") {
-            let (bucket, key) = rest.split_once('/').ok_or_else(|| bad("the key is missing"))?;
-            let in_bucket = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':');
-            if !(3..=255).contains(&bucket.len()) || !bucket.chars().all(in_bucket) {
-                return Err(bad("the bucket's name is not one"));
-            }
-            if key.is_empty() || key.ends_with('/') {
-                return Err(bad("the key is missing"));
-            }
-            return Ok(Self::S3 { bucket: bucket.to_owned(), key: key.to_owned() });
-        }
-        if let Some(path) = text.strip_prefix("file://") {
-            if !path.starts_with('/') || path.ends_with('/') {
-                return Err(bad("the path is not absolute or names a folder"));
-            }
-            return Ok(Self::File(path.to_owned()));
-        }
-        Err(bad("its scheme is unknown"))
-    }
-}
-impl TryFrom<String> for ImageSource {
-    type Error = BadImageSource;
-    fn try_from(text: String) -> Result<Self, BadImageSource> {
-        text.parse()
-    }
-}
-impl From<ImageSource> for String {
-    fn from(source: ImageSource) -> Self {
-        source.to_string()
-    }
-}
-impl fmt::Display for ImageSource {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::S3 { bucket, key } => write!(f, "s3://{bucket}/{key}"),
-            Self::File(path) => write!(f, "file://{path}"),
-        }
-    }
 }
 
 /// How a changed image or size is brought in.
@@ -262,34 +195,4 @@ pub struct TcpPort {
     pub listen: SocketAddr,
     /// The enclave's vsock port.
     pub vsock_port: u32,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_image_address_reads_back_what_it_writes() {
-        for text in ["s3://caution-abc-images/signer.eif", "s3://b-1/a/b/c.eif", "file:///opt/x.eif"] {
-            assert_eq!(text.parse::<ImageSource>().unwrap().to_string(), text);
-        }
-    }
-
-    #[test]
-    fn an_image_address_that_is_none_says_what_is_allowed() {
-        for text in [
-            "",
-            "s3://",
-            "s3://bucket",
-            "s3://bucket/",
-            "s3://b/k",
-            "file://x",
-            "ftp://a/b",
-            "s3://buc ket/k",
-            "s3://bucket/a\n",
-        ] {
-            let error = text.parse::<ImageSource>().unwrap_err().to_string();
-            assert!(error.contains("s3://bucket/key"), "{error}");
-        }
-    }
 }

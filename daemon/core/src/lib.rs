@@ -3,6 +3,7 @@
 pub mod desired;
 pub mod egress_policy;
 pub mod failure;
+pub mod fetch;
 pub mod id;
 pub mod image;
 pub mod image_record;

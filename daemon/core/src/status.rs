@@ -340,4 +340,3 @@ pub struct Facts {
     /// Downloads under way.
     pub fetches: BTreeMap<ImageRequest, FetchStatus>,
 }
-

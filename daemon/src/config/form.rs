@@ -162,8 +162,9 @@ pub(super) struct EnclaveForm {
     /// Its name on this host: 1 to 32 characters of a-z, 0-9 and -, beginning and ending with a letter or digit.
     #[schemars(with = "EnclaveName")]
     pub name: String,
-    /// Its image (EIF): `s3://bucket/key`, read with the instance's role, or `file:///absolute/path`.
-    #[schemars(regex(pattern = "^(s3://[^/]+/.+|file:///.+)$"), example = "s3://bucket/signer.eif")]
+    /// Its image (EIF): `s3://bucket/key`, read with the instance's role (`?versionId=` after it for one version of the
+    /// object); `https://host/path`, a presigned URL, say, whose query is kept out of logs; or `file:///absolute/path`.
+    #[schemars(regex(pattern = "^(s3://[^/]+/.+|https?://[^/]+.*|file:///.+)$"), example = "s3://bucket/signer.eif")]
     pub image: String,
     /// How often the image's source is asked whether there is something else by now; 1s to 24h. What is new is verified
     /// like any other image, and brought in as `update` says. Left out: only a changed configuration brings a new image.

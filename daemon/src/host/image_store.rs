@@ -1,39 +1,90 @@
 //! Images on disk: fetched from where the configuration says, measured while they arrive, kept under their SHA-256, and
-//! proven anew by every fetch, whether they came from afar or from the cache. What an image must be is core's to say.
+//! proven anew by every fetch, whether they came from afar or from the cache. What an image must be is core's to say
+//! (`core::image`), and so is how a download goes (`core::fetch`).
+//!
+//! | file | subject |
+//! |---|---|
+//! | `download` | one download: requests side by side into one file |
+//! | `remote`, `s3`, `https` | places that images are got from |
+//! | `cache`, `index`, `sidecar`, `stamp` | the folder, what requests came to, what can be continued, what is still what it was |
+//! | `measure`, `front`, `checksum` | reading behind a download: measurements and checksum |
+//! | `disk` | every operation on the disk, so that a test can end the process after each |
 
 mod cache;
-mod intake;
+mod checksum;
+mod disk;
+mod download;
+mod front;
+mod https;
+mod index;
+mod local;
 mod measure;
+mod remote;
 mod s3;
 mod s3_failure;
+mod sidecar;
+mod stamp;
+mod taking;
+#[cfg(test)]
+mod tests;
 
-use super::{ImageStore, Outcome, Progress};
-use cache::{Cache, Incoming};
+use super::{FetchStage, ImageStore, Outcome, Progress, Proof};
+use cache::Cache;
+use disk::Disk;
 use enclaved_core::desired::{ImageRequest, ImageSource};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::EifDigest;
-use enclaved_core::image::{EifReport, Refusal, VerifiedImage, verify};
+use enclaved_core::image::{VerifiedImage, verify};
+use enclaved_core::observed::{CacheItem, ImageCache};
+use https::Https;
+use index::Entry;
 pub(crate) use measure::{IntakeError, measure_whole};
 use s3::S3;
+use stamp::{FileStamp, Stamp};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use taking::Refused;
+use tokio::sync::OwnedMutexGuard;
+
+/// So many refused objects are remembered.
+const MAX_REFUSED: usize = 64;
 
 /// The images of this host.
 #[derive(Debug)]
 pub struct Store {
     cache: Arc<Cache>,
     s3: S3,
+    https: Https,
+    /// The size of the parts that objects are got in, in bytes.
+    part: u64,
+    /// Requests that are being worked on, each by one at a time.
+    busy: Mutex<BTreeMap<ImageRequest, Arc<tokio::sync::Mutex<()>>>>,
+    /// What was refused, and of which object.
+    refused: Mutex<BTreeMap<ImageRequest, Refused>>,
 }
 
 impl Store {
-    /// The images in that folder, which is made if need be. What an earlier life was fetching when it ended is removed.
+    /// The images in that folder, which is made if need be. Of what an earlier life was fetching when it ended, that stays which
+    /// can be continued.
     ///
     /// # Errors
     /// The folder can't be made or read.
     pub fn new(images_dir: &Path) -> Outcome<Self> {
-        Ok(Self { cache: Arc::new(Cache::open(images_dir)?), s3: S3::new() })
+        Self::on(images_dir, Disk::default())
+    }
+
+    fn on(images_dir: &Path, disk: Disk) -> Outcome<Self> {
+        Ok(Self {
+            cache: Arc::new(Cache::open(images_dir, disk)?),
+            s3: S3::new(),
+            https: Https::default(),
+            part: download::PART,
+            busy: Mutex::default(),
+            refused: Mutex::default(),
+        })
     }
 
     /// Where the image of that digest is, once a fetch has proven it.
@@ -41,99 +92,152 @@ impl Store {
         self.cache.path(digest)
     }
 
-    /// The image of that request from the cache; `None` if it is not there, or not what it was.
+    /// The lock of a request; those that nobody holds are forgotten.
+    fn lock_of(&self, request: &ImageRequest) -> Arc<tokio::sync::Mutex<()>> {
+        let mut busy = lock(&self.busy);
+        busy.retain(|_, lock| Arc::strong_count(lock) > 1);
+        Arc::clone(busy.entry(request.clone()).or_default())
+    }
+
+    async fn busy_with(&self, request: &ImageRequest) -> OwnedMutexGuard<()> {
+        self.lock_of(request).lock_owned().await
+    }
+
+    /// The image of that request from the cache: the one that it came to before, or that it pins by its SHA-256; `None` if it
+    /// is not there, or not what it was.
     async fn cached(&self, request: &ImageRequest, progress: &Arc<Progress>) -> Outcome<Option<VerifiedImage>> {
-        let Some(digest) = self.cache.find(request)? else { return Ok(None) };
-        let path = self.cache.path(&digest);
-        let spoilt = match File::open(&path) {
-            Ok(file) => match measure_whole(file, progress).await {
-                Ok(report) if report.digest() == digest => match verify(report, &request.expected) {
-                    Ok(image) => return Ok(Some(image)),
-                    Err(refusal) => refusal.to_string(),
-                },
-                Ok(report) => format!("its SHA-256 is {}", report.digest()),
-                Err(IntakeError::Eif(error)) => error.to_string(),
-                Err(error) => return Err(not_read(&path, &error)),
+        let known = self.cache.entry(request)?;
+        // One pinned SHA-256 says which image it is, wherever it comes from. Of several, the source says which it is by now.
+        let mut pinned = request.expected.any_of();
+        let pinned = pinned.next().filter(|_| pinned.len() == 0).and_then(|pins| pins.sha256);
+        let Some(digest) = known.as_ref().map(|entry| entry.digest).or(pinned) else {
+            return Ok(None);
+        };
+        match self.measured(&digest, progress).await? {
+            Found::Image(report) => match verify(*report, &request.expected) {
+                Ok(image) => {
+                    if known.is_none() {
+                        self.cache.note(request, &digest, None)?;
+                    }
+                    self.cache.note_use(&digest);
+                    Ok(Some(image))
+                }
+                // By its SHA-256 it is what was pinned, so what the source has is refused as well; that is told with its name.
+                Err(refusal) => {
+                    tracing::warn!("the cached image {digest} is not used for {}: {refusal}", request.source);
+                    Ok(None)
+                }
             },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => "it is missing".to_owned(),
+            Found::Nothing => Ok(None),
+            Found::Spoilt(_) => {
+                progress.restart();
+                Ok(None)
+            }
+        }
+    }
+
+    /// Measures the cached image of that digest. One that is not what it was is removed.
+    async fn measured(&self, digest: &EifDigest, progress: &Arc<Progress>) -> Outcome<Found> {
+        let path = self.cache.path(digest);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Nothing),
             Err(error) => return Err(not_read(&path, &IntakeError::Read(error))),
         };
-        tracing::warn!(
-            "{} is not the image any more that was kept there ({spoilt}); fetching it again",
-            path.display()
-        );
-        self.cache.forget(request, &digest)?;
-        progress.restart();
-        Ok(None)
-    }
-
-    async fn take_file(&self, path: &Path, progress: &Arc<Progress>) -> Outcome<(Incoming, EifReport)> {
-        let failed = |error: io::Error| {
-            Failure::new(format!("could not read the image {}: {error}", path.display()))
-                .with_remedy("check the path, and that the user enclaved may read it")
+        let stamp = |file: &File| file.metadata().map(|found| FileStamp::of(&found));
+        let failed = |error| not_read(&path, &IntakeError::Read(error));
+        let (before, again) = (stamp(&file).map_err(failed)?, file.try_clone().map_err(failed)?);
+        progress.set_stage(FetchStage::Measuring);
+        let spoilt = match measure_whole(file, progress).await {
+            Ok(report) if report.digest() != *digest => format!("its SHA-256 is {}", report.digest()),
+            Ok(report) if stamp(&again).map_err(failed)? == before => {
+                self.cache.note_proof(digest, before);
+                return Ok(Found::Image(Box::new(report)));
+            }
+            Ok(_) => "it was written to while it was measured".to_owned(),
+            Err(IntakeError::Eif(error)) => error.to_string(),
+            Err(error) => return Err(not_read(&path, &error)),
         };
-        let file = File::open(path).map_err(failed)?;
-        let metadata = file.metadata().map_err(failed)?;
-        if !metadata.is_file() {
-            return Err(Failure::new(format!("the image {} is not a file", path.display())));
+        let message = format!("{} is not the image any more that was kept there ({spoilt})", path.display());
+        tracing::warn!("{message}; it is removed, to be fetched again");
+        self.cache.forget_image(digest)?;
+        let failure =
+            Failure::new(message).with_remedy("it is fetched again; see whether the disk is failing (`dmesg`)");
+        Ok(Found::Spoilt(failure))
+    }
+
+    /// Gets what the source has now, verifies and keeps it.
+    async fn get(&self, request: &ImageRequest, progress: &Arc<Progress>, ask: Ask) -> Outcome<VerifiedImage> {
+        match &request.source {
+            ImageSource::File(path) => self.take_file(Path::new(path), request, progress).await,
+            ImageSource::S3 { bucket, key, version } => {
+                let remote = self.s3.object(bucket, key, version.as_deref()).await?;
+                self.download(Arc::new(remote), request, progress, ask).await
+            }
+            ImageSource::Https(url) => {
+                let remote = self.https.object(url)?;
+                self.download(Arc::new(remote), request, progress, ask).await
+            }
         }
-        self.cache.check_space(metadata.len())?;
-        let (incoming, copy) = self.cache.incoming()?;
-        let report = intake::copy(file, copy, progress).await;
-        Ok((incoming, report.map_err(|error| not_taken(&format!("file://{}", path.display()), &error))?))
+    }
+
+    /// What the source has now, without getting it.
+    async fn look(&self, source: &ImageSource) -> Outcome<Stamp> {
+        Ok(match source {
+            ImageSource::File(path) => Stamp::File(local::look(Path::new(path))?),
+            ImageSource::S3 { bucket, key, version } => {
+                let remote = self.s3.object(bucket, key, version.as_deref()).await?;
+                Stamp::Object(download::look(&remote).await?.object)
+            }
+            ImageSource::Https(url) => Stamp::Object(download::look(&self.https.object(url)?).await?.object),
+        })
+    }
+
+    /// What was refused of just that object.
+    fn refusal(&self, request: &ImageRequest, stamp: &Stamp, ask: Ask) -> Option<Failure> {
+        let refused = lock(&self.refused);
+        let refused = refused.get(request).filter(|refused| refused.stamp.is(stamp) == Some(true))?;
+        // What came damaged may have been damaged on its way: whoever needs it tries again.
+        (ask == Ask::IfChanged || !refused.damaged).then(|| refused.failure.clone())
+    }
+
+    fn remember(&self, request: &ImageRequest, refused: Refused) {
+        let mut all = lock(&self.refused);
+        if all.len() >= MAX_REFUSED {
+            all.pop_first();
+        }
+        all.insert(request.clone(), refused);
     }
 }
 
-impl ImageStore for Store {
-    async fn observe(&self) -> Outcome<enclaved_core::observed::ImageCache> {
-        Ok(Default::default())
-    }
-    async fn refresh(&self, _: &ImageRequest, _: &EifDigest, _: Arc<Progress>) -> Outcome<Option<VerifiedImage>> {
-        Ok(None)
-    }
-    async fn prove(&self, _: &VerifiedImage) -> Outcome<super::Proof> {
-        Ok(super::Proof::Holds)
-    }
-    async fn remove(&self, _: &enclaved_core::observed::CacheItem) -> Outcome<()> {
-        Ok(())
-    }
-    async fn fetch(&self, request: &ImageRequest, progress: Arc<Progress>) -> Outcome<VerifiedImage> {
-        progress.restart();
-        if let Some(image) = self.cached(request, &progress).await? {
-            return Ok(image);
-        }
-        let (incoming, report) = match &request.source {
-            ImageSource::File(path) => self.take_file(Path::new(path), &progress).await?,
-            ImageSource::S3 { bucket, key } => self.s3.fetch(bucket, key, &self.cache, &progress).await?,
-        };
-        // A wrong image is not kept: its file goes when `incoming` is dropped.
-        let image = verify(report, &request.expected).map_err(|refusal| refused(request, &refusal))?;
-        self.cache.keep(incoming, request, &image.digest())?;
-        Ok(image)
-    }
+/// Who asks for an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ask {
+    /// Somebody who needs it.
+    ToHave,
+    /// Somebody who has one already.
+    IfChanged,
 }
 
-fn refused(request: &ImageRequest, refusal: &Refusal) -> Failure {
-    Failure::new(format!(
-        "{} is refused: it is not the image that was asked for (its SHA-256 is {}): {}",
-        request.source,
-        refusal.digest,
-        refusal.reason()
-    ))
-    .with_remedy(refusal.remedy())
+/// What there is in the cache under a digest.
+enum Found {
+    /// The image.
+    Image(Box<enclaved_core::image::EifReport>),
+    /// Nothing.
+    Nothing,
+    /// Something else. It has been removed.
+    Spoilt(Failure),
 }
 
-/// What became of an image that arrived from `source`.
-fn not_taken(source: &str, error: &IntakeError) -> Failure {
-    match error {
-        IntakeError::Eif(error) => Failure::new(format!("{source} is not an image that can be launched: {error}"))
-            .with_remedy("run `enclavectl measure` where it was built, and put it in its place again"),
-        IntakeError::Write(error) if error.kind() == io::ErrorKind::StorageFull => {
-            Failure::new(format!("{source} could not be kept: {error}"))
-                .with_remedy("free space on the state folder's file system, or enlarge it")
-        }
-        error => Failure::new(format!("{source} could not be taken: {error}")),
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is in them is changed as a whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs what may take the disk a while where it holds nobody up.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Outcome<T> + Send + 'static) -> Outcome<T> {
+    let ended = tokio::task::spawn_blocking(work).await;
+    ended.unwrap_or_else(|error| Err(Failure::new(format!("a bug ended work on the image cache: {error}"))))
 }
 
 fn not_read(path: &Path, error: &IntakeError) -> Failure {
@@ -141,5 +245,114 @@ fn not_read(path: &Path, error: &IntakeError) -> Failure {
         .with_remedy("check the disk (`dmesg`), and the owner and permissions of the folder")
 }
 
-#[cfg(test)]
-mod tests;
+impl ImageStore for Store {
+    async fn observe(&self) -> Outcome<ImageCache> {
+        let cache = Arc::clone(&self.cache);
+        blocking(move || cache.observe()).await
+    }
+
+    async fn fetch(&self, request: &ImageRequest, progress: Arc<Progress>) -> Outcome<VerifiedImage> {
+        progress.restart();
+        // Not after somebody who looks for a newer one: what is there can be launched meanwhile.
+        if let Some(image) = self.cached(request, &progress).await? {
+            return Ok(image);
+        }
+        let _busy = self.busy_with(request).await;
+        match self.cached(request, &progress).await? {
+            Some(image) => Ok(image),
+            None => self.get(request, &progress, Ask::ToHave).await,
+        }
+    }
+
+    async fn refresh(
+        &self,
+        request: &ImageRequest,
+        known: &EifDigest,
+        progress: Arc<Progress>,
+    ) -> Outcome<Option<VerifiedImage>> {
+        progress.restart();
+        let _busy = self.busy_with(request).await;
+        let entry = self.cache.entry(request)?;
+        // Something newer was brought in earlier, and whoever asks never learnt of it.
+        if entry.as_ref().is_some_and(|entry| entry.digest != *known)
+            && let Some(image) = self.cached(request, &progress).await?
+        {
+            return Ok(Some(image));
+        }
+        if let Some(Entry { stamp, .. }) = &entry {
+            // A version of an object is never another.
+            if stamp.is_some() && matches!(&request.source, ImageSource::S3 { version: Some(_), .. }) {
+                return Ok(None);
+            }
+            progress.set_stage(FetchStage::Asking);
+            let now = self.look(&request.source).await?;
+            if let Some(stamp) = stamp {
+                match stamp.is(&now) {
+                    Some(true) => return Ok(None),
+                    Some(false) => {}
+                    None => {
+                        let message = format!(
+                            "{} can't be watched: its server sends neither ETag nor Last-Modified",
+                            request.source
+                        );
+                        return Err(Failure::new(message).with_remedy("remove image_poll, or use another source"));
+                    }
+                }
+            }
+            if let Some(failure) = self.refusal(request, &now, Ask::IfChanged) {
+                return Err(failure);
+            }
+        }
+        let image = self.get(request, &progress, Ask::IfChanged).await?;
+        Ok((image.digest() != *known).then_some(image))
+    }
+
+    async fn prove(&self, image: &VerifiedImage) -> Outcome<Proof> {
+        let digest = image.digest();
+        let path = self.cache.path(&digest);
+        let proven = self.cache.proof(&digest);
+        let now = match std::fs::metadata(&path) {
+            Ok(found) => Some(FileStamp::of(&found)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(not_read(&path, &IntakeError::Read(error))),
+        };
+        let found = if now.is_some() && now == proven {
+            return Ok(Proof::Holds);
+        } else {
+            self.measured(&digest, &Arc::default()).await?
+        };
+        match found {
+            Found::Image(_) => {
+                self.cache.note_use(&digest);
+                Ok(Proof::Holds)
+            }
+            Found::Spoilt(failure) => Ok(Proof::Spoilt(failure)),
+            Found::Nothing => {
+                self.cache.forget_image(&digest)?;
+                let failure = Failure::new(format!("the image {} is gone", path.display()));
+                Ok(Proof::Spoilt(failure.with_remedy("it is fetched again; see what removes files there")))
+            }
+        }
+    }
+
+    async fn remove(&self, item: &CacheItem) -> Outcome<()> {
+        let cache = Arc::clone(&self.cache);
+        match item {
+            CacheItem::Image(digest) => {
+                let digest = *digest;
+                blocking(move || cache.forget_image(&digest)).await
+            }
+            CacheItem::Unfinished(request) => {
+                let Ok(busy) = self.lock_of(request).try_lock_owned() else {
+                    return Err(Failure::new(format!("{} is being fetched just now", request.source)));
+                };
+                let request = request.clone();
+                blocking(move || {
+                    let _busy = busy;
+                    cache.discard_download(&request)
+                })
+                .await
+            }
+        }
+    }
+}

@@ -13,14 +13,11 @@ pub(crate) struct Answer {
     status: u16,
     headers: Vec<(&'static str, String)>,
     body: Bytes,
-    /// So much of the body is sent; then the connection is closed.
-    sent: usize,
 }
 
 impl Answer {
     pub(crate) fn status(status: u16, body: impl Into<Bytes>) -> Self {
-        let body = body.into();
-        Self { status, headers: Vec::new(), sent: body.len(), body }
+        Self { status, headers: Vec::new(), body: body.into() }
     }
 
     pub(crate) fn ok(body: impl Into<Bytes>) -> Self {
@@ -29,12 +26,6 @@ impl Answer {
 
     pub(crate) fn with_header(mut self, name: &'static str, value: &str) -> Self {
         self.headers.push((name, value.to_owned()));
-        self
-    }
-
-    /// Promises the whole body and breaks off after `sent` bytes.
-    pub(crate) fn breaking_off_after(mut self, sent: usize) -> Self {
-        self.sent = sent;
         self
     }
 }
@@ -111,6 +102,7 @@ async fn serve(
         stream.read_exact(&mut vec![0; length]).await?;
         let request = request.rsplit_once(' ').unwrap().0.to_owned();
         let answer = answer(&request);
+        let is_head = request.starts_with("HEAD ");
         requests.lock().unwrap().push(request);
         let mut head = format!("HTTP/1.1 {} x\r\ncontent-length: {}\r\n", answer.status, answer.body.len());
         for (name, value) in &answer.headers {
@@ -118,9 +110,9 @@ async fn serve(
         }
         head.push_str("\r\n");
         stream.write_all(head.as_bytes()).await?;
-        stream.write_all(&answer.body[..answer.sent]).await?;
-        if answer.sent < answer.body.len() {
-            return stream.shutdown().await;
+        if is_head {
+            continue;
         }
+        stream.write_all(&answer.body).await?;
     }
 }

@@ -34,7 +34,7 @@ pub fn image(seed: u64) -> (ImageRequest, VerifiedImage) {
     let mut measurer = Measurer::new(Limits::default());
     measurer.update(&bytes).expect("the image is well-formed");
     let report = measurer.finish().expect("the image is complete");
-    let source = ImageSource::S3 { bucket: "images".to_owned(), key: format!("{seed}.eif") };
+    let source = ImageSource::S3 { bucket: "images".to_owned(), key: format!("{seed}.eif"), version: None };
     let request = ImageRequest { source, expected: ExpectedImage::default() };
     (request, verify(report, &ExpectedImage::default()).expect("nothing is asked of it"))
 }

@@ -74,8 +74,10 @@ async fn a_watched_object_that_is_refused_changes_nothing_is_told_and_is_not_dow
     assert!(refused.await.ready, "what runs is not touched by it");
     let reads_then = reads(&host);
     let asked = host.machine.s3.answered().len();
-    eventually("its source is asked twice more", async || (host.machine.s3.answered().len() >= asked + 2).then_some(()))
-        .await;
+    eventually("its source is asked twice more", async || {
+        (host.machine.s3.answered().len() >= asked + 2).then_some(())
+    })
+    .await;
     assert!(reads(&host) <= reads_then + 3, "it is not downloaded again");
     let after = host.until_ready().await;
     assert_eq!(of(&after, "signer").pid, of(&before, "signer").pid);
@@ -91,7 +93,9 @@ async fn an_image_too_large_for_its_enclave_is_not_launched_and_the_memory_it_ne
     put(&host, "signer.eif", image(&host, "v1", 20 << 20)).await;
     host.configure(&host.signer());
     host.start();
-    let signer = host.until_signer("it waits", |signer| signer.waiting_for.as_deref().is_some_and(|why| why.contains("memory_mib"))).await;
+    let signer = host
+        .until_signer("it waits", |signer| signer.waiting_for.as_deref().is_some_and(|why| why.contains("memory_mib")))
+        .await;
     let why = signer.waiting_for.unwrap();
     assert!(why.contains("21 MiB") && why.contains("memory_mib = 81"), "{why}");
     assert_eq!((signer.state, host.launches().len()), (EnclaveState::Waiting, 0));

@@ -98,11 +98,6 @@ impl Following {
         self.owner.0.failed.clone().cancelled_owned()
     }
 
-    /// Whether [`Self::failed`] has resolved.
-    pub(super) fn has_failed(&self) -> bool {
-        self.owner.0.failed.is_cancelled()
-    }
-
     /// The file is whole, and has `size` bytes; or it has failed.
     ///
     /// # Errors

@@ -1,24 +1,29 @@
-//! What it means when S3, or the way to it, fails; and what a person can do. Words only: nothing is tried again here.
+//! What S3's refusals, and failures of the way to it, are called; and what a person can do. Words only: what is tried again, and
+//! when, is decided elsewhere.
 
 use crate::imds::{Imds, MetadataError, ROLE};
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
-use aws_sdk_s3::operation::get_object::GetObjectError;
 use enclaved_core::failure::Failure;
 use serde::Deserialize;
+use std::error::Error;
 use std::fmt;
 
 /// Where an object is.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Address<'a> {
-    pub(super) bucket: &'a str,
-    pub(super) key: &'a str,
-    /// The region that is asked.
-    pub(super) region: &'a str,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Address {
+    pub(super) bucket: String,
+    pub(super) key: String,
+    /// `None`: the newest.
+    pub(super) version: Option<String>,
 }
 
-impl fmt::Display for Address<'_> {
+impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "s3://{}/{}", self.bucket, self.key)
+        write!(f, "s3://{}/{}", self.bucket, self.key)?;
+        match &self.version {
+            Some(version) => write!(f, "?versionId={version}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -90,9 +95,14 @@ pub(super) fn incomplete(stage: Stage, said: Option<String>, role: Result<Option
     }
 }
 
-/// S3 did not give the object.
-pub(super) fn refused(error: &SdkError<GetObjectError>, address: &Address<'_>, caller: &Caller) -> Failure {
-    let SdkError::ServiceError(service) = error else { return unreachable_s3(error, address) };
+/// S3 did not give the object: why, and what a person can do. Which object, and to whom, is for the caller to say.
+pub(super) fn refused<E: ProvideErrorMetadata + Error + 'static>(
+    error: &SdkError<E>,
+    address: &Address,
+    region: &str,
+    caller: &Caller,
+) -> Failure {
+    let SdkError::ServiceError(service) = error else { return unreachable_s3(error, region) };
     let response = service.raw();
     let status = response.status().as_u16();
     // Answers without a body (of some gateways) have no code.
@@ -102,16 +112,18 @@ pub(super) fn refused(error: &SdkError<GetObjectError>, address: &Address<'_>, c
     let request = response.headers().get("x-amz-request-id");
     let request = request.map(|id| format!(", request id {id}")).unwrap_or_default();
     let separator = if words.is_empty() { "" } else { " " };
-    let message = format!(
-        "could not get {address}: S3 answered {status}{separator}{words} to {caller} in region {}{request}",
-        address.region
-    );
-    let other_region = response.headers().get("x-amz-bucket-region").filter(|region| *region != address.region);
-    Failure::new(message).with_remedy(remedy(status, code, address, other_region))
+    let message = format!("S3 answered {status}{separator}{words} in region {region}{request}");
+    let other_region = response.headers().get("x-amz-bucket-region").filter(|other| *other != region);
+    Failure::new(message).with_remedy(remedy(status, code, address, caller, other_region))
 }
 
-fn remedy(status: u16, code: &str, address: &Address<'_>, other_region: Option<&str>) -> String {
-    let Address { bucket, key, .. } = address;
+fn remedy(status: u16, code: &str, address: &Address, caller: &Caller, other_region: Option<&str>) -> String {
+    let Address { bucket, key, version } = address;
+    // A given version is another permission.
+    let (action, gone) = match version {
+        Some(_) => ("s3:GetObjectVersion", "object, or no such version of it"),
+        None => ("s3:GetObject", "object"),
+    };
     match (status, code) {
         (301 | 307, _) | (400, "AuthorizationHeaderMalformed") | (_, "PermanentRedirect") => match other_region {
             Some(region) => format!("the bucket is in region {region}: set AWS_REGION={region}"),
@@ -126,12 +138,13 @@ fn remedy(status: u16, code: &str, address: &Address<'_>, other_region: Option<&
                 .to_owned()
         }
         (404, "NoSuchBucket") => format!("there is no bucket {bucket}: check its name"),
+        (404, "NoSuchVersion") => format!("there is no such version of {key}: check `aws s3api list-object-versions`"),
         (404, _) => format!("there is no object {key} in the bucket: check the key (`aws s3 ls s3://{bucket}/`)"),
         (401 | 403, "InvalidObjectState") => "the object is archived: restore it to a storage class that can be read".to_owned(),
         (401 | 403, _) => format!(
-            "one of two: the caller may not read it (it needs s3:GetObject on arn:aws:s3:::{bucket}/{key}, and kms:Decrypt if \
-             it is encrypted with a KMS key; a bucket policy or a VPC endpoint policy may deny it, too), or there is no such \
-             object, which S3 says only to callers with s3:ListBucket"
+            "one of two: {caller} may not read it (it needs {action} on arn:aws:s3:::{bucket}/{key}, and kms:Decrypt if it is \
+             encrypted with a KMS key; a bucket policy or a VPC endpoint policy may deny it, too), or there is no such \
+             {gone}, which S3 says only to callers with s3:ListBucket"
         ),
         (429 | 500..=599, _) => "S3 is overloaded or out of order; it is tried again".to_owned(),
         _ => "see S3's error codes for what it means".to_owned(),
@@ -139,18 +152,16 @@ fn remedy(status: u16, code: &str, address: &Address<'_>, other_region: Option<&
 }
 
 /// No answer, or none of S3's.
-fn unreachable_s3(error: &SdkError<GetObjectError>, address: &Address<'_>) -> Failure {
-    let why = Failure::from_error(error).message;
-    let message = format!("could not get {address}: {why}");
+fn unreachable_s3<E: Error + 'static>(error: &SdkError<E>, region: &str) -> Failure {
     let remedy = match error {
         SdkError::DispatchFailure(_) | SdkError::TimeoutError(_) => format!(
-            "see whether this host reaches S3 in region {}: DNS, route (internet, NAT or an S3 gateway endpoint), security group",
-            address.region
+            "see whether this host reaches S3 in region {region}: DNS, route (internet, NAT or an S3 gateway endpoint), security \
+             group"
         ),
         SdkError::ResponseError(_) => {
             "see whether something else than S3 answers at that address (a proxy?)".to_owned()
         }
         _ => "check AWS_REGION, AWS_ENDPOINT_URL and the bucket's name".to_owned(),
     };
-    Failure::new(message).with_remedy(remedy)
+    Failure::from_error(error).with_remedy(remedy)
 }

@@ -1,0 +1,205 @@
+//! A crash after every single operation on the disk. The process ends there; of what was not flushed, everything, the data or
+//! all of it is lost. Whatever is left, the next life serves no image that is not whole, fetches what it needs, and leaves
+//! nothing behind for good.
+
+use super::server::{Deed, Server, refuse};
+use super::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+/// What a crash leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    /// The process ended, the machine did not: everything.
+    Everything,
+    /// All names, but of the contents what was flushed.
+    Names,
+    /// What was flushed.
+    Flushed,
+}
+
+/// Sees every operation, lets those after the `last` fail, and knows what would survive a power cut.
+#[derive(Debug)]
+pub(in super::super) struct Watch {
+    seen: Mutex<Seen>,
+    last: u32,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    operations: u32,
+    /// By inode, as flushed.
+    contents: BTreeMap<u64, Vec<u8>>,
+    names: BTreeMap<OsString, u64>,
+    flushed_names: BTreeMap<OsString, u64>,
+}
+
+fn name(path: &Path) -> OsString {
+    path.file_name().unwrap().to_owned()
+}
+
+impl Watch {
+    fn until(last: u32) -> Arc<Self> {
+        Arc::new(Self { seen: Mutex::default(), last })
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap()
+    }
+
+    pub(in super::super) fn before(&self) -> io::Result<()> {
+        let mut seen = self.seen();
+        seen.operations += 1;
+        if seen.operations > self.last { Err(io::Error::other("crashed")) } else { Ok(()) }
+    }
+
+    pub(in super::super) fn created(&self, file: &File, path: &Path) {
+        let inode = file.metadata().unwrap().ino();
+        let mut seen = self.seen();
+        // An inode that was in use before is a new file.
+        seen.contents.insert(inode, Vec::new());
+        seen.names.insert(name(path), inode);
+    }
+
+    #[expect(clippy::unused_self, reason = "it is told, and has nothing to note")]
+    pub(in super::super) fn changed(&self, (): &()) {}
+
+    pub(in super::super) fn synced(&self, (): &(), file: &File) {
+        let found = file.metadata().unwrap();
+        let mut contents = vec![0; usize::try_from(found.len()).unwrap()];
+        file.read_exact_at(&mut contents, 0).unwrap();
+        self.seen().contents.insert(found.ino(), contents);
+    }
+
+    pub(in super::super) fn renamed(&self, (): &(), from: &Path, to: &Path) {
+        let mut seen = self.seen();
+        if let Some(inode) = seen.names.remove(&name(from)) {
+            seen.names.insert(name(to), inode);
+        }
+    }
+
+    pub(in super::super) fn removed(&self, (): &(), path: &Path) {
+        self.seen().names.remove(&name(path));
+    }
+
+    pub(in super::super) fn folder_synced(&self, (): &()) {
+        let mut seen = self.seen();
+        seen.flushed_names = seen.names.clone();
+    }
+
+    /// The folder as it is after the crash, in another place.
+    fn leave(&self, from: &Path, to: &Path, left: Left) {
+        fs::create_dir(to).unwrap();
+        let seen = self.seen();
+        let names = if left == Left::Flushed { &seen.flushed_names } else { &seen.names };
+        if left == Left::Everything {
+            for entry in fs::read_dir(from).unwrap() {
+                let entry = entry.unwrap();
+                fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+            }
+            return;
+        }
+        for (name, inode) in names {
+            fs::write(to.join(name), &seen.contents[inode]).unwrap();
+        }
+    }
+}
+
+fn request_of_s3() -> ImageRequest {
+    request("s3://bucket/signer.eif")
+}
+
+fn small() -> Vec<u8> {
+    sample("signer", 1, 40_000).to_bytes()
+}
+
+fn next_one() -> Vec<u8> {
+    sample("signer", 2, 40_000).to_bytes()
+}
+
+async fn server() -> Server {
+    // A part that is refused once: so there is a download that is continued, too.
+    Server::with(small(), |asked, before| match asked.is_part(16_384) && before == 0 {
+        true => refuse(403, "AccessDenied"),
+        false => Deed::Serve,
+    })
+    .await
+}
+
+/// A life of the process: everything that the store does to its disk. It goes on whatever fails.
+async fn live(stand: &Stand, server: &Server) -> Vec<VerifiedImage> {
+    let mut served = Vec::new();
+    served.extend(stand.fetch(&request_of_s3()).await);
+    served.extend(stand.fetch(&request_of_s3()).await);
+    served.extend(stand.fetch(&stand.request()).await);
+    server.put(next_one(), "\"two\"");
+    let known = served.first().map_or(EifDigest([0; 32]), VerifiedImage::digest);
+    served.extend(stand.store.refresh(&request_of_s3(), &known, Arc::default()).await.ok().flatten());
+    if let Some(first) = served.first() {
+        drop(stand.store.remove(&CacheItem::Image(first.digest())).await);
+    }
+    served
+}
+
+async fn stand_on(server: &Server, watch: Option<Arc<Watch>>, images: &str) -> Option<Stand> {
+    let mut stand = Stand::with_s3_at(&server.url(), NOWHERE);
+    fs::write(stand.source(), image()).unwrap();
+    let cache = Cache::open(&stand.folder.path().join(images), Disk { watched: watch }).ok()?;
+    stand.store.cache = Arc::new(cache);
+    stand.store.part = 8192;
+    Some(stand)
+}
+
+/// What must hold in the life after.
+async fn check(folder: &Path, what: &str) {
+    let server = Server::of(next_one()).await;
+    server.change(|object| object.etag = Some("\"two\"".to_owned()));
+    let mut stand = stand_on(&server, None, "unused").await.unwrap();
+    stand.store.cache = Arc::new(Cache::open(folder, Disk::default()).unwrap());
+    // Everything that looks like an image is one.
+    let cache = stand.store.observe().await.unwrap();
+    for cached in &cache.images {
+        let bytes = fs::read(stand.store.path(&cached.digest)).unwrap();
+        assert!([small(), next_one(), image()].contains(&bytes), "{what}: {} is no image of ours", cached.digest);
+    }
+    let served = stand.fetch(&request_of_s3()).await.unwrap_or_else(|failure| panic!("{what}: {failure}"));
+    let bytes = fs::read(stand.store.path(&served.digest())).unwrap();
+    assert!([small(), next_one()].contains(&bytes), "{what}");
+    // Whatever is left is known, and goes when the planner says so.
+    let cache = stand.store.observe().await.unwrap();
+    for unfinished in cache.unfinished {
+        stand.store.remove(&CacheItem::Unfinished(unfinished.request)).await.unwrap();
+    }
+    for cached in cache.images {
+        stand.store.remove(&CacheItem::Image(cached.digest)).await.unwrap();
+    }
+    let left: BTreeSet<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, BTreeSet::new(), "{what}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_after_any_operation_on_the_disk_costs_no_more_than_a_download() {
+    let whole = {
+        let server = server().await;
+        let watch = Watch::until(u32::MAX);
+        let stand = stand_on(&server, Some(Arc::clone(&watch)), "crashing").await.unwrap();
+        assert_eq!(live(&stand, &server).await.len(), 3, "without a crash everything is served");
+        let seen = watch.seen();
+        seen.operations
+    };
+    assert!(whole > 40, "{whole}");
+    // Parts and the writing down of them race, so that some lives have a few operations more.
+    for last in 0..whole + 2 {
+        let server = server().await;
+        let watch = Watch::until(last);
+        let Some(stand) = stand_on(&server, Some(Arc::clone(&watch)), "crashing").await else { continue };
+        live(&stand, &server).await;
+        let folder = stand.folder.path().to_owned();
+        for left in [Left::Everything, Left::Names, Left::Flushed] {
+            let after = folder.join(format!("{left:?}"));
+            watch.leave(&folder.join("crashing"), &after, left);
+            check(&after, &format!("crash after operation {last} of {whole}, leaving {left:?}")).await;
+        }
+    }
+}
