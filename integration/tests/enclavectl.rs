@@ -275,6 +275,7 @@ async fn what_measure_prints_is_a_configuration_that_pins_the_image() {
     assert_eq!(json["digest"], expected.sha256.unwrap().to_string());
     assert!(text.out.contains(&format!("OS_IMAGE_HASH {}", json["os_image_hash"].as_str().unwrap())), "{text:?}");
     assert!(text.out.contains("name signer, version 1.2"), "{text:?}");
+    assert!(text.out.contains("\n# sections: kernel 256 bytes, command line 60 bytes, metadata section "), "{text:?}");
 }
 
 #[tokio::test]

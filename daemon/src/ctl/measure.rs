@@ -138,6 +138,9 @@ fn as_text(name: &str, report: &EifReport, now: Timestamp) -> String {
         report.architecture(),
         required_memory(report.size()).0
     ));
+    let sections =
+        report.sections().iter().map(|section| format!("{} {}", section.kind, super::text::mib(section.size)));
+    line(format!("# sections: {}", sections.collect::<Vec<_>>().join(", ")));
     if let Some(metadata) = report.metadata() {
         let said = [
             ("name", &metadata.name),
