@@ -57,7 +57,7 @@ struct Contender<'a> {
 
 /// `bench images`.
 pub(super) fn compare(options: &Options) -> anyhow::Result<()> {
-    crate::demo::build_beside()?;
+    crate::demo::build_beside("enclavectl")?;
     let folder = tempfile::tempdir().context("making a folder")?;
     let image = folder.path().join("image.eif");
     eif::write_sample(File::create(&image)?, "bench", 1, options.size).context("writing the image")?;

@@ -36,18 +36,19 @@ pub(super) async fn build(stages: &mut Stages) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Builds all programs where this one was built, for one that has no stages to show.
+/// Builds one program where this one was built, for one that has no stages to show. With the features that it has when all
+/// are built, so that nothing is built twice.
 ///
 /// # Errors
 /// When cargo fails; what it printed went to stderr.
-pub(crate) fn build_beside() -> anyhow::Result<()> {
+pub(crate) fn build_beside(program: &str) -> anyhow::Result<()> {
     let this = std::env::current_exe().context("finding this program")?;
     let mut command = std::process::Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args(["build", "--quiet", "--workspace", "--bins"]).args(options(&this)?);
+    command.args(["build", "--quiet", "--workspace", "--bin", program]).args(options(&this)?);
     command.current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null()).stdout(Stdio::null());
     let status = command.status().context("running cargo")?;
     if !status.success() {
-        bail!("cargo build: {status}");
+        bail!("cargo build --bin {program}: {status}");
     }
     Ok(())
 }
