@@ -1,4 +1,4 @@
-//! A tiny HTTP server that gives canned answers, among them such as break off midway.
+//! A tiny HTTP server that gives canned answers.
 
 use bytes::Bytes;
 use std::net::SocketAddr;
@@ -13,14 +13,11 @@ pub(crate) struct Answer {
     status: u16,
     headers: Vec<(&'static str, String)>,
     body: Bytes,
-    /// So much of the body is sent; then the connection is closed.
-    sent: usize,
 }
 
 impl Answer {
     pub(crate) fn status(status: u16, body: impl Into<Bytes>) -> Self {
-        let body = body.into();
-        Self { status, headers: Vec::new(), sent: body.len(), body }
+        Self { status, headers: Vec::new(), body: body.into() }
     }
 
     pub(crate) fn ok(body: impl Into<Bytes>) -> Self {
@@ -29,12 +26,6 @@ impl Answer {
 
     pub(crate) fn with_header(mut self, name: &'static str, value: &str) -> Self {
         self.headers.push((name, value.to_owned()));
-        self
-    }
-
-    /// Promises the whole body and breaks off after `sent` bytes.
-    pub(crate) fn breaking_off_after(mut self, sent: usize) -> Self {
-        self.sent = sent;
         self
     }
 }
@@ -122,9 +113,6 @@ async fn serve(
         if is_head {
             continue;
         }
-        stream.write_all(&answer.body[..answer.sent]).await?;
-        if answer.sent < answer.body.len() {
-            return stream.shutdown().await;
-        }
+        stream.write_all(&answer.body).await?;
     }
 }
