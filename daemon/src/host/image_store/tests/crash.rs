@@ -155,7 +155,7 @@ fn stand_on(https: &Https, watch: Option<Arc<Watch>>, images: &str) -> Option<St
 /// What must hold in the life after.
 async fn check(folder: &Path, https: &Https, server: &Server, what: &str) {
     let mut stand = stand_on(https, None, "unused").unwrap();
-    stand.store.cache = Arc::new(Cache::open(folder, Disk::default()).unwrap());
+    stand.store.cache = Arc::new(Cache::open(folder, Disk { watched: Some(Watch::until(u32::MAX)) }).unwrap());
     // Everything that looks like an image is one.
     let cache = stand.store.observe().await.unwrap();
     for cached in &cache.images {
