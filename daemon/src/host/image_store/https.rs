@@ -32,7 +32,7 @@ const REASON: Duration = Duration::from_secs(5);
 type HttpClient = Client<HttpsConnector<HttpConnector>, Empty<Bytes>>;
 
 /// The web as this host reaches it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 pub(super) struct Https {
     /// Made by the first fetch: most hosts need none, and reading the system's roots takes a while.
     client: OnceLock<HttpClient>,

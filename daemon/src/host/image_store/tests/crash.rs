@@ -141,21 +141,18 @@ async fn live(stand: &Stand, server: &Server) -> Vec<VerifiedImage> {
     served
 }
 
-/// `https` is shared by all: making one reads the system's roots.
-fn stand_on(https: &Https, watch: Option<Arc<Watch>>, images: &str) -> Option<Stand> {
-    let mut stand = Stand::new();
-    stand.store.https = https.clone();
-    fs::write(stand.source(), image()).unwrap();
-    let cache = Cache::open(&stand.folder.path().join(images), Disk { watched: watch }).ok()?;
-    stand.store.cache = Arc::new(cache);
+/// Another life of the process, on that folder. (The clients are those of the first life: making them takes longer than all
+/// else here.)
+fn begin_life(stand: &mut Stand, images: &str, watch: Arc<Watch>) {
+    let folder = stand.folder.path().join(images);
+    stand.store.cache = Arc::new(Cache::open(&folder, Disk { watched: Some(watch) }).unwrap());
+    stand.store.refused = Mutex::default();
     stand.store.part = 8192;
-    Some(stand)
 }
 
 /// What must hold in the life after.
-async fn check(folder: &Path, https: &Https, server: &Server, what: &str) {
-    let mut stand = stand_on(https, None, "unused").unwrap();
-    stand.store.cache = Arc::new(Cache::open(folder, Disk { watched: Some(Watch::until(u32::MAX)) }).unwrap());
+async fn check(stand: &mut Stand, images: &str, server: &Server, what: &str) {
+    begin_life(stand, images, Watch::until(u32::MAX));
     // Everything that looks like an image is one.
     let cache = stand.store.observe().await.unwrap();
     for cached in &cache.images {
@@ -177,18 +174,19 @@ async fn check(folder: &Path, https: &Https, server: &Server, what: &str) {
     for cached in cache.images {
         stand.store.remove(&CacheItem::Image(cached.digest)).await.unwrap();
     }
-    let left: BTreeSet<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let left: BTreeSet<_> =
+        fs::read_dir(stand.folder.path().join(images)).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, BTreeSet::new(), "{what}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_after_any_operation_on_the_disk_costs_no_more_than_a_download() {
-    let https = Https::default();
-    https.object(&enclaved_core::desired::Url::parse("http://127.0.0.1/").unwrap()).unwrap();
+    let mut stand = Stand::new();
+    fs::write(stand.source(), image()).unwrap();
     let whole = {
         let server = server().await;
         let watch = Watch::until(u32::MAX);
-        let stand = stand_on(&https, Some(Arc::clone(&watch)), "crashing").unwrap();
+        begin_life(&mut stand, "whole", Arc::clone(&watch));
         assert_eq!(live(&stand, &server).await.len(), 3, "without a crash everything is served");
         let seen = watch.seen();
         seen.operations
@@ -198,14 +196,15 @@ async fn a_crash_after_any_operation_on_the_disk_costs_no_more_than_a_download()
     for last in 0..whole + 2 {
         let server = server().await;
         let watch = Watch::until(last);
-        let Some(stand) = stand_on(&https, Some(Arc::clone(&watch)), "crashing") else { continue };
+        begin_life(&mut stand, "crashing", Arc::clone(&watch));
         live(&stand, &server).await;
-        let folder = stand.folder.path().to_owned();
         for left in [Left::Everything, Left::Names, Left::Flushed] {
-            let after = folder.join(format!("{left:?}"));
-            watch.leave(&folder.join("crashing"), &after, left);
+            let after = stand.folder.path().join("after");
+            watch.leave(&stand.folder.path().join("crashing"), &after, left);
             let what = format!("crash after operation {last} of {whole}, leaving {left:?}");
-            check(&after, &https, &server, &what).await;
+            check(&mut stand, "after", &server, &what).await;
+            fs::remove_dir(after).unwrap();
         }
+        fs::remove_dir_all(stand.folder.path().join("crashing")).unwrap();
     }
 }
