@@ -6,8 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::sync::{oneshot, watch};
 
 /// Read at a time.
 const CHUNK: usize = 1 << 20;
@@ -39,7 +38,8 @@ type Shared = Arc<(Mutex<Front>, Condvar)>;
 #[derive(Debug)]
 pub(super) struct Follower<T> {
     front: Shared,
-    worker: Option<JoinHandle<Result<T, IntakeError>>>,
+    /// What the worker comes to; `None`: it has been waited for.
+    outcome: Option<oneshot::Receiver<Result<T, IntakeError>>>,
     /// The worker has ended.
     over: watch::Receiver<bool>,
 }
@@ -50,13 +50,20 @@ impl<T: Send + 'static> Follower<T> {
         let front: Shared = Arc::new((Mutex::new(Front { bytes: 0, end: None, left: false }), Condvar::new()));
         let (tell, over) = watch::channel(false);
         let of_worker = Arc::clone(&front);
-        let worker = tokio::task::spawn_blocking(move || {
+        let (send, outcome) = oneshot::channel();
+        // A thread of its own: it lives as long as the download, and works most of that time.
+        let started = std::thread::Builder::new().name("image-reader".to_owned()).spawn(move || {
             // Told when it is dropped, so also after a panic.
             let _tell = TellOnDrop(tell);
-            follow(&of_worker, &file, &mut sink)?;
-            sink.finish()
+            let result = follow(&of_worker, &file, &mut sink).and_then(|()| sink.finish());
+            // Nobody may wait for it any more.
+            let _unheard = send.send(result);
         });
-        Self { front, worker: Some(worker), over }
+        if let Err(error) = started {
+            // Whoever waits learns that it is over: its end of the channels is gone.
+            tracing::error!("could not start a thread that reads an image: {error}");
+        }
+        Self { front, outcome: Some(outcome), over }
     }
 
     /// So many bytes are written from the beginning without a gap.
@@ -74,9 +81,10 @@ impl<T: Send + 'static> Follower<T> {
     /// The file is whole, and has that size.
     pub(super) async fn finish(mut self, size: u64) -> Result<T, IntakeError> {
         self.change(|front| *front = Front { bytes: size, end: Some(size), left: false });
-        match self.worker.take() {
-            Some(worker) => worker.await.unwrap_or_else(|error| Err(IntakeError::Cut(error.to_string()))),
-            None => Err(IntakeError::Cut("it was waited for twice".to_owned())),
+        let cut = || IntakeError::Cut("the thread that reads it ended early, or could not be started".to_owned());
+        match self.outcome.take() {
+            Some(outcome) => outcome.await.unwrap_or_else(|_| Err(cut())),
+            None => Err(cut()),
         }
     }
 }
@@ -90,7 +98,7 @@ impl<T> Follower<T> {
 
 impl<T> Drop for Follower<T> {
     fn drop(&mut self) {
-        if self.worker.is_some() {
+        if self.outcome.is_some() {
             self.change(|front| front.left = true);
         }
     }
