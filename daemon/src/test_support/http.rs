@@ -1,4 +1,4 @@
-//! A tiny HTTP server that gives canned answers, among them such as break off midway.
+//! A tiny HTTP server that gives canned answers.
 
 use bytes::Bytes;
 use std::net::SocketAddr;

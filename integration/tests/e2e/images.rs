@@ -85,10 +85,11 @@ async fn what_s3_refuses_is_said_with_the_objects_name_and_tried_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_download_that_breaks_off_midway_is_begun_again() {
+async fn a_download_that_breaks_off_midway_goes_on() {
     let host = Host::empty().await;
     put(&host, image(&host, 1 << 20)).await;
-    host.machine.s3.add_fault(S3Fault::BreakOff { after: 300_000 }, Some(2));
+    // The first request only looks at the object: it has no body that could break off.
+    host.machine.s3.add_fault(S3Fault::BreakOff { after: 300_000 }, Some(3));
     host.configure(&host.signer());
     host.start();
     let status = host.until_ready().await;
@@ -108,7 +109,8 @@ async fn bytes_that_were_changed_on_the_way_are_fetched_again_and_never_launched
     host.start();
     let status = host.until_ready().await;
     let lines = host.log_lines("came damaged");
-    assert!(lines.len() == 2 && lines[0].contains("signer.eif") && lines[0].contains("checksum"), "{lines:?}");
+    // The first request only looks at the object; the second one's bytes were changed.
+    assert!(lines.len() == 1 && lines[0].contains("signer.eif"), "{lines:?}");
     assert_eq!((of(&status, "signer").restarts, host.launches().len()), (0, 1));
 }
 

@@ -518,11 +518,11 @@ fn an_enclave_has_a_name_and_an_image() {
     check(&[(
         r#"[[enclave]]
 name = "A"
-image = "https://x"
+image = "ftp://x"
 cpus = 1
 memory_mib = 64"#,
         r#"t.toml:2:8: [[enclave]] "A" name: "A" is not an enclave name: 1 to 32 characters of a-z, 0-9 and -, beginning and ending with a letter or digit
-t.toml:3:9: [[enclave]] "A" image: "https://x" is not an image address: its scheme is unknown; allowed are s3://bucket/key and file:///absolute/path"#,
+t.toml:3:9: [[enclave]] "A" image: "ftp://x" is not an image address: its scheme is unknown; allowed are s3://bucket/key[?versionId=version], https://host/path and file:///absolute/path"#,
     )]);
 }
 

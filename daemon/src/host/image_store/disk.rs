@@ -31,6 +31,14 @@ macro_rules! operation {
 }
 
 impl Disk {
+    /// Whether a test keeps the books of what is flushed, so that nothing needs to be.
+    fn is_watched(&self) -> bool {
+        #[cfg(test)]
+        return self.watched.is_some();
+        #[cfg(not(test))]
+        false
+    }
+
     /// A new, empty file that only this user can read and write; there must be none of that name.
     pub(super) fn create(&self, path: &Path) -> io::Result<File> {
         let create = || OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
@@ -53,7 +61,7 @@ impl Disk {
 
     /// Returns when all that was written to the file would survive a power cut.
     pub(super) fn sync(&self, file: &File) -> io::Result<()> {
-        operation!(self, file.sync_all(), synced(file))
+        operation!(self, if self.is_watched() { Ok(()) } else { file.sync_all() }, synced(file))
     }
 
     /// Lets nobody write it any more.
@@ -77,6 +85,7 @@ impl Disk {
 
     /// Returns when the names in the folder would survive a power cut.
     pub(super) fn sync_folder(&self, folder: &Path) -> io::Result<()> {
-        operation!(self, File::open(folder)?.sync_all(), folder_synced())
+        let sync = || if self.is_watched() { Ok(()) } else { File::open(folder)?.sync_all() };
+        operation!(self, sync(), folder_synced())
     }
 }

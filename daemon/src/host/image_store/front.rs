@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use tokio::task::JoinHandle;
+use tokio::sync::oneshot;
 
 /// Read at a time.
 const CHUNK: usize = 1 << 20;
@@ -38,7 +38,8 @@ type Shared = Arc<(Mutex<Front>, Condvar)>;
 #[derive(Debug)]
 pub(super) struct Follower<T> {
     front: Shared,
-    worker: Option<JoinHandle<Result<T, IntakeError>>>,
+    /// What the worker comes to; `None`: it has been waited for.
+    outcome: Option<oneshot::Receiver<Result<T, IntakeError>>>,
 }
 
 impl<T: Send + 'static> Follower<T> {
@@ -46,11 +47,18 @@ impl<T: Send + 'static> Follower<T> {
     pub(super) fn begin(file: File, mut sink: impl Sink<Output = T>) -> Self {
         let front: Shared = Arc::new((Mutex::new(Front { bytes: 0, end: None, left: false }), Condvar::new()));
         let of_worker = Arc::clone(&front);
-        let worker = tokio::task::spawn_blocking(move || {
-            follow(&of_worker, &file, &mut sink)?;
-            sink.finish()
+        let (send, outcome) = oneshot::channel();
+        // A thread of its own: it lives as long as the download, and works most of that time.
+        let started = std::thread::Builder::new().name("image-reader".to_owned()).spawn(move || {
+            let result = follow(&of_worker, &file, &mut sink).and_then(|()| sink.finish());
+            // Nobody may wait for it any more.
+            let _unheard = send.send(result);
         });
-        Self { front, worker: Some(worker) }
+        if let Err(error) = started {
+            // Whoever waits learns that it is over: its end of the channels is gone.
+            tracing::error!("could not start a thread that reads an image: {error}");
+        }
+        Self { front, outcome: Some(outcome) }
     }
 
     /// So many bytes are written from the beginning without a gap.
@@ -61,9 +69,10 @@ impl<T: Send + 'static> Follower<T> {
     /// The file is whole, and has that size.
     pub(super) async fn finish(mut self, size: u64) -> Result<T, IntakeError> {
         self.change(|front| *front = Front { bytes: size, end: Some(size), left: false });
-        match self.worker.take() {
-            Some(worker) => worker.await.unwrap_or_else(|error| Err(IntakeError::Cut(error.to_string()))),
-            None => Err(IntakeError::Cut("it was waited for twice".to_owned())),
+        let cut = || IntakeError::Cut("the thread that reads it ended early, or could not be started".to_owned());
+        match self.outcome.take() {
+            Some(outcome) => outcome.await.unwrap_or_else(|_| Err(cut())),
+            None => Err(cut()),
         }
     }
 }
@@ -77,7 +86,7 @@ impl<T> Follower<T> {
 
 impl<T> Drop for Follower<T> {
     fn drop(&mut self) {
-        if self.worker.is_some() {
+        if self.outcome.is_some() {
             self.change(|front| front.left = true);
         }
     }

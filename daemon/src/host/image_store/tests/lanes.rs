@@ -94,7 +94,7 @@ impl Remote for Source {
     }
 }
 
-/// Downloads, while time passes; how long it took.
+/// Downloads; how long it took. (Paused time stands still while something is written, and passes else.)
 async fn download(source: &Arc<Source>) -> (Result<Vec<u8>, End>, Duration) {
     let folder = tempfile::tempdir().unwrap();
     let cache = Arc::new(Cache::open(folder.path(), Disk::default()).unwrap());
@@ -111,27 +111,9 @@ async fn download(source: &Arc<Source>) -> (Result<Vec<u8>, End>, Duration) {
         saver: begun.saver,
     };
     let (began, mut tries) = (Instant::now(), Tries::default());
-    let result = passing(download.run(&readers, &mut tries)).await;
+    let result = download.run(&readers, &mut tries).await;
     let took = began.elapsed();
     (result.map(|()| fs::read(begun.incoming.path()).unwrap()), took)
-}
-
-/// Lets time pass while something is under way: threads of its own are at work, too, so it does not pass by itself.
-async fn passing<T>(work: impl Future<Output = T>) -> T {
-    tokio::pin!(work);
-    loop {
-        tokio::select! {
-            biased;
-            done = &mut work => return done,
-            () = async {
-                for _ in 0..20 {
-                    tokio::task::yield_now().await;
-                }
-                std::thread::sleep(Duration::from_micros(200));
-                tokio::time::advance(Duration::from_millis(100)).await;
-            } => {}
-        }
-    }
 }
 
 #[tokio::test(start_paused = true)]
