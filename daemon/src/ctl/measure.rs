@@ -1,15 +1,25 @@
 //! Measures an image, with the daemon's own code and as fast as the daemon does.
 
 use super::CtlError;
-use crate::host::Progress;
-use crate::host::image_store::{IntakeError, measure_whole};
+use crate::host::image_store::{IntakeError, Store, measure_whole};
+use crate::host::{ImageStore as _, Progress};
+use crate::pace::Pace;
+use enclaved_core::desired::{BadImageSource, ImageRequest, ImageSource};
+use enclaved_core::failure::Failure;
 use enclaved_core::id::Timestamp;
-use enclaved_core::image::{EifReport, ImageCertificate, ImageSignature, Validity, os_image_hash, required_memory};
+use enclaved_core::image::{
+    EifReport, ExpectedImage, ImageCertificate, ImageSignature, Validity, os_image_hash, required_memory,
+};
+use enclaved_core::status::FetchStatus;
 use serde_json::{Value, json};
+use std::convert::Infallible;
 use std::ffi::OsStr;
 use std::fs::File;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// The measurements of an image, as the part of a configuration that pins them, or as JSON. `now` judges certificates.
 pub(super) async fn measure(image: &OsStr, json: bool, now: Timestamp) -> Result<String, Refused> {
@@ -94,12 +104,52 @@ async fn read(path: &Path) -> Result<EifReport, Unmeasured> {
     })
 }
 
-/// Measures what is at a URL while it is downloaded, without keeping it.
+/// Downloads what is at a URL as the daemon does, measures it meanwhile, and keeps nothing of it.
 async fn fetch_and_measure(url: &str) -> Result<EifReport, Unmeasured> {
-    let name = Place::Remote(url.to_owned()).name();
-    Err(Unmeasured::Other(CtlError::Usage(format!(
-        "{name}: images are measured from files only; download it, and measure the file"
-    ))))
+    let source: ImageSource =
+        url.parse().map_err(|error: BadImageSource| Unmeasured::Other(CtlError::Usage(error.to_string())))?;
+    let later = |failure: &Failure| Unmeasured::Other(CtlError::TryAgain(failure.to_string()));
+    // /tmp is often in memory; images are large.
+    let parent = std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+    let folder = tempfile::Builder::new()
+        .prefix("enclavectl-measure-")
+        .tempdir_in(&parent)
+        .map_err(|error| later(&Failure::new(format!("could not make a folder in {}: {error}", parent.display()))))?;
+    let store = Store::new(folder.path()).map_err(|failure| later(&failure))?;
+    let request = ImageRequest { source, expected: ExpectedImage::default() };
+    let (progress, name) = (Arc::new(Progress::default()), request.source.to_string());
+    tokio::select! {
+        // Each ends this function; nothing is waited for again. The folder goes with it.
+        fetched = store.fetch(&request, Arc::clone(&progress)) => match fetched {
+            Ok(image) => Ok(image.report().clone()),
+            Err(failure) if store.has_refused(&request) => {
+                Err(Unmeasured::Other(CtlError::Unfit(failure.to_string())))
+            }
+            Err(failure) => Err(later(&failure)),
+        },
+        never = show(&name, &progress) => match never {},
+        interrupted = tokio::signal::ctrl_c() => Err(Unmeasured::Other(CtlError::TryAgain(match interrupted {
+            Ok(()) => "interrupted".to_owned(),
+            Err(error) => format!("waiting for an interrupt failed: {error}"),
+        }))),
+    }
+}
+
+/// Shows how far a download is, to a person at a terminal; never returns.
+async fn show(name: &str, of: &Progress) -> Infallible {
+    let mut pace = Pace::default();
+    loop {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let ((bytes, total), stage) = (of.get(), of.stage());
+        pace.note(Instant::now(), stage, bytes);
+        let bytes_per_second = pace.bytes_per_second();
+        let eta_seconds = bytes_per_second.and_then(|rate| total.checked_sub(bytes)?.checked_div(rate));
+        if std::io::stderr().is_terminal() {
+            let status = FetchStatus { stage, bytes, total, bytes_per_second, eta_seconds };
+            // Only for people who watch.
+            drop(write!(std::io::stderr(), "\r\x1b[K{name}: {}\r", super::text::progress(&status)));
+        }
+    }
 }
 
 fn as_json(report: &EifReport, now: Timestamp) -> Result<String, CtlError> {
@@ -263,8 +313,9 @@ mod tests {
         assert_eq!(Place::of(OsStr::new("file://x")), Place::File("file://x".into()));
         let presigned = OsStr::new("https://b.s3.amazonaws.com/x.eif?X-Amz-Signature=secret");
         assert_eq!(Place::of(presigned).name(), "https://b.s3.amazonaws.com/x.eif?…");
-        let refused = measure(presigned, false, now()).await.unwrap_err();
-        assert_eq!(refused.error.code(), 64);
+        let nobody = OsStr::new("https://127.0.0.1:1/x.eif?X-Amz-Signature=secret");
+        let refused = measure(nobody, false, now()).await.unwrap_err();
+        assert_eq!(refused.error.code(), 75);
         assert!(!refused.error.to_string().contains("secret"), "{refused:?}");
     }
 

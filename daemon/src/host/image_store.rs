@@ -92,6 +92,11 @@ impl Store {
         self.cache.path(digest)
     }
 
+    /// Whether what the source of that request has was got, and is not what it must be: then another try comes to the same.
+    pub fn has_refused(&self, request: &ImageRequest) -> bool {
+        lock(&self.refused).contains_key(request)
+    }
+
     /// The lock of a request; those that nobody holds are forgotten.
     fn lock_of(&self, request: &ImageRequest) -> Arc<tokio::sync::Mutex<()>> {
         let mut busy = lock(&self.busy);

@@ -1,11 +1,13 @@
 //! How images are kept: fetched ahead, watched at their source, proven before each launch, collected when nobody needs them,
 //! and not launched where that can't work.
 
-use crate::fixture::{DEADLINE, Host, eventually, kill, of};
+use crate::fixture::{Host, eventually, kill, of};
 use crate::traffic::Client;
 use enclaved_core::status::{EnclaveState, EnclaveStatus};
 use enclaved_integration::eif::Eif;
+use enclaved_integration::file_server::{FileServer, Manners};
 use enclaved_integration::s3::S3Fault;
+use enclaved_integration::signing::{Signer, Validity};
 use std::collections::BTreeSet;
 use std::fs;
 
@@ -178,23 +180,88 @@ async fn a_download_goes_on_where_it_was_after_the_daemon_was_killed() {
     let bytes = image(&host, "v1", 100 << 20);
     let size = bytes.len() as u64;
     put(&host, "signer.eif", bytes).await;
-    host.machine.s3.controls().set_rate(Some(40 << 20));
+    host.machine.s3.controls().set_rate(Some(24 << 20));
     host.configure(&host.signer().replace("memory_mib = 64", "memory_mib = 512"));
     host.start();
-    let progress = |signer: &EnclaveStatus| signer.fetch.is_some_and(|fetch| fetch.bytes > 60 << 20);
+    // Parts that came whole are written down every second.
+    let progress = |signer: &EnclaveStatus| signer.fetch.is_some_and(|fetch| fetch.bytes > 85 << 20);
     host.until_signer("most has come", progress).await;
     host.kill_daemon();
     let asked = host.machine.s3.answered().len();
     host.machine.s3.controls().set_rate(None);
     host.start();
-    let line = eventually("it says what it goes on with", async || host.log_lines("already").pop()).await;
+    let line = eventually("it says what it goes on with", async || host.log_lines("that are on disk").pop()).await;
     assert!(line.contains("signer.eif"), "{line}");
-    host.until_signer("it is launched", |signer| signer.state == EnclaveState::Waiting || signer.cid.is_some()).await;
+    host.until_ready().await;
     let ranges: u64 = host.machine.s3.answered()[asked..]
         .iter()
         .filter_map(|answered| answered.range.as_deref()?.strip_prefix("bytes=")?.split_once('-'))
         .map(|(from, to)| to.parse::<u64>().unwrap() - from.parse::<u64>().unwrap() + 1)
         .sum();
     assert!(ranges < size * 3 / 4, "{ranges} of {size} bytes were asked for again");
-    assert!(DEADLINE.as_secs() > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_whose_certificate_has_expired_is_not_launched_and_the_date_is_told() {
+    let host = Host::empty().await;
+    let ramdisks = vec![b"simulated init".to_vec(), host.application("v1").to_line()];
+    let image = Eif::new(vec![7; 1000], "reboot=k panic=30", ramdisks);
+    let signed = Signer::new("signer", Validity::Expired).unwrap().sign(image).unwrap();
+    put(&host, "signer.eif", signed.to_bytes()).await;
+    host.configure(&host.signer());
+    host.start();
+    let expired = |signer: &EnclaveStatus| signer.waiting_for.as_deref().is_some_and(|why| why.contains("expired at"));
+    let signer = host.until_signer("it waits", expired).await;
+    assert!(signer.waiting_for.unwrap().contains("E36"));
+    assert_eq!((signer.state, host.launches().len()), (EnclaveState::Waiting, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_presigned_address_is_used_and_its_secret_is_nowhere_to_be_read() {
+    const SECRET: &str = "X-Amz-Signature=5ec7e7";
+    let host = Host::empty().await;
+    let server = FileServer::start_tls(Manners::PRESIGNED).await.unwrap();
+    server.set_secret(SECRET);
+    server.put("/signer.eif", image(&host, "v1", 1 << 20));
+    let authority = host.machine.path().join("authority.pem");
+    fs::write(&authority, server.authority().unwrap()).unwrap();
+    let address = server.url("/signer.eif");
+    let s3 = format!("s3://{}/signer.eif", host.machine.bucket());
+    host.configure(&host.signer().replace(&s3, &address));
+    let mut command = host.machine.command("enclaved").unwrap();
+    command.arg("--config").arg(host.machine.config_file()).env("SSL_CERT_FILE", &authority);
+    host.started(host.machine.start_program(command).unwrap());
+    host.until_ready().await;
+    assert!(server.requests().iter().any(|request| request.range.is_some()), "it came in parts");
+    let missing = address.replace("signer.eif", "none.eif");
+    let said = host.ctl(&["fetch", &missing]);
+    assert!(said.code == Some(78) && said.stderr.contains("none.eif?…"), "{said:?}");
+    let mut shown = format!("{said:?}{}", host.machine.log());
+    for arguments in [&["status"][..], &["status", "--json"], &["status", "signer"], &["plan"]] {
+        shown.push_str(&host.ctl_ok(arguments));
+    }
+    shown.push_str(&host.ask_publicly("/metrics").await.unwrap().1);
+    shown.extend(host.machine.control_plane.reports().iter().map(|report| report.body.to_string()));
+    assert!(shown.contains("signer.eif?…") && !shown.contains("5ec7e7"), "{shown}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_is_measured_where_it_is_and_nothing_of_it_stays_on_disk() {
+    let host = Host::empty().await;
+    put(&host, "signer.eif", image(&host, "v1", 1 << 20)).await;
+    put(&host, "broken.eif", vec![1; 10_000]).await;
+    let url = |key: &str| format!("s3://{}/{key}", host.machine.bucket());
+    let file = host.machine.path().join("signer.eif");
+    fs::write(&file, image(&host, "v1", 1 << 20)).unwrap();
+    let of_file: serde_json::Value =
+        serde_json::from_str(&host.ctl_ok(&["measure", "--json", file.to_str().unwrap()])).unwrap();
+    let of_url: serde_json::Value =
+        serde_json::from_str(&host.ctl_ok(&["measure", "--json", &url("signer.eif")])).unwrap();
+    assert_eq!(of_url, of_file);
+    let said = host.ctl(&["measure", &url("broken.eif")]);
+    assert!(said.code == Some(78) && said.stderr.contains("not an EIF"), "{said:?}");
+    let said = host.ctl(&["measure", &url("none.eif")]);
+    assert!(said.code == Some(75) && said.stderr.contains("none.eif"), "{said:?}");
+    let left: Vec<_> = fs::read_dir(host.machine.path().join("home")).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
 }

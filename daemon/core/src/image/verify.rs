@@ -20,6 +20,11 @@ pub struct VerifiedImage {
 }
 
 impl VerifiedImage {
+    /// What measuring it has shown.
+    pub fn report(&self) -> &EifReport {
+        &self.report
+    }
+
     /// The SHA-256 of the file: its name in the cache.
     pub fn digest(&self) -> EifDigest {
         self.report.digest
