@@ -106,8 +106,13 @@ mod tests {
 
     #[test]
     fn nominal_capacities_are_those_that_users_know() {
-        let known =
-            [("m5.xlarge", 2, 14), ("m5.2xlarge", 6, 30), ("m5.4xlarge", 14, 62), ("m5.8xlarge", 30, 126), ("m6g.xlarge", 2, 14)];
+        let known = [
+            ("m5.xlarge", 2, 14),
+            ("m5.2xlarge", 6, 30),
+            ("m5.4xlarge", 14, 62),
+            ("m5.8xlarge", 30, 126),
+            ("m6g.xlarge", 2, 14),
+        ];
         for (name, cpus, gib) in known {
             let size = find(name).unwrap();
             assert_eq!(size.nominal(Reserve::default()), (cpus, MemoryMib(gib * 1024)), "{name}");
