@@ -10,6 +10,7 @@ pub mod demo;
 pub mod eif;
 pub mod enclave;
 pub mod host;
+pub mod host_tree;
 pub mod http;
 pub mod imds;
 pub mod nitro_cli;
