@@ -152,6 +152,47 @@ impl PoolNow {
     }
 }
 
+/// Whether that can be reserved on the host and leaves it its reserve: whole cores of one memory node without CPU 0's, and no more
+/// memory than that node has beyond the reserve. Whoever is asked to reserve something checks it with this, whatever was promised.
+///
+/// # Errors
+/// Which bound it is beyond, in numbers.
+pub fn within(capacity: &Capacity, reservation: &Reservation) -> Result<(), Failure> {
+    let count = reservation.cpus.count();
+    let threads = capacity.threads_per_core;
+    if count == 0 || !count.is_multiple_of(threads) {
+        return Err(Failure::new(format!(
+            "{reservation} can't be reserved: the CPUs must be whole cores, here of {threads} each"
+        )));
+    }
+    if reservation.memory_mib.0 == 0 {
+        return Err(Failure::new(format!("{reservation} can't be reserved: there must be some memory")));
+    }
+    let mut can = Vec::new();
+    for node in &capacity.nodes {
+        let (cpus, memory) = capacity.budget(node);
+        let chosen = match &reservation.cpus {
+            CpuRequest::Count(_) => true,
+            CpuRequest::Pool(pool) => {
+                let whole = node.cores.iter().filter(|core| core.is_subset(pool)).map(CpuSet::len).sum::<u32>();
+                whole == pool.len()
+            }
+        };
+        if chosen && count <= cpus && reservation.memory_mib <= memory {
+            return Ok(());
+        }
+        can.push(format!("{cpus} CPUs and {memory} on memory node {}", node.node));
+    }
+    let reserve = &capacity.reserve;
+    Err(Failure::new(format!(
+        "{reservation} can't be reserved: that must be whole cores of one memory node, without CPU 0's, and leave the parent {} CPUs \
+         and {}; there are {}",
+        reserve.cpus,
+        reserve.memory,
+        can.join(", ")
+    )))
+}
+
 /// What is to be done to have that pool. `running`: how many enclaves run, whoever started them.
 pub fn change(wanted: Option<WantedPool>, now: &PoolNow, running: &Observation<u32>) -> PoolChange {
     let Some(wanted) = wanted.filter(|wanted| !now.is(wanted)) else { return PoolChange::Nothing };

@@ -1,8 +1,8 @@
 //! Sizing as a whole: hosts by the table and hosts of any shape.
 
-use super::pool::{PoolChange, PoolNow, PoolPolicy, WantedPool, change, kernel_arguments, wanted};
+use super::pool::{PoolChange, PoolNow, PoolPolicy, WantedPool, change, kernel_arguments, wanted, within};
 use super::*;
-use crate::allocator_file::CpuRequest;
+use crate::allocator_file::{CpuRequest, Reservation};
 use crate::failure::Failure;
 use crate::inventory::CpuSet;
 use crate::observed::Observation;
@@ -180,6 +180,32 @@ fn a_change_waits_while_an_enclave_runs_or_may_run() {
 }
 
 #[test]
+fn what_is_beyond_the_bounds_is_refused_whoever_asks() {
+    let reservation = |cpus: CpuRequest, memory: u64| Reservation { cpus, memory_mib: MemoryMib(memory) };
+    let pool = |list: &str| CpuRequest::Pool(list.parse().unwrap());
+    let refused = |host: &str, cpus: CpuRequest, memory: u64, part: &str| {
+        let failure = within(&self::host(host), &reservation(cpus, memory)).unwrap_err();
+        assert!(failure.message.contains(part), "{failure}");
+    };
+    within(&host("m5.2xlarge"), &reservation(CpuRequest::Count(6), 28_672)).unwrap();
+    within(&host("m5.2xlarge"), &reservation(pool("1-3,5-7"), 28_672)).unwrap();
+    refused(
+        "m5.2xlarge",
+        CpuRequest::Count(8),
+        512,
+        "leave the parent 2 CPUs and 2048 MiB; there are 6 CPUs and 28672 MiB",
+    );
+    refused("m5.2xlarge", CpuRequest::Count(6), 28_674, "28674 MiB can't be reserved");
+    refused("m5.2xlarge", CpuRequest::Count(3), 512, "whole cores, here of 2 each");
+    refused("m5.2xlarge", CpuRequest::Count(0), 512, "whole cores");
+    refused("m5.2xlarge", CpuRequest::Count(2), 0, "some memory");
+    refused("m5.2xlarge", pool("0,4"), 512, "without CPU 0's");
+    refused("m5.2xlarge", pool("1,6"), 512, "whole cores of one memory node");
+    refused("m5.2xlarge", pool("8,9"), 512, "whole cores of one memory node");
+    refused("m5.24xlarge", pool("1,24,49,72"), 512, "one memory node");
+}
+
+#[test]
 fn the_kernels_command_line_names_large_pages_first() {
     assert_eq!(kernel_arguments(MemoryMib(13_500), None), "hugepagesz=1G hugepages=13 hugepagesz=2M hugepages=94");
     assert_eq!(kernel_arguments(MemoryMib(512), None), "hugepagesz=2M hugepages=256");
@@ -282,6 +308,9 @@ proptest! {
                     prop_assert!(!cpus.contains(0));
                 }
             }
+        }
+        for reservation in [Some(&wanted.wish), wanted.least.as_ref()].into_iter().flatten() {
+            prop_assert_eq!(within(&capacity, reservation), Ok(()));
         }
         // What is asked for is what is then found good.
         let cpus = match &wanted.wish.cpus {
