@@ -1,9 +1,10 @@
 //! The control tool: its command line, and what each command does. It decides nothing about the host: it asks the daemon
-//! over its admin socket, or judges files with the same code as the daemon.
+//! over its admin socket, or judges files, or the host, with the same code as the daemon.
 //!
 //! Results go to stdout, everything else to stderr.
 
 mod client;
+mod host;
 mod hosts;
 mod measure;
 mod status;
@@ -122,6 +123,15 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show what this host is, what enclaves may have of it, what is reserved, and what is in the way. Needs no daemon.
+    Host {
+        /// Where the host's root is: elsewhere in a container that has it mounted.
+        #[arg(long, value_name = "DIR", default_value = "/")]
+        root: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Measure an enclave image: prints the [enclave.measurements] of a configuration.
     Measure {
         /// The image (EIF).
@@ -227,6 +237,7 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
                 config.desired.enclaves.get(&name).ok_or_else(|| unknown(&name, config.desired.enclaves.keys()))?;
             print(&if json { format!("{:#}\n", json!(spec.egress)) } else { hosts::lines(&name, spec) })
         }
+        Command::Host { root, json } => print(&host::host(&cli.config, &root, json).await?),
         Command::Measure { file, json } => measure::measure(&file, json).and_then(|text| print(&text)),
         Command::Schema { of } => print(&format!(
             "{:#}\n",

@@ -1,5 +1,5 @@
 //! The recorded hosts, read by the daemon's own reader, and what it decides for them.
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
 
 use enclaved::host::inventory::{HostInventory, InventorySource, Roots};
 use enclaved_core::allocator_file::{CpuRequest, Reservation};
