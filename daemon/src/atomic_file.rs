@@ -5,7 +5,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// A file that could not be read or written.
@@ -60,6 +60,15 @@ impl FileError {
 /// # Errors
 /// What could not be done; the old file is then still there.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
+    write_with_mode(path, bytes, 0o600)
+}
+
+/// [`write`] of a file with these permissions, whatever the umask. In a folder in which only this user can write: whoever else can
+/// might put a link in the place of the temporary file.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     let temporary = temporary_beside(path);
     let written = (|| {
         let mut file = OpenOptions::new()
@@ -70,6 +79,8 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
             .open(&temporary)
             .map_err(FileError::io("create", &temporary))?;
         file.write_all(bytes).map_err(FileError::io("write", &temporary))?;
+        file.set_permissions(fs::Permissions::from_mode(mode))
+            .map_err(FileError::io("set the permissions of", &temporary))?;
         file.sync_all().map_err(FileError::io("flush to disk", &temporary))?;
         fs::rename(&temporary, path).map_err(FileError::io("replace", path))
     })();
@@ -141,7 +152,6 @@ fn temporary_beside(path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_file_is_replaced_as_a_whole_and_nothing_else_is_left() {
@@ -152,6 +162,15 @@ mod tests {
         assert_eq!(read_json::<Vec<u32>>(&path, 1024).unwrap(), Some(vec![4]));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_file_gets_the_permissions_that_are_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        write(&path, b"x").unwrap();
+        write_with_mode(&path, b"y", 0o646).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o646);
     }
 
     #[test]

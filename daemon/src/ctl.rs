@@ -1,10 +1,11 @@
 //! The control tool: its command line, and what each command does. It decides nothing about the host: it asks the daemon
-//! over its admin socket, or judges files with the same code as the daemon.
+//! over its admin socket, or judges files, or the host, with the same code as the daemon.
 //!
 //! Results go to stdout, everything else to stderr.
 
 mod client;
 mod fetch;
+mod host;
 mod hosts;
 mod measure;
 mod status;
@@ -127,6 +128,15 @@ enum Command {
     },
     /// Fetch images into enclaved's cache ahead of an update, so that the update itself takes no download.
     Fetch(FetchArgs),
+    /// Show what this host is, what enclaves may have of it, what is reserved, and what is in the way. Needs no daemon.
+    Host {
+        /// Where the host's root is: elsewhere in a container that has it mounted.
+        #[arg(long, value_name = "DIR", default_value = "/")]
+        root: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Measure an enclave image: prints the [enclave.measurements] of a configuration.
     Measure {
         /// The image (EIF): a file, or an s3:// or https:// URL.
@@ -263,6 +273,7 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
                 Err(refused) => refused.output.map_or(Ok(()), |text| print(&text)).and(Err(refused.error)),
             }
         }
+        Command::Host { root, json } => print(&host::host(&cli.config, &root, json).await?),
         Command::Schema { of } => print(&format!(
             "{:#}\n",
             match of {

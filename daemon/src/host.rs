@@ -9,6 +9,7 @@ pub mod allocator;
 pub mod direct;
 pub mod image_store;
 pub mod instance_metadata;
+pub mod inventory;
 pub mod ledger_file;
 pub mod proxy_link;
 pub mod vsock_prober;

@@ -1,6 +1,7 @@
 //! The control process: effects and wiring. See `daemon/ARCHITECTURE.md`.
 
 pub mod admin;
+pub mod allocate;
 pub mod app;
 pub mod asked;
 pub mod atomic_file;

@@ -51,6 +51,18 @@ enum Subcommands {
         #[arg(long)]
         own_session: bool,
     },
+    /// Reserve CPUs and memory for enclaves, once, as root; started as enclaved-allocator.service.
+    Allocate {
+        /// The configuration: what it reserves for the parent is kept, whatever is asked for.
+        #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
+        config: PathBuf,
+        /// What is asked for, written by the control process.
+        #[arg(long, value_name = "FILE", default_value = "/run/enclaved/allocate.json")]
+        request: PathBuf,
+        /// What came of it; in a folder in which only root can write.
+        #[arg(long, value_name = "FILE", default_value = "/run/enclaved-allocator/report.json")]
+        report: PathBuf,
+    },
     /// Launch one enclave as its traces say; started by the control process.
     #[command(hide = true)]
     Launch {
@@ -82,6 +94,7 @@ fn main() -> ExitCode {
         Some(Subcommands::Proxy { state_dir, link, own_session }) => {
             runtime.block_on(proxy(enclaved_proxy::Options { state_dir, link }, own_session))
         }
+        Some(Subcommands::Allocate { config, request, report }) => runtime.block_on(allocate(&config, request, report)),
         Some(Subcommands::Launch { trace_dir }) => runtime.block_on(enclaved::launch::run(&trace_dir)),
     };
     // What still runs on a thread of its own (a hash, a name being resolved) is not waited for.
@@ -121,6 +134,31 @@ async fn control(arguments: Arguments) -> ExitCode {
         Err(StartError::Bug(error)) => {
             tracing::error!("{error:#}");
             ExitCode::from(BUG)
+        }
+    }
+}
+
+async fn allocate(config: &std::path::Path, request: PathBuf, report: PathBuf) -> ExitCode {
+    use enclaved::allocate::Did;
+    match enclaved::allocate::run(config, request, report).await {
+        Ok(report) => match (&report.did, &report.failure) {
+            (Did::Nothing, _) => {
+                tracing::info!("what is asked for is reserved already");
+                ExitCode::SUCCESS
+            }
+            (Did::Reserved(reservation), _) => {
+                tracing::info!("reserved {reservation}");
+                ExitCode::SUCCESS
+            }
+            (Did::Failed, failure) => {
+                let why = failure.as_ref().map_or_else(String::new, ToString::to_string);
+                tracing::error!("nothing is reserved: {why}");
+                ExitCode::from(TRY_AGAIN)
+            }
+        },
+        Err(failure) => {
+            tracing::error!("{failure}");
+            ExitCode::from(TRY_AGAIN)
         }
     }
 }

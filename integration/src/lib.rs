@@ -12,6 +12,7 @@ pub mod eif;
 pub mod enclave;
 pub mod file_server;
 pub mod host;
+pub mod host_tree;
 pub mod http;
 pub mod imds;
 pub mod nitro_cli;

@@ -80,8 +80,15 @@ impl NitroHost {
             write(file, shape.hugepages.to_string())?;
         }
         let last = shape.cpus.saturating_sub(1);
-        write("devices/system/node/node0/cpulist".to_owned(), format!("0-{last}"))?;
+        // What is in the pool is offline: the node's list leaves it out, but every CPU keeps the link to its node.
+        let offline = |cpu: &u32| shape.cores.iter().flatten().any(|other| other == cpu);
+        let online: Vec<String> = (0..shape.cpus).filter(|cpu| !offline(cpu)).map(|cpu| cpu.to_string()).collect();
+        write("devices/system/node/node0/cpulist".to_owned(), online.join(","))?;
+        write("devices/system/cpu/online".to_owned(), online.join(","))?;
         write("devices/system/cpu/present".to_owned(), format!("0-{last}"))?;
+        for cpu in 0..shape.cpus {
+            fs::create_dir_all(self.path().join(format!("sys/devices/system/cpu/cpu{cpu}/node0")))?;
+        }
         for [a, b] in &shape.cores {
             for cpu in [a, b] {
                 let file = format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");

@@ -51,6 +51,11 @@ fn the_daemon_has_one_crypto_library_and_none_of_the_systems() {
 }
 
 #[test]
+fn the_daemon_has_one_async_runtime() {
+    check_absent("enclaved", &["async-io", "async-executor", "async-global-executor", "async-std", "smol"]);
+}
+
+#[test]
 fn core_is_pure() {
     check_absent(
         "enclaved-core",

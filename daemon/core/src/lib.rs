@@ -1,5 +1,6 @@
 //! What enclaved decides, without doing any of it: no I/O, no clock, no tasks. See `daemon/ARCHITECTURE.md`.
 
+pub mod allocator_file;
 pub mod desired;
 pub mod egress_policy;
 pub mod failure;
@@ -7,8 +8,10 @@ pub mod fetch;
 pub mod id;
 pub mod image;
 pub mod image_record;
+pub mod inventory;
 pub mod ledger;
 pub mod observed;
 pub mod plan;
 pub mod routes;
+pub mod sizing;
 pub mod status;

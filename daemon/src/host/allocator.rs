@@ -5,6 +5,7 @@ use super::{Allocator, Outcome};
 use crate::atomic_file;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::MemoryMib;
+use enclaved_core::inventory::{CpuSet, parse};
 use enclaved_core::observed::Pool;
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,8 +14,6 @@ use std::path::{Path, PathBuf};
 
 /// sysfs files are a page long at most.
 const MAX_FILE: u64 = 64 * 1024;
-/// More CPUs than Linux supports; a list that names more is nonsense, and would fill the memory.
-const MAX_CPU: u32 = 8192;
 
 /// The stock allocator service, set up by an operator: what it made available is looked at, never changed.
 #[derive(Debug, Clone)]
@@ -97,21 +96,30 @@ async fn look(sysfs: &Path) -> Outcome<Seen> {
 fn read_pool(sysfs: &Path) -> Outcome<Seen> {
     let pool_file = sysfs.join("module/nitro_enclaves/parameters/ne_cpus");
     let Some(text) = read(&pool_file)? else { return Err(no_driver(&pool_file)) };
-    let pool = parse_cpus(&text).ok_or_else(|| not_understood(&pool_file, &text))?;
+    let pool: CpuSet = text.parse().map_err(|_| not_understood(&pool_file, &text))?;
+    let cpus_folder = sysfs.join("devices/system/cpu");
+    let mut pool_nodes = BTreeSet::new();
+    for cpu in pool.iter() {
+        // CPUs of the pool are offline: no node's `cpulist` names them, but they keep the link to their node.
+        let links = list(&cpus_folder.join(format!("cpu{cpu}")))?;
+        pool_nodes.extend(links.iter().filter_map(|(name, _)| parse::numbered(name, "node")));
+    }
+    if !pool.is_empty() && pool_nodes.is_empty() {
+        return Err(Failure::new(format!(
+            "none of the pool's CPUs {pool} names its memory node in {}",
+            cpus_folder.display()
+        )));
+    }
     let nodes_folder = sysfs.join("devices/system/node");
-    let nodes = list(&nodes_folder)?.into_iter().filter(|(name, _)| numbered(name, "node", ""));
     let (mut kib, mut kib_free) = (0_u64, 0_u64);
-    for (_, node) in nodes {
-        let cpus_file = node.join("cpulist");
-        let Some(text) = read(&cpus_file)? else { return Err(missing(&cpus_file)) };
-        let cpus = parse_cpus(&text).ok_or_else(|| not_understood(&cpus_file, &text))?;
+    for (name, node) in list(&nodes_folder)? {
         // An enclave's memory is on the node of its CPUs; without a pool yet, any node will do.
-        if !pool.is_empty() && pool.is_disjoint(&cpus) {
-            continue;
+        match parse::numbered(&name, "node") {
+            Some(number) if pool.is_empty() || pool_nodes.contains(&number) => {}
+            _ => continue,
         }
         for (name, folder) in list(&node.join("hugepages"))? {
-            let Some(size) = name.strip_prefix("hugepages-").and_then(|name| name.strip_suffix("kB")) else { continue };
-            let size: u64 = size.parse().map_err(|_| not_understood(&folder, &name))?;
+            let Some(size) = parse::page_size_kib(&name) else { continue };
             let count = |file: &str| -> Outcome<u64> {
                 let path = folder.join(file);
                 let Some(text) = read(&path)? else { return Err(missing(&path)) };
@@ -122,31 +130,7 @@ fn read_pool(sysfs: &Path) -> Outcome<Seen> {
             kib_free = kib_free.saturating_add(count("free_hugepages")?);
         }
     }
-    Ok(Seen {
-        // There are no more than MAX_CPU.
-        cpus: u32::try_from(pool.len()).unwrap_or(u32::MAX),
-        memory: MemoryMib(kib / 1024),
-        memory_free: MemoryMib(kib_free / 1024),
-    })
-}
-
-/// A CPU list as the kernel writes it: `1,3`, `2-3,10-11`, or nothing.
-fn parse_cpus(text: &str) -> Option<BTreeSet<u32>> {
-    let mut cpus = BTreeSet::new();
-    for part in text.trim().split(',').filter(|part| !part.is_empty()) {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let (first, last): (u32, u32) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
-        if first > last || last > MAX_CPU {
-            return None;
-        }
-        cpus.extend(first..=last);
-    }
-    Some(cpus)
-}
-
-fn numbered(name: &str, prefix: &str, suffix: &str) -> bool {
-    let number = name.strip_prefix(prefix).and_then(|rest| rest.strip_suffix(suffix));
-    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit()))
+    Ok(Seen { cpus: pool.len(), memory: MemoryMib(kib / 1024), memory_free: MemoryMib(kib_free / 1024) })
 }
 
 fn read(path: &Path) -> Outcome<Option<String>> {
@@ -207,7 +191,9 @@ mod tests {
         for (number, (cpus, pages)) in nodes.iter().enumerate() {
             let node = folder.path().join(format!("devices/system/node/node{number}"));
             fs::create_dir_all(node.join("hugepages")).unwrap();
-            fs::write(node.join("cpulist"), cpus).unwrap();
+            for cpu in cpus.parse::<CpuSet>().unwrap().iter() {
+                fs::create_dir_all(folder.path().join(format!("devices/system/cpu/cpu{cpu}/node{number}"))).unwrap();
+            }
             for (size, count, free) in *pages {
                 let pages = node.join(format!("hugepages/hugepages-{size}kB"));
                 fs::create_dir_all(&pages).unwrap();
@@ -271,7 +257,7 @@ mod tests {
         assert!(allocator.observe().await.unwrap_err().message.contains("free_hugepages is missing"));
         fs::write(&pages, "-1").unwrap();
         assert!(allocator.observe().await.unwrap_err().message.contains("free_hugepages is not understood"));
-        let (_folder, allocator) = sysfs(Some("1"), &[]);
+        let (_folder, allocator) = sysfs(Some(""), &[]);
         assert!(allocator.observe().await.unwrap_err().message.contains("node is missing"));
     }
 
@@ -281,14 +267,14 @@ mod tests {
         ExternalAllocator.reserve(u32::MAX, MemoryMib(u64::MAX)).await.unwrap();
     }
 
-    #[test]
-    fn cpu_lists_are_read_as_the_kernel_writes_them_and_bounded() {
-        let list = |text: &str| parse_cpus(text).map(|cpus| cpus.into_iter().collect::<Vec<_>>());
-        assert_eq!(list("2-3,10-11\n"), Some(vec![2, 3, 10, 11]));
-        assert_eq!(list(""), Some(vec![]));
-        assert_eq!(list("1,1"), Some(vec![1]));
-        for bad in ["a", "3-2", "1-", "-1", "0-4294967295", "1;2"] {
-            assert_eq!(list(bad), None, "{bad}");
-        }
+    #[tokio::test]
+    async fn cpus_of_the_pool_that_name_no_node_are_an_error_and_no_pool_without_memory() {
+        let (folder, allocator) = sysfs(Some("1"), &[("0-3", &[(2048, 512, 512)])]);
+        fs::remove_dir(folder.path().join("devices/system/cpu/cpu1/node0")).unwrap();
+        assert!(
+            allocator.observe().await.unwrap_err().message.contains("none of the pool's CPUs 1 names its memory node")
+        );
+        fs::remove_dir(folder.path().join("devices/system/cpu/cpu1")).unwrap();
+        assert!(allocator.observe().await.unwrap_err().message.contains("cpu1 is missing"));
     }
 }

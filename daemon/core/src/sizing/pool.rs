@@ -1,0 +1,229 @@
+//! What the allocator is to reserve for the wanted enclaves, and whether the pool has to change for it.
+
+use super::admit::admit;
+use super::{Admission, Capacity, Demand, Refusal};
+use crate::allocator_file::{CpuRequest, Reservation};
+use crate::failure::Failure;
+use crate::id::MemoryMib;
+use crate::inventory::{CpuSet, Inventory, known};
+use crate::observed::Observation;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Less than everything beyond the reserve is good enough by one part in so many: memory that is in pieces is not worth a restart.
+const GOOD_ENOUGH: u64 = 16;
+
+/// How much is reserved for enclaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum PoolPolicy {
+    /// Everything beyond the host's reserve, once, early after a boot, while memory is in one piece: neither updates nor growth
+    /// ever need the allocator again.
+    #[default]
+    All,
+    /// What the enclaves need. The pool changes with them, for which all of them have to end.
+    Exact,
+}
+
+/// A pool that would do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WantedPool {
+    /// What is asked for.
+    pub wish: Reservation,
+    /// The least that all wanted enclaves run with, if the wish can't be had; the wish itself with [`PoolPolicy::Exact`]. `None`:
+    /// no enclave is wanted.
+    pub least: Option<Reservation>,
+    /// The memory node.
+    pub node: u32,
+    /// More memory than this is more than was asked for.
+    most: MemoryMib,
+}
+
+/// The pool as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolNow {
+    /// The driver's CPUs.
+    pub cpus: CpuSet,
+    /// Hugepages on their node; without any CPUs, on all nodes.
+    pub memory: MemoryMib,
+}
+
+/// What is to be done about the pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PoolChange {
+    /// Nothing: it has what is wanted.
+    Nothing,
+    /// It can be changed now.
+    Due(WantedPool),
+    /// It is to be changed, but can't be: an enclave runs, or may run.
+    Waits {
+        /// To what.
+        to: WantedPool,
+        /// Whether some wanted enclave has no room until then. If not, nothing is amiss.
+        urgent: bool,
+        /// Why it waits, and what would end that.
+        why: String,
+    },
+}
+
+/// What the allocator is to reserve; `None`: nothing.
+///
+/// # Errors
+/// The enclaves do not fit the host.
+pub fn wanted(policy: PoolPolicy, capacity: &Capacity, demands: &[Demand]) -> Result<Option<WantedPool>, Refusal> {
+    let admission = if demands.is_empty() { None } else { Some(admit(capacity, demands)?) };
+    let least = admission.as_ref().and_then(|admission| least(capacity, admission));
+    match policy {
+        PoolPolicy::Exact => Ok(admission.zip(least).map(|(admission, least)| WantedPool {
+            wish: least.clone(),
+            node: admission.node,
+            most: MemoryMib(least.memory_mib.0.saturating_add(largest_page(capacity, admission.node))),
+            least: Some(least),
+        })),
+        PoolPolicy::All => {
+            // Where the enclaves are to be; the node with most room, if there are none.
+            let node = match &admission {
+                Some(admission) => capacity.nodes.iter().find(|node| node.node == admission.node),
+                None => capacity.nodes.first(),
+            };
+            let Some(node) = node else { return Ok(None) };
+            let (cpus, memory) = capacity.budget(node);
+            let most = MemoryMib(memory.0.saturating_add(node.smallest_page()));
+            let wish = reservation(capacity, node.node, cpus, memory).filter(|_| memory.0 > 0);
+            Ok(wish.map(|wish| WantedPool { wish, least, node: node.node, most }))
+        }
+    }
+}
+
+fn least(capacity: &Capacity, admission: &Admission) -> Option<Reservation> {
+    reservation(capacity, admission.node, admission.cpus, admission.memory)
+}
+
+/// By count on a host with one memory node, where the allocator's choice is as good as any; by name where the node matters. `None`
+/// for no CPUs at all, which the allocator refuses.
+fn reservation(capacity: &Capacity, node: u32, cpus: u32, memory_mib: MemoryMib) -> Option<Reservation> {
+    let node = capacity.nodes.iter().find(|candidate| candidate.node == node)?;
+    let chosen = node.take(cpus).filter(|cpus| !cpus.is_empty())?;
+    let cpus = if capacity.nodes.len() == 1 { CpuRequest::Count(cpus) } else { CpuRequest::Pool(chosen) };
+    Some(Reservation { cpus, memory_mib })
+}
+
+fn largest_page(capacity: &Capacity, node: u32) -> u64 {
+    capacity.nodes.iter().find(|candidate| candidate.node == node).map_or(0, |node| node.largest_page())
+}
+
+impl PoolNow {
+    /// As it was seen.
+    ///
+    /// # Errors
+    /// What could not be seen.
+    pub fn of(inventory: &Inventory) -> Result<Self, Failure> {
+        let cpus = known(&inventory.pool)?.clone();
+        let mut nodes = inventory.pool_nodes()?;
+        if nodes.is_empty() {
+            nodes = known(&inventory.nodes)?.keys().copied().collect();
+        }
+        let mut memory = 0_u64;
+        for node in nodes {
+            memory = memory.saturating_add(inventory.hugepages_on(node)?.0.0);
+        }
+        Ok(Self { cpus, memory: MemoryMib(memory) })
+    }
+
+    /// Whether it has at least that.
+    pub fn has(&self, reservation: &Reservation) -> bool {
+        self.memory >= reservation.memory_mib
+            && match &reservation.cpus {
+                CpuRequest::Count(count) => self.cpus.len() >= *count,
+                CpuRequest::Pool(cpus) => cpus.is_subset(&self.cpus),
+            }
+    }
+
+    /// Whether restarting the allocator for that pool would bring nothing that is worth it.
+    pub fn is(&self, wanted: &WantedPool) -> bool {
+        let cpus = match &wanted.wish.cpus {
+            CpuRequest::Count(count) => self.cpus.len() == *count,
+            CpuRequest::Pool(cpus) => self.cpus == *cpus,
+        };
+        let wish = wanted.wish.memory_mib.0;
+        let enough = if wanted.least.as_ref() == Some(&wanted.wish) { wish } else { wish - wish / GOOD_ENOUGH };
+        let enough = enough.max(wanted.least.as_ref().map_or(0, |least| least.memory_mib.0));
+        cpus && (enough..=wanted.most.0.max(enough)).contains(&self.memory.0)
+    }
+}
+
+/// Whether that can be reserved on the host and leaves it its reserve: whole cores of one memory node without CPU 0's, and no more
+/// memory than that node has beyond the reserve. Whoever is asked to reserve something checks it with this, whatever was promised.
+///
+/// # Errors
+/// Which bound it is beyond, in numbers.
+pub fn within(capacity: &Capacity, reservation: &Reservation) -> Result<(), Failure> {
+    let count = reservation.cpus.count();
+    let threads = capacity.threads_per_core;
+    if count == 0 || !count.is_multiple_of(threads) {
+        return Err(Failure::new(format!(
+            "{reservation} can't be reserved: the CPUs must be whole cores, here of {threads} each"
+        )));
+    }
+    if reservation.memory_mib.0 == 0 {
+        return Err(Failure::new(format!("{reservation} can't be reserved: there must be some memory")));
+    }
+    let mut can = Vec::new();
+    for node in &capacity.nodes {
+        let (cpus, memory) = capacity.budget(node);
+        let chosen = match &reservation.cpus {
+            CpuRequest::Count(_) => true,
+            CpuRequest::Pool(pool) => {
+                let whole = node.cores.iter().filter(|core| core.is_subset(pool)).map(CpuSet::len).sum::<u32>();
+                whole == pool.len()
+            }
+        };
+        if chosen && count <= cpus && reservation.memory_mib <= memory {
+            return Ok(());
+        }
+        can.push(format!("{cpus} CPUs and {memory} on memory node {}", node.node));
+    }
+    let reserve = &capacity.reserve;
+    Err(Failure::new(format!(
+        "{reservation} can't be reserved: that must be whole cores of one memory node, without CPU 0's, and leave the parent {} CPUs \
+         and {}; there are {}",
+        reserve.cpus,
+        reserve.memory,
+        can.join(", ")
+    )))
+}
+
+/// What is to be done to have that pool. `running`: how many enclaves run, whoever started them.
+pub fn change(wanted: Option<WantedPool>, now: &PoolNow, running: &Observation<u32>) -> PoolChange {
+    let Some(wanted) = wanted.filter(|wanted| !now.is(wanted)) else { return PoolChange::Nothing };
+    let why = match running {
+        Observation::Known(0) => return PoolChange::Due(wanted),
+        Observation::Known(count) => {
+            let runs = if *count == 1 { "1 enclave runs".to_owned() } else { format!("{count} enclaves run") };
+            format!("{runs}, and the allocator changes the pool only when none does; it is changed once all have ended")
+        }
+        Observation::Unknown(failure) => {
+            format!(
+                "whether an enclave runs is not known ({}), and the allocator changes the pool only when none does",
+                failure.message
+            )
+        }
+    };
+    let urgent = wanted.least.as_ref().is_some_and(|least| !now.has(least));
+    PoolChange::Waits { to: wanted, urgent, why }
+}
+
+/// What to put on the kernel's command line to have that much memory in hugepages from the boot on, before anything is in pieces.
+/// On a host with several memory nodes the kernel spreads them over all; `node` says on which they are wanted.
+pub fn kernel_arguments(memory: MemoryMib, node: Option<u32>) -> String {
+    let place = |pages: u64| node.map_or(pages.to_string(), |node| format!("{node}:{pages}"));
+    let (large, rest) = (memory.0 / 1024, memory.0 % 1024);
+    let mut arguments = Vec::new();
+    if large > 0 {
+        arguments.push(format!("hugepagesz=1G hugepages={}", place(large)));
+    }
+    if rest > 0 {
+        arguments.push(format!("hugepagesz=2M hugepages={}", place(rest.div_ceil(2))));
+    }
+    arguments.join(" ")
+}

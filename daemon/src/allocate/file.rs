@@ -1,0 +1,74 @@
+//! The stock allocator's file on disk: replaced as a whole, and never at the cost of one that somebody else wrote.
+
+use crate::atomic_file;
+use enclaved_core::allocator_file::{self, Reservation};
+use enclaved_core::failure::Failure;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// How many files of others are kept. More is not somebody's editing.
+const MAX_BACKUPS: u32 = 100;
+
+/// Writes the file, unless it is there already. Returns where the former one was kept, if it was somebody else's.
+pub(super) fn write(path: &Path, reservation: &Reservation) -> Result<Option<PathBuf>, Failure> {
+    let wanted = allocator_file::write(reservation);
+    let there = atomic_file::read(path, allocator_file::MAX_FILE).map_err(|error| Failure::from_error(&error))?;
+    if there.as_deref() == Some(wanted.as_bytes()) {
+        return Ok(None);
+    }
+    let ours = |bytes: &Vec<u8>| allocator_file::is_ours(&String::from_utf8_lossy(bytes));
+    let backup = match there.filter(|bytes| !ours(bytes)) {
+        Some(bytes) => Some(keep(path, &bytes)?),
+        None => None,
+    };
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)
+            .map_err(|error| Failure::new(format!("could not make {}: {error}", folder.display())))?;
+    }
+    // The stock allocator and nitro-cli's users read it.
+    atomic_file::write_with_mode(path, wanted.as_bytes(), 0o644).map_err(|error| Failure::from_error(&error))?;
+    Ok(backup)
+}
+
+/// Copies it beside itself, under a name that no other content has.
+fn keep(path: &Path, bytes: &[u8]) -> Result<PathBuf, Failure> {
+    for number in 0..MAX_BACKUPS {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(".before-enclaved");
+        if number > 0 {
+            name.push(format!(".{number}"));
+        }
+        let backup = path.with_file_name(name);
+        let there =
+            atomic_file::read(&backup, allocator_file::MAX_FILE).map_err(|error| Failure::from_error(&error))?;
+        match there {
+            Some(there) if there == bytes => return Ok(backup),
+            Some(_) => {}
+            None => {
+                atomic_file::write_with_mode(&backup, bytes, 0o644).map_err(|error| Failure::from_error(&error))?;
+                return Ok(backup);
+            }
+        }
+    }
+    Err(Failure::new(format!(
+        "{} is not replaced: there are {MAX_BACKUPS} former ones beside it already",
+        path.display()
+    ))
+    .with_remedy("remove the files whose names end in .before-enclaved that nobody needs"))
+}
+
+/// That only this user can write in that folder: a link that somebody else puts there could lead a write of root's anywhere.
+pub(super) fn only_ours(folder: &Path) -> Result<(), Failure> {
+    let metadata = fs::symlink_metadata(folder)
+        .map_err(|error| Failure::new(format!("could not look at {}: {error}", folder.display())))?;
+    let me = rustix::process::geteuid().as_raw();
+    if metadata.is_dir() && metadata.uid() == me && metadata.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    Err(Failure::new(format!(
+        "{} must be a folder in which only its owner, who runs this, can write",
+        folder.display()
+    ))
+    .with_remedy("let systemd make it: RuntimeDirectory= of enclaved-allocator.service"))
+}

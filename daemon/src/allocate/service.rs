@@ -1,0 +1,97 @@
+//! The stock allocator's service, as little of it as is needed: restart it, and read what it said.
+
+use crate::host::inventory::ALLOCATOR_UNIT;
+use enclaved_core::failure::Failure;
+use futures_util::StreamExt;
+use std::future::Future;
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::io::AsyncReadExt;
+use zbus::{Connection, OwnedObjectPath, Proxy};
+
+/// Moving pages out of the way of large ones can take minutes on a big host that is in use. The unit itself has no limit.
+const RESTART_PATIENCE: Duration = Duration::from_mins(10);
+const JOURNAL_PATIENCE: Duration = Duration::from_secs(10);
+/// As much of the journal as is read.
+const MAX_JOURNAL: u64 = 64 * 1024;
+
+/// What is done to the service.
+pub trait StockService: Send + Sync {
+    /// Restarts it and waits until its job is over. That it says it succeeded proves nothing: look at the pool.
+    fn restart(&self) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Its last lines in the journal.
+    fn journal(&self, lines: u32) -> impl Future<Output = Result<Vec<String>, Failure>> + Send;
+}
+
+/// The service under systemd.
+#[derive(Debug, Clone, Copy)]
+pub struct Systemd;
+
+impl StockService for Systemd {
+    async fn restart(&self) -> Result<(), Failure> {
+        let failed = |error: zbus::Error| bus_failure(&error);
+        let connection = Connection::system().await.map_err(failed)?;
+        match tokio::time::timeout(RESTART_PATIENCE, restart_over(&connection)).await {
+            Ok(result) => result,
+            Err(_) => Err(Failure::new(format!(
+                "{ALLOCATOR_UNIT} did not end within {} min of being restarted",
+                RESTART_PATIENCE.as_secs() / 60
+            ))),
+        }
+    }
+
+    async fn journal(&self, lines: u32) -> Result<Vec<String>, Failure> {
+        let failed = |error: std::io::Error| Failure::new(format!("could not run journalctl: {error}"));
+        let mut command = tokio::process::Command::new("journalctl");
+        command
+            .args(["--unit", ALLOCATOR_UNIT, "--no-pager", "--quiet", "--output", "short-iso", "--lines"])
+            .arg(lines.to_string());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
+        let mut child = command.spawn().map_err(failed)?;
+        let stdout = child.stdout.take().ok_or_else(|| Failure::new("journalctl has no output"))?;
+        let mut bytes = Vec::new();
+        let read = async {
+            stdout.take(MAX_JOURNAL).read_to_end(&mut bytes).await?;
+            child.wait().await
+        };
+        match tokio::time::timeout(JOURNAL_PATIENCE, read).await {
+            Ok(Ok(_)) => Ok(String::from_utf8_lossy(&bytes).lines().map(str::to_owned).collect()),
+            Ok(Err(error)) => Err(failed(error)),
+            Err(_) => Err(Failure::new(format!("journalctl did not end within {} s", JOURNAL_PATIENCE.as_secs()))),
+        }
+    }
+}
+
+/// Restarts the unit over a connection to systemd.
+pub(super) async fn restart_over(connection: &Connection) -> Result<(), Failure> {
+    let failed = |error: zbus::Error| bus_failure(&error);
+    let manager = Proxy::new(
+        connection,
+        "org.freedesktop.systemd1",
+        "/org/freedesktop/systemd1",
+        "org.freedesktop.systemd1.Manager",
+    );
+    let manager = manager.await.map_err(failed)?;
+    // Without a subscriber systemd sends no signals; and the job may be over before the call that made it returns.
+    let mut removed = manager.receive_signal("JobRemoved").await.map_err(failed)?;
+    manager.call_method("Subscribe", &()).await.map_err(failed)?;
+    let job: OwnedObjectPath = manager.call("RestartUnit", &(ALLOCATOR_UNIT, "replace")).await.map_err(failed)?;
+    while let Some(signal) = removed.next().await {
+        let (_, path, _, result): (u32, OwnedObjectPath, String, String) =
+            signal.body().deserialize().map_err(failed)?;
+        if path == job {
+            return if result == "done" {
+                Ok(())
+            } else {
+                Err(Failure::new(format!("restarting {ALLOCATOR_UNIT}: {result}")))
+            };
+        }
+    }
+    Err(Failure::new(format!("the connection to systemd ended while {ALLOCATOR_UNIT} was restarted")))
+}
+
+fn bus_failure(error: &zbus::Error) -> Failure {
+    let failure = Failure::from_error(error);
+    Failure { message: format!("asking systemd to restart {ALLOCATOR_UNIT}: {}", failure.message), ..failure }
+}
