@@ -3,12 +3,16 @@
 
 use enclaved_core::desired::ImageRequest;
 use enclaved_core::failure::Failure;
-use enclaved_core::id::{EifDigest, Measurements, MemoryMib};
+use enclaved_core::id::{EifDigest, Measurements, MemoryMib, Timestamp};
 use enclaved_core::image::VerifiedImage;
+use enclaved_core::plan::restart;
 use enclaved_core::status::FetchStatus;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
+/// What was fetched ahead stays in the cache for its use at least this long, whatever the cache's limit.
+const KEPT: Duration = Duration::from_secs(24 * 3600);
 /// How many are remembered: an operator asks for a handful. The results of earlier ones make room for new ones.
 const MOST: usize = 16;
 
@@ -50,6 +54,8 @@ pub(crate) struct Asked {
 #[derive(Debug)]
 struct Entry {
     number: u64,
+    /// When it was there, or could not be had.
+    ended: Timestamp,
     /// `None` while it is wanted and not there.
     result: Option<FetchAnswer>,
 }
@@ -86,13 +92,31 @@ impl Asked {
             self.all.remove(&oldest);
         }
         self.count += 1;
-        self.all.insert(request.clone(), Entry { number: self.count, result: None });
+        self.all.insert(request.clone(), Entry { number: self.count, ended: Timestamp::from_millis(0), result: None });
         Ok(FetchAnswer::Fetching { progress })
     }
 
-    /// A fetch has ended, whoever wanted it.
-    pub(crate) fn ended(&mut self, request: &ImageRequest, outcome: Result<&VerifiedImage, &Failure>) {
-        if let Some(entry) = self.all.get_mut(request) {
+    /// The images that were fetched, for as long as they are kept for their use.
+    pub(crate) fn fetched(&self, now: Timestamp) -> BTreeSet<EifDigest> {
+        let kept = self.all.values().filter(|entry| restart::pause_end(entry.ended, KEPT, now).is_some());
+        let digest = |entry: &Entry| match &entry.result {
+            Some(FetchAnswer::Fetched { digest, .. }) => Some(*digest),
+            _ => None,
+        };
+        kept.filter_map(digest).collect()
+    }
+
+    /// A fetch has ended, whoever wanted it; whether it was asked for here.
+    pub(crate) fn ended(
+        &mut self,
+        request: &ImageRequest,
+        outcome: Result<&VerifiedImage, &Failure>,
+        at: Timestamp,
+    ) -> bool {
+        let entry = self.all.get_mut(request).filter(|entry| entry.result.is_none());
+        let asked = entry.is_some();
+        if let Some(entry) = entry {
+            entry.ended = at;
             entry.result = Some(match outcome {
                 Ok(image) => FetchAnswer::Fetched {
                     digest: image.digest(),
@@ -103,6 +127,7 @@ impl Asked {
                 Err(failure) => FetchAnswer::Failed { failure: failure.clone() },
             });
         }
+        asked
     }
 }
 
@@ -116,7 +141,7 @@ mod tests {
     }
 
     fn ended(asked: &mut Asked, number: usize) {
-        asked.ended(&request(number), Err(&Failure::new("gone")));
+        asked.ended(&request(number), Err(&Failure::new("gone")), Timestamp::from_millis(1));
     }
 
     #[test]
@@ -131,6 +156,25 @@ mod tests {
         assert_eq!(asked.ask(&request(1), false, None), failed);
         assert_eq!(asked.ask(&request(1), true, None), fetching);
         assert_eq!(asked.wanted().count(), 1);
+    }
+
+    #[test]
+    fn what_was_fetched_is_kept_for_a_day() {
+        let at = |hours: u64| Timestamp::from_millis(1_800_000_000_000 + hours * 3_600_000);
+        let mut asked = Asked::default();
+        asked.ask(&request(1), true, None).unwrap();
+        let digest = EifDigest([1; 32]);
+        let zero = enclaved_core::id::Pcr([0; 48]);
+        let entry = asked.all.get_mut(&request(1)).unwrap();
+        entry.ended = at(0);
+        entry.result = Some(FetchAnswer::Fetched {
+            digest,
+            measurements: Measurements { pcr0: zero, pcr1: zero, pcr2: zero, pcr8: None },
+            size: 1,
+            required_memory_mib: MemoryMib(64),
+        });
+        assert_eq!(asked.fetched(at(23)), BTreeSet::from([digest]));
+        assert_eq!(asked.fetched(at(25)), BTreeSet::new());
     }
 
     #[test]

@@ -16,7 +16,6 @@ mod wait;
 use crate::config;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use client::Client;
-use enclaved_core::desired::ImageSource;
 use enclaved_core::id::{EnclaveName, Timestamp};
 use enclaved_core::status::Status;
 use serde_json::{Value, json};
@@ -169,7 +168,8 @@ struct StatusArgs {
 struct FetchArgs {
     /// The images: s3://bucket/key, https://… or file:///…. Without any: those of the configuration (--config FILE names one
     /// that is not in force yet), which must then be what it says they are.
-    images: Vec<ImageSource>,
+    #[arg(value_name = "IMAGE")]
+    images: Vec<String>,
     /// How long to wait; enclaved goes on fetching when this ends.
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
     timeout: Duration,
@@ -261,11 +261,12 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
                 let config = config::load(&cli.config).map_err(|errors| CtlError::Unfit(errors.to_string()))?;
                 fetch::of_config(&config.desired)
             } else {
-                fetch::of_sources(args.images)
+                fetch::of_sources(&args.images)?
             };
-            fetch::fetch(&client(), &wanted, args.timeout, std::io::stderr().is_terminal(), args.json)
-                .await
-                .and_then(|text| print(&text))
+            let terminal = std::io::stderr().is_terminal();
+            let results = fetch::fetch(&client(), &wanted, args.timeout, terminal).await;
+            print(&if args.json { results.in_json()? } else { results.in_words() })?;
+            results.judged()
         }
         Command::Measure { image, json } => {
             match measure::measure(&image, json, Timestamp::from(SystemTime::now())).await {

@@ -5,6 +5,7 @@
 use crate::host::Outcome;
 use crate::jobs::Done;
 use crate::metrics::Metrics;
+use enclaved_core::desired::ImageRequest;
 use enclaved_core::failure::Failure;
 use enclaved_core::ledger::{Change, Ledger};
 use enclaved_core::observed::JobKey;
@@ -46,6 +47,13 @@ pub enum Event<'a> {
         job: &'a JobKey,
         /// How.
         outcome: &'a Outcome<Done>,
+    },
+    /// What was to be fetched ahead of its use could not be had.
+    FetchAheadFailed {
+        /// Which image.
+        request: &'a ImageRequest,
+        /// Why.
+        failure: &'a Failure,
     },
     /// The ledger could not be read or written.
     LedgerUnavailable {
@@ -89,6 +97,9 @@ impl Events {
             Event::Changed { change, ledger } => self.changed(change, ledger),
             Event::Step { step } => Self::step(step),
             Event::JobEnded { job, outcome } => self.job_ended(job, outcome),
+            Event::FetchAheadFailed { request, failure } => {
+                warn!(image = %request.source, "not fetched ahead: {failure}");
+            }
             Event::LedgerUnavailable { failure } => {
                 self.metrics.ledger_failure();
                 error!("{failure}; nothing is launched or stopped until the ledger can be kept");
@@ -158,7 +169,7 @@ impl Events {
 
     fn step(step: &Step) {
         match step {
-            Step::Fetch(request) => info!(image = %request.source, "fetching the image"),
+            Step::Fetch { request, .. } => info!(image = %request.source, "fetching the image"),
             Step::RemoveCached(_) => info!("{step}"),
             Step::StartProxy => info!("starting the proxy process"),
             Step::Reserve { .. } => info!("{step}"),

@@ -20,7 +20,7 @@ use enclaved_core::id::{Cid, EifDigest, EnclaveKey, MemoryMib, Timestamp};
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::ledger::{LaunchRecord, Ledger};
 use enclaved_core::observed::{CacheItem, ImageCache, Instance, Pool};
-use enclaved_core::plan::Launch;
+use enclaved_core::plan::{Launch, Prefer};
 use enclaved_core::routes::{ProxyReport, Routes};
 pub use enclaved_core::status::FetchStage;
 use std::collections::BTreeMap;
@@ -60,10 +60,12 @@ pub trait ImageStore: Send + Sync + 'static {
     /// What the cache holds.
     fn observe(&self) -> impl Future<Output = Outcome<ImageCache>> + Send;
 
-    /// Gets the image, from the cache if it is there, and verifies it. Only what was proven in this call is returned.
+    /// Gets the image, from the cache if what is preferred is there, and verifies it. Only what was proven in this call is
+    /// returned.
     fn fetch(
         &self,
         request: &ImageRequest,
+        prefer: Prefer,
         progress: Arc<Progress>,
     ) -> impl Future<Output = Outcome<VerifiedImage>> + Send;
 

@@ -1,15 +1,16 @@
 //! The jobs: slow effects, each under a key that runs at most once at a time. A job reports back by ending; the loop
 //! turns that into an observation. Deadlines live here, so that an effect that hangs becomes one that failed.
 
-use crate::host::{Allocator, Host, ImageStore, Outcome, Prober, Progress, Proof, ProxyLink, Supervisor};
+use crate::host::{Allocator, Clock, Host, ImageStore, Outcome, Prober, Progress, Proof, ProxyLink, Supervisor};
 use crate::pace::Pace;
 use enclaved_core::desired::ImageRequest;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::EifDigest;
 use enclaved_core::image::VerifiedImage;
+use enclaved_core::image_record::ImageFacts;
 use enclaved_core::observed::JobKey;
 use enclaved_core::plan::{Launch, Step};
-use enclaved_core::status::FetchStatus;
+use enclaved_core::status::{FetchStage, FetchStatus};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::sync::Arc;
@@ -85,7 +86,10 @@ impl Jobs {
             match key {
                 JobKey::Fetch(request) => drop(fetches.insert(request.clone(), status)),
                 // What is fetched to be launched is of more interest than what is fetched besides.
-                JobKey::Refresh(request) => drop(fetches.entry(request.clone()).or_insert(status)),
+                // A look at a source that has nothing new is none either.
+                JobKey::Refresh(request) if stage != FetchStage::Asking => {
+                    fetches.entry(request.clone()).or_insert(status);
+                }
                 _ => {}
             }
         }
@@ -111,20 +115,36 @@ impl Jobs {
         let host = Arc::clone(host);
         match step.clone() {
             Step::Record(_) => {}
-            Step::Fetch(request) => {
+            Step::Fetch { request, prefer } => {
                 let Some(progress) = self.track(JobKey::Fetch(request.clone())) else { return };
+                // It may have to wait for a look at the source that is downloading just what it needs.
+                let other = self.progress.get(&JobKey::Refresh(request.clone()));
+                let watched = [Some(Arc::clone(&progress)), other.map(|tracked| Arc::clone(&tracked.progress))];
                 self.spawn(JobKey::Fetch(request.clone()), async move {
-                    let fetch = host.images().fetch(&request, Arc::clone(&progress));
-                    let image = unless_stalled(&request, &progress, fetch).await?;
+                    let fetch = host.images().fetch(&request, prefer, progress);
+                    let image = unless_stalled(&request, &watched, fetch).await?;
                     Ok(Done::Image(Box::new(image)))
                 });
             }
-            Step::Refresh { request, known } => {
+            Step::Refresh { request, known, memory } => {
                 let Some(progress) = self.track(JobKey::Refresh(request.clone())) else { return };
                 self.spawn(JobKey::Refresh(request.clone()), async move {
                     let refresh = host.images().refresh(&request, &known, Arc::clone(&progress));
-                    let news = unless_stalled(&request, &progress, refresh).await?;
-                    Ok(news.map_or(Done::Ok, |image| Done::Image(Box::new(image))))
+                    let news = unless_stalled(&request, &[Some(progress), None], refresh).await?;
+                    let Some(image) = news else { return Ok(Done::Ok) };
+                    // What can't be launched must not take the place of what can, not even in the ledger.
+                    match ImageFacts::of(&image).launchable(memory, host.clock().now()) {
+                        Ok(()) => Ok(Done::Image(Box::new(image))),
+                        Err(unfit) => Err(Failure {
+                            message: format!(
+                                "{} has a new image (sha256 {}) that can't be launched, the former one stays: {}",
+                                request.source,
+                                image.digest().short(),
+                                unfit.failure.message
+                            ),
+                            ..unfit.failure
+                        }),
+                    }
                 });
             }
             Step::RemoveCached(item) => self.spawn(JobKey::RemoveCached(item.clone()), async move {
@@ -233,23 +253,25 @@ async fn launch_proven<H: Host>(host: &H, launch: &Launch) -> Outcome<Done> {
 /// Lets a fetch run as long as it makes progress.
 async fn unless_stalled<T>(
     request: &ImageRequest,
-    progress: &Progress,
+    watched: &[Option<Arc<Progress>>; 2],
     fetch: impl Future<Output = Outcome<T>>,
 ) -> Outcome<T> {
     tokio::pin!(fetch);
-    let mut seen = progress.get();
+    let look =
+        || watched.each_ref().map(|progress| progress.as_ref().map(|progress| (progress.get(), progress.stage())));
+    let mut seen = look();
     loop {
         match tokio::time::timeout(FETCH_STALL, &mut fetch).await {
             Ok(outcome) => return outcome,
-            Err(_) if progress.get() == seen => {
+            Err(_) if look() == seen => {
                 let stall = humantime::format_duration(FETCH_STALL);
-                let (bytes, total) = seen;
+                let (bytes, total) = seen[0].map_or((0, 0), |(progress, _)| progress);
                 return Err(Failure::new(format!(
                     "fetching {} brought nothing for {stall} (at byte {bytes} of {total})",
                     request.source
                 )));
             }
-            Err(_) => seen = progress.get(),
+            Err(_) => seen = look(),
         }
     }
 }

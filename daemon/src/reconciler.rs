@@ -9,7 +9,7 @@ use enclaved_core::desired::{Desired, ImageRequest};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, EnclaveKey, EnclaveName, Timestamp};
 use enclaved_core::image::VerifiedImage;
-use enclaved_core::ledger::{Change, Ledger};
+use enclaved_core::ledger::{Change, ImageOutcome, Ledger};
 use enclaved_core::observed::{HealthReport, JobFailure, JobKey, Observation, Observed};
 use enclaved_core::plan::{Plan, Step, plan, restart};
 use enclaved_core::routes::ProxyReport;
@@ -25,6 +25,8 @@ use tokio_util::sync::CancellationToken;
 const TICK: Duration = Duration::from_secs(5);
 /// An observation that takes longer is unknown in this pass.
 const OBSERVE: Duration = Duration::from_secs(10);
+/// A failure to remove something from the cache is forgotten when it was not repeated for so long.
+const STALE: Duration = Duration::from_secs(60);
 /// How long ending all enclaves may take beyond their drain time: longer than a supervisor takes to resort to force.
 const TERMINATE: Duration = Duration::from_secs(120);
 /// The shortest pause between two wake-ups by the same port: a port that cries all the time does not starve the rest.
@@ -185,6 +187,7 @@ fn blind<H: Host>(host: &H, inputs: &Inputs, failure: &Failure) -> Report {
         cache: Observation::Unknown(failure.clone()),
         refreshed: BTreeMap::new(),
         asked: BTreeSet::new(),
+        ahead: BTreeSet::new(),
         images: BTreeMap::new(),
         health: BTreeMap::new(),
         running: BTreeSet::new(),
@@ -276,6 +279,7 @@ impl<H: Host> Loop<H> {
             cache,
             refreshed: self.refreshed.clone(),
             asked: self.asked.wanted().cloned().collect(),
+            ahead: self.asked.fetched(self.now()),
             images: self.images.clone(),
             health: self.health.clone(),
             running: self.jobs.running().clone(),
@@ -400,13 +404,16 @@ impl<H: Host> Loop<H> {
                 self.succeeded.insert(key.clone(), at);
                 match (key, done) {
                     (JobKey::Fetch(request), Done::Image(image)) => {
-                        self.asked.ended(&request, Ok(&image));
-                        self.refreshed.insert(request.clone(), at);
-                        self.images.insert(request, *image);
+                        self.asked.ended(&request, Ok(&image), at);
+                        // What a look at the source brought meanwhile is newer than what this one found in the cache.
+                        if !self.is_outdated(&request, &image) {
+                            self.images.insert(request, *image);
+                        }
                     }
                     (JobKey::Refresh(request), done) => {
                         self.refreshed.insert(request.clone(), at);
                         if let Done::Image(image) = done {
+                            self.failed.remove(&JobKey::Fetch(request.clone()));
                             self.images.insert(request, *image);
                         }
                     }
@@ -421,14 +428,23 @@ impl<H: Host> Loop<H> {
                 }
             }
             Err(failure) => {
-                if let JobKey::Fetch(request) = &key {
-                    self.asked.ended(request, Err(&failure));
+                if let JobKey::Fetch(request) = &key
+                    && self.asked.ended(request, Err(&failure), at)
+                {
+                    self.events.emit(&Event::FetchAheadFailed { request, failure: &failure });
                 }
                 let count = self.failed.get(&key).map_or(0, |failed| failed.count).saturating_add(1);
                 self.failed.insert(key, JobFailure { at, count, failure });
             }
         }
         self.prune();
+    }
+
+    /// Whether another image of that request is in force than this one, and is at hand.
+    fn is_outdated(&self, request: &ImageRequest, image: &VerifiedImage) -> bool {
+        let Some(ImageOutcome::Verified { digest, .. }) = self.ledger.image(request) else { return false };
+        let at_hand = self.images.get(request).is_some_and(|image| image.digest() == *digest);
+        at_hand && *digest != image.digest()
     }
 
     /// Forgets what is about nothing any more, so that memory stays bounded by what is configured.
@@ -440,12 +456,14 @@ impl<H: Host> Loop<H> {
         self.images.retain(|request, _| wanted(request));
         self.refreshed.retain(|request, _| wanted(request));
         self.health.retain(|key, _| ledger.generation(key).is_some());
-        self.failed.retain(|job, _| match job {
+        self.failed.retain(|job, failed| match job {
             JobKey::Fetch(request) | JobKey::Refresh(request) => wanted(request),
             JobKey::Launch(key) | JobKey::Stop(key) | JobKey::Forget(key) | JobKey::Probe(key) => {
                 ledger.generation(key).is_some()
             }
-            JobKey::Reserve | JobKey::StartProxy | JobKey::Publish | JobKey::RemoveCached(_) => true,
+            // It is tried again much sooner, if it is still to go.
+            JobKey::RemoveCached(_) => restart::pause_end(failed.at, STALE, now).is_some(),
+            JobKey::Reserve | JobKey::StartProxy | JobKey::Publish => true,
         });
     }
 

@@ -22,6 +22,7 @@ use enclaved_core::desired::ImageRequest;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::EifDigest;
 use enclaved_core::image::ExpectedImage;
+use enclaved_core::plan::Prefer;
 use sha2::{Digest as _, Sha256};
 use std::fmt::Debug;
 use std::path::Path;
@@ -322,7 +323,7 @@ async fn image(folder: &Path, theirs: &Client, seed: u64) -> anyhow::Result<()> 
     let failed = |failure: Failure| anyhow::anyhow!("{failure}");
     let store = Store::new(&folder.join(format!("images-{seed}"))).map_err(failed)?;
     let request = ImageRequest { source: format!("s3://{BUCKET}/{KEY}").parse()?, expected: ExpectedImage::default() };
-    let got = store.fetch(&request, Arc::default()).await.map_err(failed)?;
+    let got = store.fetch(&request, Prefer::Cached, Arc::default()).await.map_err(failed)?;
     ensure!(got.digest() == digest, "it is another image: {}", got.digest());
     Ok(())
 }

@@ -17,7 +17,7 @@ use enclaved_core::id::{BootId, Cid, EifDigest, EnclaveKey, MemoryMib, Timestamp
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::ledger::{GenerationRecord, LaunchRecord, Ledger, ProcessIdentity};
 use enclaved_core::observed::{CacheItem, CachedImage, ImageCache, Instance, InstanceState, Pool};
-use enclaved_core::plan::Launch;
+use enclaved_core::plan::{Launch, Prefer};
 use enclaved_core::routes::{ListenerKey, ListenerReport, ProxyReport, Routes};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -103,6 +103,8 @@ struct State {
     images_away: bool,
     /// What each request came to, by the cache's index.
     index: BTreeMap<ImageRequest, VerifiedImage>,
+    /// Every image that was ever on disk.
+    known: BTreeMap<EifDigest, VerifiedImage>,
     /// The images on disk, and when they were used last.
     cached: BTreeMap<EifDigest, Timestamp>,
     /// Those on disk that are not what they were.
@@ -153,6 +155,7 @@ impl State {
     fn keep(&mut self, request: &ImageRequest, image: &VerifiedImage, at: Timestamp) {
         self.index.insert(request.clone(), image.clone());
         self.cached.insert(image.digest(), at);
+        self.known.insert(image.digest(), image.clone());
         self.spoilt.remove(&image.digest());
     }
 
@@ -229,6 +232,7 @@ impl World {
             images: BTreeMap::new(),
             images_away: false,
             index: BTreeMap::new(),
+            known: BTreeMap::new(),
             cached: BTreeMap::new(),
             spoilt: BTreeSet::new(),
             open: BTreeMap::new(),
@@ -511,7 +515,7 @@ impl ImageStore for World {
         .await
     }
 
-    async fn fetch(&self, request: &ImageRequest, progress: Arc<Progress>) -> Outcome<VerifiedImage> {
+    async fn fetch(&self, request: &ImageRequest, prefer: Prefer, progress: Arc<Progress>) -> Outcome<VerifiedImage> {
         progress.set_total(1);
         tokio::time::sleep(Duration::from_secs(1)).await;
         let at = self.now();
@@ -519,7 +523,12 @@ impl ImageStore for World {
             let good = |image: &&VerifiedImage| {
                 state.cached.contains_key(&image.digest()) && !state.spoilt.contains(&image.digest())
             };
-            let kept = state.index.get(request).filter(good);
+            let known = |digest: &EifDigest| state.known.get(digest).filter(good);
+            let kept = match &prefer {
+                Prefer::Known(digest) => known(digest).or_else(|| state.index.get(request).filter(good)),
+                Prefer::Cached => state.index.get(request).filter(good),
+                Prefer::Source => None,
+            };
             let image = kept.or_else(|| state.images.get(request)).filter(|_| !state.images_away).cloned();
             let image = image.ok_or_else(|| Failure::new("there is no such image"))?;
             state.keep(request, &image, at);

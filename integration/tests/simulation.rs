@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+use enclaved::asked::FetchAnswer;
 use enclaved::host::Effect;
 use enclaved_core::desired::{Desired, OnUnhealthy, RestartPolicy, UpdatePolicy};
 use enclaved_core::id::{EnclaveName, MemoryMib};
@@ -311,6 +312,30 @@ fn an_image_is_fetched_once_and_a_failed_fetch_is_not_repeated_at_once() {
         // A fetch takes a second here; the pauses are 2, 4, 8, 16 and 32 seconds.
         let fetches = harness.world.counts()[&Effect::ImageStoreFetch];
         assert!((4..=6).contains(&fetches), "{fetches} fetches in a minute");
+    });
+}
+
+#[test]
+fn what_is_fetched_ahead_stays_for_its_use_and_one_that_cannot_be_had_disturbs_nothing() {
+    on_a_ready_host(async |harness| {
+        let mut small = two(1);
+        small.host.image_cache = 0;
+        harness.configure(small).await;
+        assert!(matches!(harness.fetch_ahead(&image(2).0).await, FetchAnswer::Fetched { .. }));
+        harness.pass(Duration::from_secs(600)).await;
+        assert!(harness.world.cached().contains(&image(2).1.digest()));
+
+        let (before, passes) = (harness.world.alive(), harness.passes());
+        harness.world.set_images_away(true);
+        // Also of the image that runs.
+        for seed in [1, 3] {
+            assert!(matches!(harness.fetch_ahead(&image(seed).0).await, FetchAnswer::Failed { .. }));
+        }
+        harness.pass(Duration::from_secs(60)).await;
+        let passes = harness.passes() - passes;
+        assert!(passes < 400, "{passes} passes in a minute");
+        harness.converge(PATIENCE).await.unwrap();
+        assert_eq!(harness.world.alive(), before);
     });
 }
 

@@ -49,6 +49,8 @@ pub struct Observed {
     pub refreshed: BTreeMap<ImageRequest, Timestamp>,
     /// Images that somebody wants in the cache, beside those of the configuration.
     pub asked: BTreeSet<ImageRequest>,
+    /// Images that were fetched lately because somebody asked for them ahead of their use.
+    pub ahead: BTreeSet<EifDigest>,
     /// The last probe of each generation.
     pub health: BTreeMap<EnclaveKey, HealthReport>,
     /// Jobs at work now.
@@ -130,6 +132,8 @@ pub struct Unfinished {
     pub request: ImageRequest,
     /// Its size on disk, in bytes.
     pub size: u64,
+    /// When it got on last.
+    pub used: Timestamp,
 }
 
 /// Something in the image cache.

@@ -38,13 +38,20 @@ pub enum Step {
     /// Change the ledger. All changes of a plan are on disk before its first effect.
     Record(Change),
     /// Fetch an image and verify it.
-    Fetch(ImageRequest),
+    Fetch {
+        /// Which.
+        request: ImageRequest,
+        /// Where it is looked for first.
+        prefer: Prefer,
+    },
     /// Ask an image's source whether it has something else by now; if so, fetch and verify that.
     Refresh {
         /// Which.
         request: ImageRequest,
         /// What it came to, as far as the ledger knows.
         known: EifDigest,
+        /// The most memory of the enclaves that watch it: an image for which that is too little is no news.
+        memory: MemoryMib,
     },
     /// Remove something from the image cache.
     RemoveCached(CacheItem),
@@ -81,6 +88,17 @@ pub enum Step {
     },
 }
 
+/// Where an image is looked for first, where a request may come to several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prefer {
+    /// The cache has the image that the ledger knows. Anything else there may have come since, and is not for this fetch.
+    Known(EifDigest),
+    /// The cache has what the request came to last.
+    Cached,
+    /// The source is asked whether that is what it has now.
+    Source,
+}
+
 /// All that is needed to launch one generation. It holds a [`VerifiedImage`]: nothing else can be launched.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Launch {
@@ -96,7 +114,7 @@ impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Record(change) => change.fmt(f),
-            Self::Fetch(request) => write!(f, "fetch and verify {}", request.source),
+            Self::Fetch { request, .. } => write!(f, "fetch and verify {}", request.source),
             Self::Refresh { request, .. } => write!(f, "ask {} for a new image", request.source),
             Self::RemoveCached(item) => write!(f, "remove {item} from the cache"),
             Self::Reserve { cpus, memory } => write!(f, "ask the allocator for {cpus} CPUs and {memory} in all"),
@@ -126,6 +144,7 @@ pub fn plan(desired: &Desired, observed: &Observed, ledger: &Ledger, now: Timest
     planner.images();
     planner.enclaves();
     planner.proxy();
+    planner.refresh();
     planner.collect_images();
     planner.plan
 }

@@ -43,24 +43,33 @@ pub(super) fn of_config(desired: &Desired) -> Vec<Wanted> {
 }
 
 /// Images by their sources alone: any well-formed image will do.
-pub(super) fn of_sources(sources: Vec<ImageSource>) -> Vec<Wanted> {
+///
+/// The texts are parsed here, not by the command line's parser: that shows what it refuses, and a query may be a secret.
+pub(super) fn of_sources(texts: &[String]) -> Result<Vec<Wanted>, CtlError> {
     let request = |source| ImageRequest { source, expected: ExpectedImage::default() };
-    sources.into_iter().map(|source| Wanted { request: request(source), by: Vec::new() }).collect()
+    let wanted = |text: &String| match text.parse::<ImageSource>() {
+        Ok(source) => Ok(Wanted { request: request(source), by: Vec::new() }),
+        Err(error) => Err(CtlError::Usage(error.to_string())),
+    };
+    texts.iter().map(wanted).collect()
 }
 
-/// Has them fetched one after the other, and returns what they came to.
-pub(super) async fn fetch(
-    client: &Client,
-    wanted: &[Wanted],
-    timeout: Duration,
-    terminal: bool,
-    as_json: bool,
-) -> Result<String, CtlError> {
+/// What images came to.
+#[derive(Debug)]
+pub(super) struct Results {
+    all: Vec<(Wanted, FetchAnswer)>,
+    /// Why the rest was not asked for any more.
+    cut: Option<CtlError>,
+}
+
+/// Has them fetched one after the other.
+pub(super) async fn fetch(client: &Client, wanted: &[Wanted], timeout: Duration, terminal: bool) -> Results {
+    let mut results = Results { all: Vec::new(), cut: None };
     if wanted.is_empty() {
-        return Err(CtlError::Usage("the configuration has no enclave, so there is no image to fetch".to_owned()));
+        let text = "the configuration has no enclave, so there is no image to fetch";
+        results.cut = Some(CtlError::Usage(text.to_owned()));
     }
     let deadline = Instant::now() + timeout.min(LONGEST);
-    let mut results = Vec::new();
     for one in wanted {
         let show = |line: &str| {
             if terminal {
@@ -70,13 +79,15 @@ pub(super) async fn fetch(
         };
         let answer = until_ended(client, &one.request, deadline, show).await;
         show("");
-        let answer = answer?;
-        let unfit = complaint(one, &answer);
-        results.push((one, answer, unfit));
+        match answer {
+            Ok(answer) => results.all.push((one.clone(), answer)),
+            Err(error) => {
+                results.cut = Some(error);
+                break;
+            }
+        }
     }
-    let text = if as_json { in_json(&results)? } else { in_words(&results) };
-    let unfit: Vec<_> = results.into_iter().filter_map(|(_, _, unfit)| unfit).collect();
-    if unfit.is_empty() { Ok(text) } else { Err(CtlError::Unfit(unfit.join("\n"))) }
+    results
 }
 
 /// Asks until the fetch has ended, over restarts of the daemon.
@@ -140,32 +151,42 @@ fn complaint(wanted: &Wanted, answer: &FetchAnswer) -> Option<String> {
     }
 }
 
-type Results<'a> = [(&'a Wanted, FetchAnswer, Option<String>)];
-
-fn in_words(results: &Results<'_>) -> String {
-    let line = |(wanted, answer, _): &(&Wanted, FetchAnswer, Option<String>)| match answer {
-        FetchAnswer::Fetched { digest, size, required_memory_mib, .. } => format!(
-            "{}: in the cache, {}, sha256 {digest}, needs memory_mib = {} or more\n",
-            wanted.request.source,
-            mib(*size),
-            required_memory_mib.0
-        ),
-        FetchAnswer::Fetching { .. } | FetchAnswer::Failed { .. } => String::new(),
-    };
-    results.iter().map(line).collect()
-}
-
-fn in_json(results: &Results<'_>) -> Result<String, CtlError> {
-    let mut all = Vec::new();
-    for (wanted, answer, _) in results {
-        let mut value = serde_json::to_value(answer)
-            .map_err(|error| CtlError::Bug(format!("writing what was fetched: {error}")))?;
-        if let Some(object) = value.as_object_mut() {
-            object.insert("image".into(), json!(wanted.request.source.to_string()));
-        }
-        all.push(value);
+impl Results {
+    pub(super) fn in_words(&self) -> String {
+        let line = |(wanted, answer): &(Wanted, FetchAnswer)| match answer {
+            FetchAnswer::Fetched { digest, size, required_memory_mib, .. } => format!(
+                "{}: in the cache, {}, sha256 {digest}, needs memory_mib = {} or more\n",
+                wanted.request.source,
+                mib(*size),
+                required_memory_mib.0
+            ),
+            FetchAnswer::Fetching { .. } | FetchAnswer::Failed { .. } => String::new(),
+        };
+        self.all.iter().map(line).collect()
     }
-    Ok(format!("{:#}\n", Value::Array(all)))
+
+    pub(super) fn in_json(&self) -> Result<String, CtlError> {
+        let mut all = Vec::new();
+        for (wanted, answer) in &self.all {
+            let mut value = serde_json::to_value(answer)
+                .map_err(|error| CtlError::Bug(format!("writing what was fetched: {error}")))?;
+            if let Some(object) = value.as_object_mut() {
+                object.insert("image".into(), json!(wanted.request.source.to_string()));
+            }
+            all.push(value);
+        }
+        Ok(format!("{:#}\n", Value::Array(all)))
+    }
+
+    /// Whether all of it was had, and can be launched as configured.
+    pub(super) fn judged(self) -> Result<(), CtlError> {
+        let unfit: Vec<_> = self.all.iter().filter_map(|(wanted, answer)| complaint(wanted, answer)).collect();
+        match self.cut {
+            Some(error) => Err(error),
+            None if unfit.is_empty() => Ok(()),
+            None => Err(CtlError::Unfit(unfit.join("\n"))),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -181,7 +202,7 @@ mod tests {
     }
 
     fn wanted(memory: u64) -> Wanted {
-        let mut wanted = of_sources(vec!["s3://bucket/a.eif".parse().unwrap()]).remove(0);
+        let mut wanted = of_sources(&["s3://bucket/a.eif".to_owned()]).unwrap().remove(0);
         wanted.by.push(("signer".parse().unwrap(), MemoryMib(memory)));
         wanted
     }
@@ -194,17 +215,30 @@ mod tests {
     }
 
     #[test]
+    fn one_that_could_not_be_had_does_not_hide_the_others_nor_its_secret() {
+        let failure = Failure::new("403");
+        let mut gone = of_sources(&["https://example.com/b.eif?secret".to_owned()]).unwrap().remove(0);
+        gone.by.clear();
+        let results =
+            Results { all: vec![(gone, FetchAnswer::Failed { failure }), (wanted(64), fetched(1))], cut: None };
+        assert!(results.in_words().contains("a.eif"));
+        let error = results.judged().unwrap_err();
+        assert_eq!((error.code(), error.to_string()), (78, "https://example.com/b.eif?…: 403".to_owned()));
+        let refused = of_sources(&["http://example.com/b.eif?secret".to_owned()]).unwrap_err();
+        assert!(refused.code() == 64 && !refused.to_string().contains("secret"), "{refused}");
+    }
+
+    #[test]
     fn what_was_fetched_is_told_in_words_and_in_json() {
-        let wanted = wanted(64);
-        let results = [(&wanted, fetched(10 << 20), None)];
+        let results = Results { all: vec![(wanted(64), fetched(10 << 20))], cut: None };
         assert_eq!(
-            in_words(&results),
+            results.in_words(),
             format!(
                 "s3://bucket/a.eif: in the cache, 10.0 MiB, sha256 {}, needs memory_mib = 64 or more\n",
                 "ab".repeat(32)
             )
         );
-        let json: Value = serde_json::from_str(&in_json(&results).unwrap()).unwrap();
+        let json: Value = serde_json::from_str(&results.in_json().unwrap()).unwrap();
         assert_eq!((&json[0]["state"], &json[0]["image"]), (&json!("fetched"), &json!("s3://bucket/a.eif")));
     }
 }

@@ -10,6 +10,7 @@ use enclaved_core::id::Timestamp;
 use enclaved_core::image::{
     EifReport, ExpectedImage, ImageCertificate, ImageSignature, Validity, os_image_hash, required_memory,
 };
+use enclaved_core::plan::Prefer;
 use enclaved_core::status::FetchStatus;
 use serde_json::{Value, json};
 use std::convert::Infallible;
@@ -64,7 +65,8 @@ enum Place {
 impl Place {
     fn of(argument: &OsStr) -> Self {
         let text = argument.to_str().unwrap_or_default();
-        if ["s3://", "https://", "http://"].iter().any(|scheme| text.starts_with(scheme)) {
+        let scheme = text.split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
+        if scheme.is_some_and(|scheme| ["s3", "https", "http"].contains(&scheme.as_str())) {
             Self::Remote(text.to_owned())
         } else if let Some(path) = text.strip_prefix("file://").filter(|path| path.starts_with('/')) {
             Self::File(path.into())
@@ -120,7 +122,7 @@ async fn fetch_and_measure(url: &str) -> Result<EifReport, Unmeasured> {
     let (progress, name) = (Arc::new(Progress::default()), request.source.to_string());
     tokio::select! {
         // Each ends this function; nothing is waited for again. The folder goes with it.
-        fetched = store.fetch(&request, Arc::clone(&progress)) => match fetched {
+        fetched = store.fetch(&request, Prefer::Source, Arc::clone(&progress)) => match fetched {
             Ok(image) => Ok(image.report().clone()),
             Err(failure) if store.has_refused(&request) => {
                 Err(Unmeasured::Other(CtlError::Unfit(failure.to_string())))
@@ -309,6 +311,8 @@ mod tests {
     #[tokio::test]
     async fn a_url_is_told_from_a_file_and_its_query_is_never_shown() {
         assert_eq!(Place::of(OsStr::new("s3://bucket/x.eif")), Place::Remote("s3://bucket/x.eif".to_owned()));
+        let shouted = OsStr::new("HTTPS://b/x.eif?X-Amz-Signature=secret");
+        assert_eq!(Place::of(shouted).name(), "HTTPS://b/x.eif?…");
         assert_eq!(Place::of(OsStr::new("s3:/x")), Place::File("s3:/x".into()));
         assert_eq!(Place::of(OsStr::new("file://x")), Place::File("file://x".into()));
         let presigned = OsStr::new("https://b.s3.amazonaws.com/x.eif?X-Amz-Signature=secret");

@@ -407,9 +407,6 @@ problems:
     }
 
     #[test]
-    fn a_download_of_unknown_size_shows_what_has_arrived() {}
-
-    #[test]
     fn the_schema_in_the_tree_is_that_of_the_status() {
         let in_tree: Value = serde_json::from_str(include_str!("../../../config/status.schema.json")).unwrap();
         let refresh = "cargo run --bin enclavectl -- schema status > config/status.schema.json";

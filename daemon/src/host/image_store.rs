@@ -36,6 +36,7 @@ use enclaved_core::failure::Failure;
 use enclaved_core::id::EifDigest;
 use enclaved_core::image::{VerifiedImage, verify};
 use enclaved_core::observed::{CacheItem, ImageCache};
+use enclaved_core::plan::Prefer;
 use https::Https;
 use index::Entry;
 pub(crate) use measure::{IntakeError, measure_whole};
@@ -112,19 +113,27 @@ impl Store {
     /// is not there, or not what it was.
     async fn cached(&self, request: &ImageRequest, progress: &Arc<Progress>) -> Outcome<Option<VerifiedImage>> {
         let known = self.cache.entry(request)?;
-        // One pinned SHA-256 says which image it is, wherever it comes from. Of several, the source says which it is by now.
-        let mut pinned = request.expected.any_of();
-        let pinned = pinned.next().filter(|_| pinned.len() == 0).and_then(|pins| pins.sha256);
-        let Some(digest) = known.as_ref().map(|entry| entry.digest).or(pinned) else {
+        let Some(digest) = known.as_ref().map(|entry| entry.digest).or(pinned(request)) else {
             return Ok(None);
         };
-        match self.measured(&digest, progress).await? {
+        let image = self.cached_as(request, &digest, progress).await?;
+        if known.is_none() && image.is_some() {
+            self.cache.note(request, &digest, None)?;
+        }
+        Ok(image)
+    }
+
+    /// The image of that digest from the cache, if it is there, is what it was, and is what is asked for.
+    async fn cached_as(
+        &self,
+        request: &ImageRequest,
+        digest: &EifDigest,
+        progress: &Arc<Progress>,
+    ) -> Outcome<Option<VerifiedImage>> {
+        match self.measured(digest, progress).await? {
             Found::Image(report) => match verify(*report, &request.expected) {
                 Ok(image) => {
-                    if known.is_none() {
-                        self.cache.note(request, &digest, None)?;
-                    }
-                    self.cache.note_use(&digest);
+                    self.cache.note_use(digest);
                     Ok(Some(image))
                 }
                 // By its SHA-256 it is what was pinned, so what the source has is refused as well; that is told with its name.
@@ -245,6 +254,12 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Outcome<T> + Send + 
     ended.unwrap_or_else(|error| Err(Failure::new(format!("a bug ended work on the image cache: {error}"))))
 }
 
+/// One pinned SHA-256 says which image it is, wherever it comes from. Of several, the source says which it is by now.
+fn pinned(request: &ImageRequest) -> Option<EifDigest> {
+    let mut pinned = request.expected.any_of();
+    pinned.next().filter(|_| pinned.len() == 0).and_then(|pins| pins.sha256)
+}
+
 fn not_read(path: &Path, error: &IntakeError) -> Failure {
     Failure::new(format!("could not read the cached image {}: {error}", path.display()))
         .with_remedy("check the disk (`dmesg`), and the owner and permissions of the folder")
@@ -256,17 +271,23 @@ impl ImageStore for Store {
         blocking(move || cache.observe()).await
     }
 
-    async fn fetch(&self, request: &ImageRequest, progress: Arc<Progress>) -> Outcome<VerifiedImage> {
+    async fn fetch(&self, request: &ImageRequest, prefer: Prefer, progress: Arc<Progress>) -> Outcome<VerifiedImage> {
         progress.restart();
-        // Not after somebody who looks for a newer one: what is there can be launched meanwhile.
-        if let Some(image) = self.cached(request, &progress).await? {
+        // Without waiting for somebody who looks for a newer one: what is there can be launched meanwhile.
+        if let Prefer::Known(digest) = prefer
+            && let Some(image) = self.cached_as(request, &digest, &progress).await?
+        {
+            return Ok(image);
+        }
+        let from_cache = prefer != Prefer::Source || pinned(request).is_some();
+        if from_cache && let Some(image) = self.cached(request, &progress).await? {
             return Ok(image);
         }
         let _busy = self.busy_with(request).await;
-        match self.cached(request, &progress).await? {
-            Some(image) => Ok(image),
-            None => self.get(request, &progress, Ask::ToHave).await,
+        if from_cache && let Some(image) = self.cached(request, &progress).await? {
+            return Ok(image);
         }
+        self.get(request, &progress, Ask::ToHave).await
     }
 
     async fn refresh(

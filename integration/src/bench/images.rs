@@ -8,6 +8,7 @@ use anyhow::{Context as _, ensure};
 use enclaved::host::{ImageStore as _, image_store::Store};
 use enclaved_core::desired::ImageRequest;
 use enclaved_core::image::ExpectedImage;
+use enclaved_core::plan::Prefer;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -244,7 +245,7 @@ pub(super) fn fetch(source: &str, folder: &Path) -> anyhow::Result<()> {
     let failed = |failure: enclaved_core::failure::Failure| anyhow::anyhow!("{failure}");
     let image = runtime.block_on(async {
         let store = Store::new(folder).map_err(failed)?;
-        store.fetch(&request, Arc::default()).await.map_err(failed)
+        store.fetch(&request, Prefer::Cached, Arc::default()).await.map_err(failed)
     })?;
     println!("{}", image.digest());
     Ok(())

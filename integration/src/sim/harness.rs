@@ -3,6 +3,7 @@
 
 use super::World;
 use crate::eif;
+use enclaved::asked::FetchAnswer;
 use enclaved::events::Events;
 use enclaved::metrics::Metrics;
 use enclaved::reconciler::{Command, Inputs, LoopError, Report, run};
@@ -183,6 +184,27 @@ impl Harness {
     pub async fn release(&mut self, name: &EnclaveName) {
         self.held.retain(|held| held != name);
         self.ask(|reply| Command::Release(name.clone(), reply)).await;
+    }
+
+    /// `enclavectl fetch`: asks for an image ahead of its use, and waits for what it comes to.
+    ///
+    /// # Panics
+    /// If the control process does not run, or does not answer.
+    #[expect(clippy::expect_used, reason = "a test fixture")]
+    pub async fn fetch_ahead(&mut self, request: &ImageRequest) -> FetchAnswer {
+        let mut begin = true;
+        loop {
+            let (reply, answer) = oneshot::channel();
+            let commands = self.process.as_ref().expect("it was started").commands.clone();
+            let request = Box::new(request.clone());
+            commands.send(Command::Fetch { request, begin, reply }).await.expect("it takes commands");
+            let answer = tokio::time::timeout(Duration::from_secs(60), answer).await.expect("it answers");
+            match answer.expect("it answers").expect("it is fetched") {
+                FetchAnswer::Fetching { .. } => begin = false,
+                ended => return ended,
+            }
+            self.pass(Duration::from_millis(300)).await;
+        }
     }
 
     async fn ask(&mut self, command: impl Fn(oneshot::Sender<Result<(), String>>) -> Command) {

@@ -3,7 +3,7 @@
 
 use crate::fixture::{Host, eventually, kill, of};
 use crate::traffic::Client;
-use enclaved_core::status::{EnclaveState, EnclaveStatus};
+use enclaved_core::status::{EnclaveState, EnclaveStatus, Status};
 use enclaved_integration::eif::Eif;
 use enclaved_integration::file_server::{FileServer, Manners};
 use enclaved_integration::s3::S3Fault;
@@ -48,10 +48,9 @@ async fn a_watched_object_that_changes_is_brought_in_and_one_that_does_not_launc
     host.configure(&watched(&host));
     host.start();
     host.until_ready().await;
-    host.until_signer("its source was asked twice", |signer| signer.image_polled_at.is_some()).await;
-    let first = host.until_signer("once more", |signer| signer.image_polled_at.is_some()).await;
+    let first = host.until_signer("its source was asked", |signer| signer.image_polled_at.is_some()).await;
     let polled = first.image_polled_at;
-    host.until_signer("and once more", |signer| signer.image_polled_at > polled).await;
+    host.until_signer("once more", |signer| signer.image_polled_at > polled).await;
     assert_eq!(host.launches().len(), 1);
     let pcr0 = host.put("signer.eif", &host.application("v2")).await;
     host.until_signer("the new one serves alone", |signer| {
@@ -87,6 +86,27 @@ async fn a_watched_object_that_is_refused_changes_nothing_is_told_and_is_not_dow
     host.put("signer.eif", &host.application("v1")).await;
     host.until("the problem is gone", |status| status.problems.is_empty()).await;
     assert_eq!(host.launches().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watched_object_that_cannot_be_launched_takes_nothing_over_not_even_after_a_death() {
+    let host = Host::with_image().await;
+    host.configure(&watched(&host));
+    host.start();
+    let before = host.until_ready().await;
+    put(&host, "signer.eif", image(&host, "v2", 20 << 20)).await;
+    let told =
+        |status: &Status| status.problems.iter().any(|problem| problem.failure.message.contains("needs an enclave of"));
+    host.until("its size is told", told).await;
+    let signer = of(&before, "signer");
+    kill(signer.pid.unwrap());
+    host.until_signer("the former one is launched again", |now| now.ready && now.pid != signer.pid).await;
+    let again = host.until_ready().await;
+    host.kill_daemon();
+    kill(of(&again, "signer").pid.unwrap());
+    host.start();
+    let after = host.until_signer("also by another life of the daemon", |now| now.ready && now.restarts == 2).await;
+    assert_eq!(after.image_digest, signer.image_digest);
 }
 
 #[tokio::test(flavor = "multi_thread")]

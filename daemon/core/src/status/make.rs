@@ -132,6 +132,13 @@ impl Maker<'_> {
                 JobKey::StartProxy | JobKey::Publish => add("proxy", failed.failure.clone()),
             }
         }
+        for (name, spec) in &self.desired.enclaves {
+            if let Some(ImageOutcome::Verified { facts: Some(facts), .. }) = self.ledger.image(&spec.image)
+                && let Err(unfit) = facts.launchable(spec.memory, self.now)
+            {
+                add(name.as_str(), unfit.failure);
+            }
+        }
         for enclave in enclaves {
             if enclave.debug {
                 let text = "it runs in debug mode: its console is readable and its attestation proves nothing";

@@ -119,7 +119,9 @@ impl Cache {
                 let data = look(&self.folder().join(&resume.file)).map_err(told)?;
                 // As `stat` has it: blocks of 512 bytes, whatever the file system's are.
                 let size = data.map_or(0, |data| data.blocks().saturating_mul(512));
-                cache.unfinished.push(Unfinished { request: resume.request, size });
+                let used = look(&path).map_err(told)?.and_then(|sidecar| sidecar.modified().ok());
+                let used = used.map_or(Timestamp::from_millis(0), Timestamp::from);
+                cache.unfinished.push(Unfinished { request: resume.request, size, used });
             }
         }
         Ok(cache)

@@ -69,7 +69,7 @@ impl Stand {
     }
 
     async fn fetch(&self, request: &ImageRequest) -> Outcome<VerifiedImage> {
-        self.store.fetch(request, Arc::default()).await
+        self.store.fetch(request, Prefer::Cached, Arc::default()).await
     }
 
     /// What is in the folder of images, by kind.
@@ -89,7 +89,7 @@ async fn an_image_is_taken_from_a_file_proven_and_kept_under_its_digest() {
     let stand = Stand::new();
     fs::write(stand.source(), image()).unwrap();
     let progress = Arc::new(Progress::default());
-    let fetched = stand.store.fetch(&stand.request(), progress.clone()).await.unwrap();
+    let fetched = stand.store.fetch(&stand.request(), Prefer::Cached, progress.clone()).await.unwrap();
     assert_eq!(fetched.name(), Some("signer"));
     let size = u64::try_from(image().len()).unwrap();
     assert_eq!(progress.get(), (size, size));
@@ -106,7 +106,7 @@ async fn a_cached_image_is_proven_again_without_its_source() {
     assert_eq!(stand.fetch(&stand.request()).await.unwrap(), first);
     // As after a restart.
     let again = Store::new(&stand.folder.path().join("images")).unwrap();
-    assert_eq!(again.fetch(&stand.request(), Arc::default()).await.unwrap(), first);
+    assert_eq!(again.fetch(&stand.request(), Prefer::Cached, Arc::default()).await.unwrap(), first);
 }
 
 #[tokio::test]
@@ -218,7 +218,7 @@ async fn an_image_is_taken_from_s3() {
     let stand = Stand::with_s3(&server, NOWHERE);
     let progress = Arc::new(Progress::default());
     let request = request("s3://caution-abc-images/a/signer.eif");
-    let fetched = stand.store.fetch(&request, progress.clone()).await.unwrap();
+    let fetched = stand.store.fetch(&request, Prefer::Cached, progress.clone()).await.unwrap();
     assert_eq!(fs::read(stand.store.path(&fetched.digest())).unwrap(), image());
     let size = u64::try_from(image().len()).unwrap();
     assert_eq!(progress.get(), (size, size));

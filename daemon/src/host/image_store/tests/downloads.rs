@@ -55,7 +55,7 @@ async fn an_object_is_got_in_parts_each_once_and_each_of_the_object_that_was_see
     let server = Server::of(large()).await;
     let stand = stand(&server);
     let progress = Arc::new(Progress::default());
-    let image = stand.store.fetch(&s3(), progress.clone()).await.unwrap();
+    let image = stand.store.fetch(&s3(), Prefer::Cached, progress.clone()).await.unwrap();
     assert_eq!(contents(&stand, &image), large());
     assert_eq!(server.parts(), every_part());
     let gets: Vec<Asked> = server.asked().into_iter().filter(|asked| asked.method == "GET").collect();
@@ -74,7 +74,7 @@ async fn a_part_that_breaks_off_goes_on_where_it_broke_and_the_others_are_not_to
     .await;
     let stand = stand(&server);
     let progress = Arc::new(Progress::default());
-    let image = stand.store.fetch(&s3(), progress.clone()).await.unwrap();
+    let image = stand.store.fetch(&s3(), Prefer::Cached, progress.clone()).await.unwrap();
     assert_eq!(contents(&stand, &image), large());
     let parts = server.parts();
     assert_eq!(parts.len(), every_part().len() + 1, "{parts:?}");
@@ -145,7 +145,7 @@ async fn a_restarted_process_goes_on_with_what_is_on_disk_and_hashes_it_again() 
         let before = server.parts().len();
         let stand = again(stand, &server);
         let progress = Arc::new(Progress::default());
-        let image = stand.store.fetch(&s3(), progress.clone()).await.unwrap();
+        let image = stand.store.fetch(&s3(), Prefer::Cached, progress.clone()).await.unwrap();
         assert_eq!(contents(&stand, &image), large());
         let there: u64 = finished.finished().iter().map(|(first, end)| end - first).sum();
         let missing = every_part().len() as u64 - there;
@@ -234,7 +234,7 @@ async fn what_is_read_in_one_piece_and_breaks_off_is_begun_again() {
     server.change(|object| object.etag = None);
     let stand = stand(&server);
     let progress = Arc::new(Progress::default());
-    let image = stand.store.fetch(&s3(), progress.clone()).await.unwrap();
+    let image = stand.store.fetch(&s3(), Prefer::Cached, progress.clone()).await.unwrap();
     assert_eq!(contents(&stand, &image), large());
     assert_eq!(progress.get().0, large().len() as u64);
     assert_eq!(stand.kept(), ["eif", "json"]);
@@ -387,7 +387,7 @@ async fn a_fetch_that_is_dropped_midway_can_be_continued() {
     let stand = stand(&server);
     let progress = Arc::new(Progress::default());
     let request = s3();
-    let fetch = stand.store.fetch(&request, progress.clone());
+    let fetch = stand.store.fetch(&request, Prefer::Cached, progress.clone());
     let mut fetch = Box::pin(fetch);
     let until_most_came = async {
         while progress.get().0 < 8 * PART {
