@@ -241,13 +241,21 @@ impl Cache {
         Ok(Incoming { path, file: Arc::new(file), disk: self.disk.clone(), goes: true })
     }
 
-    /// The file of a download that goes on; `None` if it is not there, or has another size.
+    /// The file of a download that goes on; `None` if it is not there, has another size, or can't be written to: one that was
+    /// about to be kept when the process ended is read-only already.
+    ///
+    /// # Errors
+    /// What is missing to open any file at all: it may be there the next time.
     pub(super) fn reopen(&self, name: &str, size: u64) -> Result<Option<Incoming>, FileError> {
         let path = self.folder.join(name);
         let file = match File::options().read(true).write(true).open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(FileError::io("open", &path)(error)),
+            Err(error) if is_shortage(&error) => return Err(FileError::io("open", &path)(error)),
+            Err(error) => {
+                tracing::warn!("a download is not continued: {} can't be opened: {error}", path.display());
+                return Ok(None);
+            }
         };
         let found = file.metadata().map_err(FileError::io("look at", &path))?;
         let incoming = Incoming { path, file: Arc::new(file), disk: self.disk.clone(), goes: false };
@@ -299,6 +307,12 @@ impl Cache {
     }
 }
 
+/// Whether this process or this host has too little of something to open files, whichever they are.
+fn is_shortage(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
+}
+
 /// The name of a request in the folder.
 fn request_id(request: &ImageRequest) -> Outcome<EifDigest> {
     let text = serde_json::to_vec(request)
@@ -308,4 +322,20 @@ fn request_id(request: &ImageRequest) -> Outcome<EifDigest> {
 
 fn random_name() -> String {
     format!("{:016x}", RandomState::new().build_hasher().finish())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::io::Errno;
+
+    #[test]
+    fn only_a_shortage_of_this_host_lets_a_download_wait_to_be_continued() {
+        for errno in [Errno::MFILE, Errno::NFILE, Errno::NOMEM] {
+            assert!(is_shortage(&errno.into()), "{errno}");
+        }
+        for errno in [Errno::ACCESS, Errno::PERM, Errno::LOOP, Errno::ISDIR, Errno::TXTBSY, Errno::IO] {
+            assert!(!is_shortage(&errno.into()), "{errno}");
+        }
+    }
 }

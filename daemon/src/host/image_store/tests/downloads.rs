@@ -413,3 +413,22 @@ async fn an_s3_that_cannot_be_reached_is_told_with_what_to_check() {
     assert!(failure.message.contains("tried 3 times"), "{failure}");
     assert!(failure.remedy.unwrap().contains("route"));
 }
+
+#[tokio::test]
+async fn a_download_whose_file_cannot_be_opened_any_more_is_begun_anew() {
+    let server = Server::with(large(), |asked, before| match asked.is_part(3 * PART) && before == 0 {
+        true => refuse(403, "AccessDenied"),
+        false => Deed::Serve,
+    })
+    .await;
+    let stand = stand(&server);
+    stand.fetch(&s3()).await.unwrap_err();
+    let resume = sidecar::Resume::read(&stand.store.cache.resume_path(&s3()).unwrap()).unwrap().unwrap();
+    let path = stand.folder.path().join("images").join(&resume.file);
+    // A link to itself: nobody can open that, not even those whom no permission stops.
+    fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink(&path, &path).unwrap();
+    let image = stand.fetch(&s3()).await.unwrap();
+    assert_eq!(contents(&stand, &image), large());
+    assert_eq!(stand.kept(), ["eif", "json"]);
+}
