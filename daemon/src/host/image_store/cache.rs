@@ -46,6 +46,9 @@ pub(super) struct Cache {
     disk: Disk,
     /// Images as they were when this process proved them.
     proven: Mutex<BTreeMap<EifDigest, FileStamp>>,
+    /// Held by whoever puts an image in its place, or removes one for what it was found to be: between the look and the deed
+    /// nobody may put another there.
+    placing: Mutex<()>,
 }
 
 /// A file for an image on its way. It goes when this is dropped, unless the image was kept, or it can be continued.
@@ -103,7 +106,7 @@ impl Cache {
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700);
         builder.create(folder).map_err(|error| failed(FileError::io("make folder", folder)(error)))?;
-        let cache = Self { folder: folder.to_owned(), disk, proven: Mutex::default() };
+        let cache = Self { folder: folder.to_owned(), disk, proven: Mutex::default(), placing: Mutex::default() };
         cache.sweep().map_err(failed)?;
         Ok(cache)
     }
@@ -263,9 +266,16 @@ impl Cache {
     }
 
     /// Keeps an image that was measured and verified, and remembers the file as it was proven. `measured` is how it was when it
-    /// was written last, before its measuring ended. If the same image is there already, its file is replaced by this one.
+    /// was written last, before its measuring ended. If the same image is there already and its proof holds, that one stays, since others may be at it, and
+    /// this one goes; else it is replaced.
     pub(super) fn keep(&self, incoming: Incoming, measured: &FileStamp, digest: &EifDigest) -> Outcome<()> {
         let kept = self.path(digest);
+        let _placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(proven), Ok(there)) = (self.proof(digest), fs::metadata(&kept))
+            && proven == FileStamp::of(&there)
+        {
+            return Ok(());
+        }
         let keep = || {
             self.disk.make_read_only(&incoming.path).map_err(FileError::io("make read-only", &incoming.path))?;
             self.disk.rename(&incoming.path, &kept).map_err(FileError::io("replace", &kept))?;
@@ -292,6 +302,19 @@ impl Cache {
     /// As the file was when this process proved it.
     pub(super) fn proof(&self, digest: &EifDigest) -> Option<FileStamp> {
         self.proven.lock().unwrap_or_else(PoisonError::into_inner).get(digest).copied()
+    }
+
+    /// Removes the image of that digest and all that leads to it, if it still is the file that was found to be something else;
+    /// says whether it was.
+    pub(super) fn forget_spoilt(&self, digest: &EifDigest, found: &FileStamp) -> Outcome<bool> {
+        let _placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = self.path(digest);
+        match fs::metadata(&path) {
+            Ok(there) if FileStamp::of(&there).is_file_of(found) => self.forget_image(digest).map(|()| true),
+            Ok(_) => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(Failure::from_error(&FileError::io("look at", &path)(error))),
+        }
     }
 
     /// Removes an image and all that leads to it.
