@@ -19,7 +19,7 @@ macro_rules! operation {
     ($disk:expr, $done:expr, $note:ident($($argument:expr),*)) => {{
         #[cfg(test)]
         if let Some(watch) = &$disk.watched {
-            watch.before()?;
+            watch.before(stringify!($note))?;
         }
         let done = $done?;
         #[cfg(test)]

@@ -67,6 +67,8 @@ pub(super) async fn look<R: Remote>(remote: &R) -> Result<Look, Failure> {
 pub(super) enum End {
     /// It is given up.
     Final(Failure),
+    /// What has arrived did not get to the disk, for this reason: nothing of it can be used.
+    Unflushed(std::io::Error),
     /// The object is another by now.
     Changed(String),
     /// What has arrived can't be an image, or can't be read: the readers say why.
@@ -157,8 +159,8 @@ impl<R: Remote> Download<R> {
         *tries = std::mem::take(&mut work.table().tries);
         if let (Some(saver), Ok(()) | Err(End::Final(_))) = (saver, &ended) {
             let (file, finished) = (Arc::clone(&work.file), work.table().parts.finished());
-            // It says itself what goes wrong; and if it panicked, that was said, too.
-            let _ended = tokio::task::spawn_blocking(move || saver.save(&file, &finished)).await;
+            let saved = tokio::task::spawn_blocking(move || saver.save(&file, &finished)).await;
+            saved.map_err(std::io::Error::other).flatten().map_err(End::Unflushed)?;
         }
         ended
     }
@@ -248,12 +250,18 @@ impl<R: Remote> Work<R> {
                         saving.spawn_blocking(move || saver.save(&file, &finished));
                     }
                 }
-                // Cancel-safe, as above. It says itself what goes wrong.
-                Some(_) = saving.join_next() => {}
+                // Cancel-safe: what has ended is given by the next call.
+                Some(saved) = saving.join_next() => {
+                    if let Err(error) = saved.map_err(std::io::Error::other).flatten() {
+                        break Err(End::Unflushed(error));
+                    }
+                }
             }
         };
         // Two at once would write over each other.
-        while saving.join_next().await.is_some() {}
+        while let Some(saved) = saving.join_next().await {
+            saved.map_err(std::io::Error::other).flatten().map_err(End::Unflushed)?;
+        }
         if ended.is_ok() {
             readers.advance(self.table().front());
         }

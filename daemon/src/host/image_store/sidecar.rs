@@ -81,17 +81,20 @@ impl Saver {
         Self { cache, path, resume }
     }
 
-    /// Flushes the data first, then writes down that they are there. That it can't is said, and costs only what could have been
-    /// continued.
-    pub(super) fn save(&self, file: &File, finished: &[(u64, u64)]) {
-        if let Err(error) = self.try_save(file, finished) {
-            tracing::warn!("could not write down how far a download is: {}", Failure::from_error(&error));
+    /// Flushes the data first, then writes down that they are there; says whether that could be written down. That it could not
+    /// costs only what could have been continued.
+    ///
+    /// # Errors
+    /// The data can't be flushed. Linux says so once for an open file: whoever tries again is told that all is well, and reads
+    /// from memory what never got to the disk. So what was downloaded is worth nothing then.
+    pub(super) fn save(&self, file: &File, finished: &[(u64, u64)]) -> io::Result<bool> {
+        self.cache.disk().sync(file)?;
+        let resume = Resume { finished: finished.to_vec(), ..self.resume.clone() };
+        let written = self.cache.write_json(&self.path, &resume);
+        if let Err(error) = &written {
+            tracing::warn!("could not write down how far a download is: {}", Failure::from_error(error));
         }
-    }
-
-    pub(super) fn try_save(&self, file: &File, finished: &[(u64, u64)]) -> Result<(), FileError> {
-        self.cache.disk().sync(file).map_err(FileError::io("flush to disk", &self.path))?;
-        self.cache.write_json(&self.path, &Resume { finished: finished.to_vec(), ..self.resume.clone() })
+        Ok(written.is_ok())
     }
 }
 

@@ -34,6 +34,8 @@ enum Got {
     Damaged(String),
     /// No image. `certain`: these are the bytes that the source has.
     NoImage { error: IntakeError, certain: bool },
+    /// It could not be flushed to disk.
+    Unflushed(io::Error),
     /// The object was replaced meanwhile.
     Changed(String),
     /// The source gives no parts after all.
@@ -116,6 +118,10 @@ impl Store {
                         self.remember(request, Refused { stamp, failure: failure.clone(), damaged: !certain });
                     }
                     return Err(failure);
+                }
+                Got::Unflushed(error) => {
+                    self.discard(request).await?;
+                    return Err(not_taken(&request.source.to_string(), &IntakeError::Write(error)));
                 }
                 Got::Changed(reason) => {
                     self.discard(request).await?;
@@ -204,6 +210,7 @@ impl Store {
         let whole = match download.run(&readers, &mut anew.tries).await {
             Ok(()) => true,
             Err(End::Final(failure)) => return Err(failure),
+            Err(End::Unflushed(error)) => return Ok(Got::Unflushed(error)),
             Err(End::Changed(reason)) => return Ok(Got::Changed(reason)),
             Err(End::NoRanges) => return Ok(Got::NoRanges),
             Err(End::FromTheBeginning) => return Ok(Got::FromTheBeginning),
@@ -212,19 +219,19 @@ impl Store {
         };
         progress.set_stage(FetchStage::Measuring);
         let (file, disk) = (Arc::clone(incoming.file()), self.cache.disk().clone());
-        let path = incoming.path().to_owned();
-        let flushed = blocking(move || {
-            let flushed = disk.sync(&file).and_then(|()| file.metadata());
-            flushed.map_err(|error| Failure::from_error(&FileError::io("flush to disk", &path)(error)))
-        });
+        let flushed = blocking(move || Ok(disk.sync(&file).and_then(|()| file.metadata())));
         let (flushed, (report, summed)) = tokio::join!(flushed, readers.finish(size, whole));
+        let flushed = match flushed? {
+            Ok(flushed) => flushed,
+            Err(error) => return Ok(Got::Unflushed(error)),
+        };
         let certain = match summed {
             Summed::Wrong(mismatch) => return Ok(Got::Damaged(mismatch.to_string())),
             Summed::Right => true,
             Summed::Unknown => false,
         };
         match report {
-            Ok(report) => Ok(Got::Report(Box::new(report), FileStamp::of(&flushed?), incoming)),
+            Ok(report) => Ok(Got::Report(Box::new(report), FileStamp::of(&flushed), incoming)),
             // Parts from an earlier life may not be what was written; and no image is built with a wrong CRC.
             Err(IntakeError::Eif(error)) if !certain && (reused > 0 || matches!(error, EifError::Crc { .. })) => {
                 Ok(Got::Damaged(error.to_string()))

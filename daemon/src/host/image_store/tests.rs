@@ -60,6 +60,11 @@ impl Stand {
         stand
     }
 
+    /// From now on on that disk.
+    fn on_disk(&mut self, disk: Disk) {
+        self.store.cache = Arc::new(Cache::open(&self.folder.path().join("images"), disk).unwrap());
+    }
+
     fn source(&self) -> PathBuf {
         self.folder.path().join("signer.eif")
     }

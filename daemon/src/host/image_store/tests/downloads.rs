@@ -1,9 +1,11 @@
 //! Downloads from an S3 that does what a test wants: parts, retries, what goes on and what begins anew.
 
+use super::crash::Watch;
 use super::server::{Asked, Deed, Server, refuse};
 use super::*;
 use aws_smithy_types::base64;
 use sha2::{Digest, Sha256};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 /// So small that an image has ten parts or so.
 const PART: u64 = 64 << 10;
@@ -243,7 +245,6 @@ async fn what_is_read_in_one_piece_and_breaks_off_is_begun_again() {
 #[tokio::test]
 async fn expired_credentials_are_asked_for_anew_midway() {
     use aws_credential_types::provider::{ProvideCredentials, future};
-    use std::sync::atomic::{AtomicU32, Ordering};
 
     /// Hands out a new key each time it is asked.
     #[derive(Debug, Default)]
@@ -253,7 +254,7 @@ async fn expired_credentials_are_asked_for_anew_midway() {
         where
             Self: 'a,
         {
-            let key = format!("AKIA{}", self.0.fetch_add(1, Ordering::Relaxed));
+            let key = format!("AKIA{}", self.0.fetch_add(1, Relaxed));
             future::ProvideCredentials::ready(Ok(Credentials::new(key, "secret", None, None, "test")))
         }
     }
@@ -431,4 +432,22 @@ async fn a_download_whose_file_cannot_be_opened_any_more_is_begun_anew() {
     let image = stand.fetch(&s3()).await.unwrap();
     assert_eq!(contents(&stand, &image), large());
     assert_eq!(stand.kept(), ["eif", "json"]);
+}
+
+#[tokio::test]
+async fn data_that_were_not_flushed_once_are_not_believed_to_be_on_disk_by_a_later_flush() {
+    let server = Server::of(large()).await;
+    let mut stand = stand(&server);
+    let synced = AtomicU32::new(0);
+    // The first is the sidecar's. That the second fails the kernel says once.
+    stand.on_disk(Watch::intervening(move |kind| {
+        let is_second = kind == "synced" && synced.fetch_add(1, Relaxed) == 1;
+        if is_second { Err(io::Error::other("it is failing")) } else { Ok(()) }
+    }));
+    let failure = stand.fetch(&s3()).await.unwrap_err();
+    assert!(failure.message.contains("writing it failed: it is failing"), "{failure}");
+    assert!(failure.remedy.unwrap().contains("check the disk"));
+    assert_eq!(stand.kept(), [""; 0]);
+    let image = stand.fetch(&s3()).await.unwrap();
+    assert_eq!(contents(&stand, &image), large());
 }
