@@ -217,7 +217,10 @@ impl Store {
             // Their error comes below.
             Err(End::Readers) => false,
         };
+        // From here on nothing arrives: what gets on is the reading behind it.
         progress.set_stage(FetchStage::Measuring);
+        progress.restart();
+        readers.following.report_to(progress);
         let (file, disk) = (Arc::clone(incoming.file()), self.cache.disk().clone());
         let flushed = blocking(move || Ok(disk.sync(&file).and_then(|()| file.metadata())));
         let (flushed, (report, summed)) = tokio::join!(flushed, readers.finish(size, whole));

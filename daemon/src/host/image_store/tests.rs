@@ -97,7 +97,7 @@ async fn an_image_is_taken_from_a_file_proven_and_kept_under_its_digest() {
     let fetched = stand.store.fetch(&stand.request(), progress.clone()).await.unwrap();
     assert_eq!(fetched.name(), Some("signer"));
     let size = u64::try_from(image().len()).unwrap();
-    assert_eq!(progress.get(), (size, size));
+    assert_eq!((progress.get(), progress.stage()), ((size, size), FetchStage::Measuring));
     assert_eq!(fs::read(stand.store.path(&fetched.digest())).unwrap(), image());
     assert_eq!(stand.kept(), ["eif", "json"]);
 }
