@@ -218,14 +218,14 @@ impl Cache {
         Ok(system.f_bavail.saturating_mul(system.f_frsize))
     }
 
-    /// That an image of that size has no room, with the numbers.
+    /// That so many bytes that are still to come of an image have no room, with the numbers.
     pub(super) fn no_space(&self, bytes: u64) -> Failure {
         let free = match self.free() {
             Ok(free) => format!("{} MiB are free", free / MIB),
             Err(failure) => failure.message,
         };
         Failure::new(format!(
-            "{} has no space for the image: {free}, and {} MiB for the image and {} MiB to spare are needed",
+            "{} has no space for the image: {free}, and {} MiB for what is to come of it and {} MiB to spare are needed",
             self.folder.display(),
             bytes.div_ceil(MIB),
             SPARE_SPACE / MIB

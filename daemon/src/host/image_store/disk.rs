@@ -30,6 +30,11 @@ macro_rules! operation {
     }};
 }
 
+/// Whether it failed for want of space.
+pub(super) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 impl Disk {
     /// Whether a test keeps the books of what is flushed, so that nothing needs to be.
     fn is_watched(&self) -> bool {

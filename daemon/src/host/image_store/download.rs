@@ -4,7 +4,7 @@
 //! The heap holds what arrived and is not written yet: a little over half a MiB for each request, whatever the object's size.
 
 use super::checksum::{Mismatch, Summing};
-use super::disk::Disk;
+use super::disk::{Disk, is_full};
 use super::measure::{Following, IntakeError};
 use super::remote::{Chunks, Look, Opened, Remote, Trouble};
 use super::sidecar::Saver;
@@ -67,6 +67,8 @@ pub(super) async fn look<R: Remote>(remote: &R) -> Result<Look, Failure> {
 pub(super) enum End {
     /// It is given up.
     Final(Failure),
+    /// The disk has no space for it.
+    Full,
     /// What has arrived did not get to the disk, for this reason: nothing of it can be used.
     Unflushed(std::io::Error),
     /// The object is another by now.
@@ -404,7 +406,8 @@ impl<R: Remote> Work<R> {
         written.map_err(|error| {
             let failure = Failure::new(format!("writing it to disk failed: {error}"));
             let failure = failure.with_remedy("see whether the disk is full or failing (`df`, `dmesg`)");
-            Trouble { cause: Cause::Local, failure }
+            let cause = if is_full(&error) { Cause::Full } else { Cause::Local };
+            Trouble { cause, failure }
         })?;
         *at += bytes;
         self.progress.add(bytes);
@@ -436,6 +439,7 @@ impl<R: Remote> Work<R> {
                 pause
             }
             Verdict::Anew => return Err(End::Changed(trouble.to_string())),
+            Verdict::Final if trouble.cause == Cause::Full => return Err(End::Full),
             Verdict::Final => {
                 let done = { self.table().parts.size().min(self.progress.get().0) };
                 return Err(End::Final(given_up(&*self.remote, trouble, tries, Some((done, self.object.size)))));

@@ -1,9 +1,10 @@
 //! From a download to a proven image in the cache: what is done before it, what is made of what came, and what is begun anew.
 
+use super::disk::is_full;
 use super::download::{self, Download, End, Readers, Summed};
 use super::measure::{Following, IntakeError};
 use super::remote::{Look, Remote};
-use super::sidecar::Begun;
+use super::sidecar::{Begun, missing};
 use super::stamp::{FileStamp, Stamp};
 use super::{Ask, Found, Store, blocking};
 use crate::atomic_file::FileError;
@@ -34,6 +35,8 @@ enum Got {
     Damaged(String),
     /// No image. `certain`: these are the bytes that the source has.
     NoImage { error: IntakeError, certain: bool },
+    /// The disk has no space for the rest, as this says.
+    Full(Failure),
     /// It could not be flushed to disk.
     Unflushed(io::Error),
     /// The object was replaced meanwhile.
@@ -117,6 +120,10 @@ impl Store {
                     if matches!(error, IntakeError::Eif(_)) {
                         self.remember(request, Refused { stamp, failure: failure.clone(), damaged: !certain });
                     }
+                    return Err(failure);
+                }
+                Got::Full(failure) => {
+                    self.discard(request).await?;
                     return Err(failure);
                 }
                 Got::Unflushed(error) => {
@@ -207,9 +214,13 @@ impl Store {
         let disk = self.cache.disk().clone();
         let download =
             Download { remote: Arc::clone(remote), object, parts, file, disk, progress: Arc::clone(progress), saver };
+        // While what has come still takes its space.
+        let full = || Got::Full(self.cache.no_space(missing(incoming.file(), size)));
         let whole = match download.run(&readers, &mut anew.tries).await {
             Ok(()) => true,
             Err(End::Final(failure)) => return Err(failure),
+            Err(End::Full) => return Ok(full()),
+            Err(End::Unflushed(error)) if is_full(&error) => return Ok(full()),
             Err(End::Unflushed(error)) => return Ok(Got::Unflushed(error)),
             Err(End::Changed(reason)) => return Ok(Got::Changed(reason)),
             Err(End::NoRanges) => return Ok(Got::NoRanges),
@@ -226,6 +237,7 @@ impl Store {
         let (flushed, (report, summed)) = tokio::join!(flushed, readers.finish(size, whole));
         let flushed = match flushed? {
             Ok(flushed) => flushed,
+            Err(error) if is_full(&error) => return Ok(full()),
             Err(error) => return Ok(Got::Unflushed(error)),
         };
         let certain = match summed {
@@ -314,10 +326,8 @@ fn not_taken(source: &str, error: &IntakeError) -> Failure {
     match error {
         IntakeError::Eif(error) => Failure::new(format!("{source} is not an image that can be launched: {error}"))
             .with_remedy("run `enclavectl measure` where it was built, and put it in its place again"),
-        IntakeError::Write(error) if error.kind() == io::ErrorKind::StorageFull => {
-            Failure::new(format!("{source} could not be kept: {error}"))
-                .with_remedy("free space on the state folder's file system, or enlarge it")
-        }
+        IntakeError::Write(error) if is_full(error) => Failure::new(format!("{source} could not be kept: {error}"))
+            .with_remedy("free space on the state folder's file system, or enlarge it"),
         error => {
             Failure::new(format!("{source} could not be taken: {error}")).with_remedy("check the disk (`dmesg`, `df`)")
         }

@@ -451,3 +451,40 @@ async fn data_that_were_not_flushed_once_are_not_believed_to_be_on_disk_by_a_lat
     let image = stand.fetch(&s3()).await.unwrap();
     assert_eq!(contents(&stand, &image), large());
 }
+
+#[tokio::test]
+async fn a_download_that_finds_the_disk_full_midway_says_what_it_lacks_and_gives_its_space_back() {
+    let server = Server::of(large()).await;
+    let mut stand = stand(&server);
+    let changed = AtomicU32::new(0);
+    // The first sets space aside, the second writes the sidecar, the third is the first of the data.
+    stand.on_disk(Watch::intervening(move |kind| {
+        let is_data = kind == "changed" && changed.fetch_add(1, Relaxed) >= 2;
+        if is_data { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }));
+    let failure = stand.fetch(&s3()).await.unwrap_err();
+    assert!(failure.message.contains("has no space for the image: "), "{failure}");
+    assert!(failure.message.contains("MiB are free"), "{failure}");
+    assert_eq!(stand.kept(), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_download_is_only_continued_where_there_is_space_for_the_rest() {
+    let stand = Stand::new();
+    let cache = &stand.store.cache;
+    let incoming = cache.incoming().unwrap();
+    let free = {
+        let system = rustix::fs::statvfs(stand.folder.path()).unwrap();
+        system.f_blocks * system.f_frsize
+    };
+    // Sparse: nothing is set aside.
+    incoming.file().set_len(free).unwrap();
+    let object = stamp::Object { etag: Some("\"a\"".to_owned()), modified: None, size: free, version: None };
+    let part = free.div_ceil(10);
+    let resume = sidecar::Resume::new(&s3(), incoming.name(), &object, part);
+    cache.write_json(&cache.resume_path(&s3()).unwrap(), &resume).unwrap();
+    let _stays = incoming.resumable();
+    let failure = cache.begin_download(&s3(), &object, Some(part)).unwrap_err();
+    assert!(failure.message.contains("MiB are free"), "{failure}");
+    assert_eq!(stand.kept(), ["partial", "resume"], "what is there is not lost for it");
+}
