@@ -33,7 +33,7 @@ enum Got {
     Report(Box<EifReport>, FileStamp, super::cache::Incoming),
     /// Something else than the source has, for this reason.
     Damaged(String),
-    /// No image. `certain`: these are the bytes that the source has.
+    /// No image, or none that could be read. `certain`: these are the bytes that the source has.
     NoImage { error: IntakeError, certain: bool },
     /// The disk has no space for the rest, as this says.
     Full(Failure),
@@ -115,9 +115,10 @@ impl Store {
                     tracing::warn!("{text}; fetching it anew");
                 }
                 Got::NoImage { error, certain } => {
-                    self.discard(request).await?;
                     let failure = not_taken(&request.source.to_string(), &error);
+                    // That it could not be read to its end says nothing of what came: the next fetch goes on with it.
                     if matches!(error, IntakeError::Eif(_)) {
+                        self.discard(request).await?;
                         self.remember(request, Refused { stamp, failure: failure.clone(), damaged: !certain });
                     }
                     return Err(failure);

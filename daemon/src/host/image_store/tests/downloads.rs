@@ -488,3 +488,23 @@ async fn a_download_is_only_continued_where_there_is_space_for_the_rest() {
     assert!(failure.message.contains("MiB are free"), "{failure}");
     assert_eq!(stand.kept(), ["partial", "resume"], "what is there is not lost for it");
 }
+
+#[tokio::test]
+async fn a_download_that_could_not_be_read_back_is_not_thrown_away() {
+    let server = Server::of(large()).await;
+    let mut stand = stand(&server);
+    let progress = Arc::new(Progress::default());
+    let (images, arrived) = (stand.folder.path().join("images"), Arc::clone(&progress));
+    stand.on_disk(Watch::intervening(move |kind| {
+        // When all is written, and the end of it is not read yet, since it fills no whole piece.
+        if kind == "synced" && arrived.get() == (large().len() as u64, large().len() as u64) {
+            let entries = fs::read_dir(&images).unwrap().map(|entry| entry.unwrap().path());
+            let partial = entries.into_iter().find(|path| path.extension().is_some_and(|end| end == "partial"));
+            File::options().write(true).open(partial.unwrap()).unwrap().set_len(0).unwrap();
+        }
+        Ok(())
+    }));
+    let failure = stand.store.fetch(&s3(), progress).await.unwrap_err();
+    assert!(failure.message.contains("could not be taken: reading it failed"), "{failure}");
+    assert_eq!(stand.kept(), ["partial", "resume"]);
+}
