@@ -116,18 +116,18 @@ impl Source {
             }
         };
         match copied {
-            // What the reader says of an image that is none goes before what became of the copy.
             Ok((after, copy)) => {
-                progress.set_stage(FetchStage::Measuring);
-                progress.restart();
-                following.report_to(progress);
-                let report = following.finish(size).await;
-                if after != stamp && report.is_ok() {
+                // Before what the reader says: a file that somebody is still writing need not be an image yet.
+                if after != stamp {
                     let failure = Failure::new(format!("{} was written to while it was read", path.display()));
                     return Err(
                         failure.with_remedy("put images in their place by renaming them, when they are complete")
                     );
                 }
+                progress.set_stage(FetchStage::Measuring);
+                progress.restart();
+                following.report_to(progress);
+                let report = following.finish(size).await;
                 Ok((report, copy))
             }
             Err(error) => Ok((Err(error), stamp)),

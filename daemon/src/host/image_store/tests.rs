@@ -192,6 +192,25 @@ async fn a_source_that_is_missing_or_no_file_is_named() {
 }
 
 #[tokio::test]
+async fn a_source_that_is_still_being_written_is_told_as_such_and_not_remembered_as_no_image() {
+    let mut stand = Stand::new();
+    fs::write(stand.source(), damage::truncated(image(), 1000)).unwrap();
+    // Its writer goes on before the copy is flushed.
+    let (source, written) = (stand.source(), std::sync::Once::new());
+    stand.on_disk(crash::Watch::intervening(move |kind| {
+        if kind == "synced" {
+            written.call_once(|| fs::write(&source, image()).unwrap());
+        }
+        Ok(())
+    }));
+    let failure = stand.fetch(&stand.request()).await.unwrap_err();
+    assert!(failure.message.contains("signer.eif was written to while it was read"), "{failure}");
+    assert!(failure.remedy.unwrap().contains("renaming"));
+    assert!(!stand.store.has_refused(&stand.request()));
+    stand.fetch(&stand.request()).await.unwrap();
+}
+
+#[tokio::test]
 async fn space_is_checked_before_an_image_is_taken() {
     let stand = Stand::new();
     let failure = stand.store.cache.check_space(u64::MAX / 4).unwrap_err();
