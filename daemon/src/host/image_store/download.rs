@@ -29,6 +29,9 @@ const LANES: usize = 6;
 pub(super) const PART: u64 = 8 << 20;
 /// A request that brings nothing for so long is given up.
 const SILENCE: Duration = Duration::from_secs(30);
+/// A request that brings less than this within [`FLOOR_TIME`] counts as silent: a byte now and then would keep it for ever.
+const FLOOR: u64 = 64 << 10;
+const FLOOR_TIME: Duration = Duration::from_secs(60);
 /// So much is gathered before it is written...
 const GATHER: usize = 512 << 10;
 /// ...unless it has waited for so long.
@@ -356,6 +359,7 @@ impl<R: Remote> Work<R> {
     ) -> Result<(), Trouble> {
         let (began, first) = (Instant::now(), *at);
         let mut written = began;
+        let mut floor = (began, first);
         loop {
             let chunk = match timeout(SILENCE, chunks.next()).await {
                 Ok(Some(Ok(chunk))) => chunk,
@@ -372,7 +376,15 @@ impl<R: Remote> Work<R> {
                 self.write(gathered, part, at).await?;
                 written = Instant::now();
             }
-            let pace = Pace { bytes: *at + gathered.bytes - first, within: began.elapsed() };
+            let now_at = *at + gathered.bytes;
+            if floor.0.elapsed() >= FLOOR_TIME {
+                let came = now_at - floor.1;
+                if came < FLOOR && now_at < part.bytes.end {
+                    return Err(trickling(came));
+                }
+                floor = (Instant::now(), now_at);
+            }
+            let pace = Pace { bytes: now_at - first, within: began.elapsed() };
             if let Some(lane) = judge
                 && self.lags(lane, pace)
             {
@@ -472,7 +484,15 @@ impl Gathered {
 }
 
 fn silent() -> Trouble {
-    let failure = Failure::new(format!("nothing came for {} s", SILENCE.as_secs()));
+    silent_by(format!("nothing came for {} s", SILENCE.as_secs()))
+}
+
+fn trickling(came: u64) -> Trouble {
+    silent_by(format!("no more than {came} bytes came within {} s", FLOOR_TIME.as_secs()))
+}
+
+fn silent_by(message: String) -> Trouble {
+    let failure = Failure::new(message);
     let failure = failure.with_remedy("see whether something between this host and the source drops connections");
     Trouble { cause: Cause::Silent, failure }
 }

@@ -164,6 +164,21 @@ async fn requests_that_are_all_slow_are_let_alone() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_request_that_brings_next_to_nothing_is_made_again_after_a_minute_though_no_other_is_faster() {
+    let source = Source::new(|_, _| Does::Slow(500));
+    let (result, _) = download(&source).await;
+    assert_eq!(result.unwrap(), source.bytes);
+    let asked = source.asked.lock().unwrap();
+    let (first, again) = {
+        let mut of_first = asked.iter().filter(|(range, _)| range.start / PART == 0);
+        (of_first.next().unwrap(), of_first.next().expect("it brought 30000 bytes in a minute"))
+    };
+    assert!(again.0.start >= 29_000, "{again:?}");
+    let seconds = again.1.duration_since(first.1).as_secs();
+    assert!((60..64).contains(&seconds), "{seconds}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_source_that_does_not_say_what_it_has_is_given_up() {
     let source = Source::new(|_, _| Does::Hang);
     let began = Instant::now();
