@@ -162,12 +162,18 @@ impl<R: Remote> Download<R> {
         let ended = work.tend(&mut at_work, readers, saver.as_ref()).await;
         at_work.shutdown().await;
         *tries = std::mem::take(&mut work.table().tries);
-        if let (Some(saver), Ok(()) | Err(End::Final(_))) = (saver, &ended) {
-            let (file, finished) = (Arc::clone(&work.file), work.table().parts.finished());
-            let saved = tokio::task::spawn_blocking(move || saver.save(&file, &finished)).await;
-            saved.map_err(std::io::Error::other).flatten().map_err(End::Unflushed)?;
+        let Some(saver) = saver.filter(|_| matches!(ended, Ok(()) | Err(End::Final(_)))) else { return ended };
+        let (file, finished) = (Arc::clone(&work.file), work.table().parts.finished());
+        let is_any = !finished.is_empty();
+        let saved = tokio::task::spawn_blocking(move || saver.save(&file, &finished)).await;
+        let is_saved = saved.map_err(std::io::Error::other).flatten().map_err(End::Unflushed)?;
+        match ended {
+            Err(End::Final(mut failure)) if is_any && is_saved => {
+                failure.message.push_str("; the next fetch goes on from the finished parts");
+                Err(End::Final(failure))
+            }
+            ended => ended,
         }
-        ended
     }
 }
 
@@ -503,8 +509,7 @@ fn given_up(remote: &impl Remote, trouble: &Trouble, tries: &Tries, reached: Opt
         message.push_str(&format!(" (tried {} times)", tries.failed()));
     }
     if let Some((done, total)) = reached.filter(|(done, _)| *done > 0) {
-        message
-            .push_str(&format!("; {done} of {total} bytes had come, the next fetch goes on from the finished parts"));
+        message.push_str(&format!("; {done} of {total} bytes had come"));
     }
     Failure { message: Failure::new(message).message, ..trouble.failure.clone() }
 }
