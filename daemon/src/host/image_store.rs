@@ -52,6 +52,8 @@ use tokio::sync::OwnedMutexGuard;
 
 /// So many refused objects are remembered.
 const MAX_REFUSED: usize = 64;
+/// A cached image that is touched each time it is measured is measured so often.
+const MAX_MEASURED: u32 = 3;
 
 /// The images of this host.
 #[derive(Debug)]
@@ -152,32 +154,63 @@ impl Store {
 
     /// Measures the cached image of that digest. One that is not what it was is removed.
     async fn measured(&self, digest: &EifDigest, progress: &Arc<Progress>) -> Outcome<Found> {
-        let path = self.cache.path(digest);
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Nothing),
-            Err(error) => return Err(not_read(&path, &IntakeError::Read(error))),
-        };
-        let stamp = |file: &File| file.metadata().map(|found| FileStamp::of(&found));
-        let failed = |error| not_read(&path, &IntakeError::Read(error));
-        let (before, again) = (stamp(&file).map_err(failed)?, file.try_clone().map_err(failed)?);
-        progress.set_stage(FetchStage::Measuring);
-        let spoilt = match measure_whole(file, progress).await {
-            Ok(report) if report.digest() != *digest => format!("its SHA-256 is {}", report.digest()),
-            Ok(report) if stamp(&again).map_err(failed)? == before => {
-                self.cache.note_proof(digest, before);
-                return Ok(Found::Image(Box::new(report)));
+        for _ in 0..MAX_MEASURED {
+            let Some(kept) = self.open_kept(digest)? else { return Ok(Found::Nothing) };
+            let failed = |error| not_read(&kept.path, &IntakeError::Read(error));
+            let file = kept.file.try_clone().map_err(failed)?;
+            progress.set_stage(FetchStage::Measuring);
+            let result = measure_whole(file, progress).await;
+            if let Some(found) = self.judge(digest, &kept, result)? {
+                return Ok(found);
             }
-            Ok(_) => "it was written to while it was measured".to_owned(),
+            progress.restart();
+        }
+        let path = self.cache.path(digest);
+        let message = format!("{} was changed each of the {MAX_MEASURED} times it was measured", path.display());
+        Err(Failure::new(message).with_remedy("see what else writes to the folder of images"))
+    }
+
+    /// The cached image of that digest, about to be measured; `None` if there is none.
+    fn open_kept(&self, digest: &EifDigest) -> Outcome<Option<Kept>> {
+        let path = self.cache.path(digest);
+        let opened = File::open(&path).and_then(|file| Ok((FileStamp::of(&file.metadata()?), file)));
+        match opened {
+            Ok((before, file)) => Ok(Some(Kept { path, file, before })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(not_read(&path, &IntakeError::Read(error))),
+        }
+    }
+
+    /// What has been found, by how the measuring went; `None`: the file was replaced or touched meanwhile (by a fetch of the same
+    /// image, by a backup), so that it is to be measured again.
+    fn judge(
+        &self,
+        digest: &EifDigest,
+        kept: &Kept,
+        result: Result<enclaved_core::image::EifReport, IntakeError>,
+    ) -> Outcome<Option<Found>> {
+        let Kept { path, file, before } = kept;
+        let spoilt = match result {
+            Ok(report) if report.digest() != *digest => format!("its SHA-256 is {}", report.digest()),
+            Ok(report) => {
+                let now = file.metadata().map_err(|error| not_read(path, &IntakeError::Read(error)))?;
+                if FileStamp::of(&now) != *before {
+                    return Ok(None);
+                }
+                self.cache.note_proof(digest, *before);
+                return Ok(Some(Found::Image(Box::new(report))));
+            }
             Err(IntakeError::Eif(error)) => error.to_string(),
-            Err(error) => return Err(not_read(&path, &error)),
+            Err(error) => return Err(not_read(path, &error)),
         };
+        if !self.cache.forget_spoilt(digest, before)? {
+            return Ok(None);
+        }
         let message = format!("{} is not the image any more that was kept there ({spoilt})", path.display());
         tracing::warn!("{message}; it is removed, to be fetched again");
-        self.cache.forget_image(digest)?;
         let failure =
             Failure::new(message).with_remedy("it is fetched again; see whether the disk is failing (`dmesg`)");
-        Ok(Found::Spoilt(failure))
+        Ok(Some(Found::Spoilt(failure)))
     }
 
     /// Gets what the source has now, verifies and keeps it.
@@ -231,6 +264,14 @@ enum Ask {
     ToHave,
     /// Somebody who has one already.
     IfChanged,
+}
+
+/// A file of the cache that is being measured.
+struct Kept {
+    path: PathBuf,
+    file: File,
+    /// As it was before.
+    before: FileStamp,
 }
 
 /// What there is in the cache under a digest.

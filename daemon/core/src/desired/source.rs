@@ -72,25 +72,42 @@ impl Url {
         &self.0
     }
 
-    /// Where a redirect (`Location`) leads to from here.
+    /// Where a redirect (`Location`) leads to from here, by RFC 3986 (5.2), but for `..`, which is the server's to resolve.
     ///
     /// # Errors
-    /// Why it is none that images may come from.
+    /// Why it is none that images may come from: an encrypted address never leads to one that is not, not even on this host.
     pub fn join(&self, location: &str) -> Result<Self, &'static str> {
-        if location.contains("://") {
+        let joined = self.resolve(location)?;
+        if self.is_encrypted() && !joined.is_encrypted() {
+            return Err("an https:// address may not lead on to http://, use https://");
+        }
+        Ok(joined)
+    }
+
+    fn resolve(&self, location: &str) -> Result<Self, &'static str> {
+        // What has a scheme is whole. A colon further on is a part of a path or a query.
+        if location.find([':', '/', '?', '#']).is_some_and(|at| location[at..].starts_with(':')) {
             return Self::parse(location);
         }
         let (scheme, rest) = self.0.split_once("://").ok_or("its scheme is unknown")?;
         if let Some(elsewhere) = location.strip_prefix("//") {
             return Self::parse(&format!("{scheme}://{elsewhere}"));
         }
-        let authority = rest.split(['/', '?']).next().unwrap_or(rest);
-        if location.starts_with('/') {
-            return Self::parse(&format!("{scheme}://{authority}{location}"));
-        }
+        let authority = self.authority();
         let path = rest.split('?').next().unwrap_or(rest);
-        let folder = path.rsplit_once('/').map_or(authority, |(folder, _)| folder);
-        Self::parse(&format!("{scheme}://{folder}/{location}"))
+        match location.chars().next() {
+            None => Err("it is empty, or not text"),
+            Some('/') => Self::parse(&format!("{scheme}://{authority}{location}")),
+            Some('?') => Self::parse(&format!("{scheme}://{path}{location}")),
+            Some(_) => {
+                let folder = path.rsplit_once('/').map_or(authority, |(folder, _)| folder);
+                Self::parse(&format!("{scheme}://{folder}/{location}"))
+            }
+        }
+    }
+
+    fn is_encrypted(&self) -> bool {
+        self.0.starts_with("https://")
     }
 
     /// The host and the port, as written.
@@ -267,12 +284,26 @@ mod tests {
             ("//b.example/z", "https://b.example/z"),
             ("/z?t", "https://a.example/z?t"),
             ("z", "https://a.example/x/z"),
+            ("/login?next=https://b.example/z", "https://a.example/login?next=https://b.example/z"),
+            ("z?next=https://b.example/z", "https://a.example/x/z?next=https://b.example/z"),
+            ("?s=2", "https://a.example/x/y.eif?s=2"),
         ] {
             assert_eq!(url.join(location).unwrap().secret(), expected);
         }
-        for location in ["http://b.example/z", "ftp://b.example/z", "https://u:p@b.example/z", "/a b"] {
+        for location in [
+            "http://b.example/z",
+            "http://127.0.0.1/z",
+            "ftp://b.example/z",
+            "mailto:x",
+            "https://u:p@b.example/z",
+            "/a b",
+            "",
+        ] {
             assert!(url.join(location).is_err(), "{location}");
         }
+        let here = Url::parse("http://127.0.0.1/x").unwrap();
+        assert_eq!(here.join("http://127.0.0.1:8080/z").unwrap().secret(), "http://127.0.0.1:8080/z");
+        assert_eq!(Url::parse("https://a.example").unwrap().join("z").unwrap().secret(), "https://a.example/z");
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub enum Cause {
     Broken,
     /// The answer makes no sense.
     Malformed,
+    /// The disk has no space for it.
+    Full,
     /// It has nothing to do with the source: the disk, say.
     Local,
 }
@@ -108,7 +110,7 @@ impl Tries {
         };
         match cause {
             Cause::Changed => Verdict::Anew,
-            Cause::Local => Verdict::Final,
+            Cause::Full | Cause::Local => Verdict::Final,
             Cause::Refused { status, code } => match (*status, code.as_deref()) {
                 (412 | 416, _) => Verdict::Anew,
                 (_, Some("ExpiredToken" | "TokenRefreshRequired" | "RequestExpired")) => {
@@ -197,7 +199,7 @@ mod tests {
         for status in [400, 401, 403, 404, 405, 409, 410] {
             assert_eq!(first(&refused(status, Some("AccessDenied"))), Verdict::Final, "{status}");
         }
-        assert_eq!(first(&Cause::Local), Verdict::Final);
+        assert_eq!([first(&Cause::Local), first(&Cause::Full)], [Verdict::Final; 2]);
         for cause in [Cause::Changed, refused(412, Some("PreconditionFailed")), refused(416, None)] {
             assert_eq!(first(&cause), Verdict::Anew, "{cause:?}");
         }

@@ -46,6 +46,9 @@ pub(super) struct Cache {
     disk: Disk,
     /// Images as they were when this process proved them.
     proven: Mutex<BTreeMap<EifDigest, FileStamp>>,
+    /// Held by whoever puts an image in its place, or removes one for what it was found to be: between the look and the deed
+    /// nobody may put another there.
+    placing: Mutex<()>,
 }
 
 /// A file for an image on its way. It goes when this is dropped, unless the image was kept, or it can be continued.
@@ -103,7 +106,7 @@ impl Cache {
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700);
         builder.create(folder).map_err(|error| failed(FileError::io("make folder", folder)(error)))?;
-        let cache = Self { folder: folder.to_owned(), disk, proven: Mutex::default() };
+        let cache = Self { folder: folder.to_owned(), disk, proven: Mutex::default(), placing: Mutex::default() };
         cache.sweep().map_err(failed)?;
         Ok(cache)
     }
@@ -215,14 +218,14 @@ impl Cache {
         Ok(system.f_bavail.saturating_mul(system.f_frsize))
     }
 
-    /// That an image of that size has no room, with the numbers.
+    /// That so many bytes that are still to come of an image have no room, with the numbers.
     pub(super) fn no_space(&self, bytes: u64) -> Failure {
         let free = match self.free() {
             Ok(free) => format!("{} MiB are free", free / MIB),
             Err(failure) => failure.message,
         };
         Failure::new(format!(
-            "{} has no space for the image: {free}, and {} MiB for the image and {} MiB to spare are needed",
+            "{} has no space for the image: {free}, and {} MiB for what is to come of it and {} MiB to spare are needed",
             self.folder.display(),
             bytes.div_ceil(MIB),
             SPARE_SPACE / MIB
@@ -241,13 +244,21 @@ impl Cache {
         Ok(Incoming { path, file: Arc::new(file), disk: self.disk.clone(), goes: true })
     }
 
-    /// The file of a download that goes on; `None` if it is not there, or has another size.
+    /// The file of a download that goes on; `None` if it is not there, has another size, or can't be written to: one that was
+    /// about to be kept when the process ended is read-only already.
+    ///
+    /// # Errors
+    /// What is missing to open any file at all: it may be there the next time.
     pub(super) fn reopen(&self, name: &str, size: u64) -> Result<Option<Incoming>, FileError> {
         let path = self.folder.join(name);
         let file = match File::options().read(true).write(true).open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(FileError::io("open", &path)(error)),
+            Err(error) if is_shortage(&error) => return Err(FileError::io("open", &path)(error)),
+            Err(error) => {
+                tracing::warn!("a download is not continued: {} can't be opened: {error}", path.display());
+                return Ok(None);
+            }
         };
         let found = file.metadata().map_err(FileError::io("look at", &path))?;
         let incoming = Incoming { path, file: Arc::new(file), disk: self.disk.clone(), goes: false };
@@ -255,9 +266,16 @@ impl Cache {
     }
 
     /// Keeps an image that was measured and verified, and remembers the file as it was proven. `measured` is how it was when it
-    /// was written last, before its measuring ended. If the same image is there already, its file is replaced by this one.
+    /// was written last, before its measuring ended. If the same image is there already and its proof holds, that one stays, since others may be at it, and
+    /// this one goes; else it is replaced.
     pub(super) fn keep(&self, incoming: Incoming, measured: &FileStamp, digest: &EifDigest) -> Outcome<()> {
         let kept = self.path(digest);
+        let _placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(proven), Ok(there)) = (self.proof(digest), fs::metadata(&kept))
+            && proven == FileStamp::of(&there)
+        {
+            return Ok(());
+        }
         let keep = || {
             self.disk.make_read_only(&incoming.path).map_err(FileError::io("make read-only", &incoming.path))?;
             self.disk.rename(&incoming.path, &kept).map_err(FileError::io("replace", &kept))?;
@@ -286,6 +304,19 @@ impl Cache {
         self.proven.lock().unwrap_or_else(PoisonError::into_inner).get(digest).copied()
     }
 
+    /// Removes the image of that digest and all that leads to it, if it still is the file that was found to be something else;
+    /// says whether it was.
+    pub(super) fn forget_spoilt(&self, digest: &EifDigest, found: &FileStamp) -> Outcome<bool> {
+        let _placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = self.path(digest);
+        match fs::metadata(&path) {
+            Ok(there) if FileStamp::of(&there).is_file_of(found) => self.forget_image(digest).map(|()| true),
+            Ok(_) => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(Failure::from_error(&FileError::io("look at", &path)(error))),
+        }
+    }
+
     /// Removes an image and all that leads to it.
     pub(super) fn forget_image(&self, digest: &EifDigest) -> Outcome<()> {
         self.proven.lock().unwrap_or_else(PoisonError::into_inner).remove(digest);
@@ -299,6 +330,12 @@ impl Cache {
     }
 }
 
+/// Whether this process or this host has too little of something to open files, whichever they are.
+fn is_shortage(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM))
+}
+
 /// The name of a request in the folder.
 fn request_id(request: &ImageRequest) -> Outcome<EifDigest> {
     let text = serde_json::to_vec(request)
@@ -308,4 +345,20 @@ fn request_id(request: &ImageRequest) -> Outcome<EifDigest> {
 
 fn random_name() -> String {
     format!("{:016x}", RandomState::new().build_hasher().finish())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::io::Errno;
+
+    #[test]
+    fn only_a_shortage_of_this_host_lets_a_download_wait_to_be_continued() {
+        for errno in [Errno::MFILE, Errno::NFILE, Errno::NOMEM] {
+            assert!(is_shortage(&errno.into()), "{errno}");
+        }
+        for errno in [Errno::ACCESS, Errno::PERM, Errno::LOOP, Errno::ISDIR, Errno::TXTBSY, Errno::IO] {
+            assert!(!is_shortage(&errno.into()), "{errno}");
+        }
+    }
 }

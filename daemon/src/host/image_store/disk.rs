@@ -19,7 +19,7 @@ macro_rules! operation {
     ($disk:expr, $done:expr, $note:ident($($argument:expr),*)) => {{
         #[cfg(test)]
         if let Some(watch) = &$disk.watched {
-            watch.before()?;
+            watch.before(stringify!($note))?;
         }
         let done = $done?;
         #[cfg(test)]
@@ -28,6 +28,11 @@ macro_rules! operation {
         }
         Ok(done)
     }};
+}
+
+/// Whether it failed for want of space.
+pub(super) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 impl Disk {

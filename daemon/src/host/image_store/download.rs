@@ -4,7 +4,7 @@
 //! The heap holds what arrived and is not written yet: a little over half a MiB for each request, whatever the object's size.
 
 use super::checksum::{Mismatch, Summing};
-use super::disk::Disk;
+use super::disk::{Disk, is_full};
 use super::measure::{Following, IntakeError};
 use super::remote::{Chunks, Look, Opened, Remote, Trouble};
 use super::sidecar::Saver;
@@ -23,12 +23,16 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
-/// Requests at once. By measurement: one stream from S3 brings 80 to 100 MiB/s, so these fill a link of 5 Gbit/s.
+/// Requests at once. By S3's performance guidelines one request brings some 85 to 90 MB/s, which would make these a little over
+/// 4 Gbit/s; not measured.
 const LANES: usize = 6;
 /// The size of a part, where the object is not so large that it must be more.
 pub(super) const PART: u64 = 8 << 20;
 /// A request that brings nothing for so long is given up.
 const SILENCE: Duration = Duration::from_secs(30);
+/// A request that brings less than this within [`FLOOR_TIME`] counts as silent: a byte now and then would keep it for ever.
+const FLOOR: u64 = 64 << 10;
+const FLOOR_TIME: Duration = Duration::from_secs(60);
 /// So much is gathered before it is written...
 const GATHER: usize = 512 << 10;
 /// ...unless it has waited for so long.
@@ -67,6 +71,10 @@ pub(super) async fn look<R: Remote>(remote: &R) -> Result<Look, Failure> {
 pub(super) enum End {
     /// It is given up.
     Final(Failure),
+    /// The disk has no space for it.
+    Full,
+    /// What has arrived did not get to the disk, for this reason: nothing of it can be used.
+    Unflushed(std::io::Error),
     /// The object is another by now.
     Changed(String),
     /// What has arrived can't be an image, or can't be read: the readers say why.
@@ -155,12 +163,18 @@ impl<R: Remote> Download<R> {
         let ended = work.tend(&mut at_work, readers, saver.as_ref()).await;
         at_work.shutdown().await;
         *tries = std::mem::take(&mut work.table().tries);
-        if let (Some(saver), Ok(()) | Err(End::Final(_))) = (saver, &ended) {
-            let (file, finished) = (Arc::clone(&work.file), work.table().parts.finished());
-            // It says itself what goes wrong; and if it panicked, that was said, too.
-            let _ended = tokio::task::spawn_blocking(move || saver.save(&file, &finished)).await;
+        let Some(saver) = saver.filter(|_| matches!(ended, Ok(()) | Err(End::Final(_)))) else { return ended };
+        let (file, finished) = (Arc::clone(&work.file), work.table().parts.finished());
+        let is_any = !finished.is_empty();
+        let saved = tokio::task::spawn_blocking(move || saver.save(&file, &finished)).await;
+        let is_saved = saved.map_err(std::io::Error::other).flatten().map_err(End::Unflushed)?;
+        match ended {
+            Err(End::Final(mut failure)) if is_any && is_saved => {
+                failure.message.push_str("; the next fetch goes on from the finished parts");
+                Err(End::Final(failure))
+            }
+            ended => ended,
         }
-        ended
     }
 }
 
@@ -248,12 +262,18 @@ impl<R: Remote> Work<R> {
                         saving.spawn_blocking(move || saver.save(&file, &finished));
                     }
                 }
-                // Cancel-safe, as above. It says itself what goes wrong.
-                Some(_) = saving.join_next() => {}
+                // Cancel-safe: what has ended is given by the next call.
+                Some(saved) = saving.join_next() => {
+                    if let Err(error) = saved.map_err(std::io::Error::other).flatten() {
+                        break Err(End::Unflushed(error));
+                    }
+                }
             }
         };
         // Two at once would write over each other.
-        while saving.join_next().await.is_some() {}
+        while let Some(saved) = saving.join_next().await {
+            saved.map_err(std::io::Error::other).flatten().map_err(End::Unflushed)?;
+        }
         if ended.is_ok() {
             readers.advance(self.table().front());
         }
@@ -346,6 +366,7 @@ impl<R: Remote> Work<R> {
     ) -> Result<(), Trouble> {
         let (began, first) = (Instant::now(), *at);
         let mut written = began;
+        let mut floor = (began, first);
         loop {
             let chunk = match timeout(SILENCE, chunks.next()).await {
                 Ok(Some(Ok(chunk))) => chunk,
@@ -362,7 +383,15 @@ impl<R: Remote> Work<R> {
                 self.write(gathered, part, at).await?;
                 written = Instant::now();
             }
-            let pace = Pace { bytes: *at + gathered.bytes - first, within: began.elapsed() };
+            let now_at = *at + gathered.bytes;
+            if floor.0.elapsed() >= FLOOR_TIME {
+                let came = now_at - floor.1;
+                if came < FLOOR && now_at < part.bytes.end {
+                    return Err(trickling(came));
+                }
+                floor = (Instant::now(), now_at);
+            }
+            let pace = Pace { bytes: now_at - first, within: began.elapsed() };
             if let Some(lane) = judge
                 && self.lags(lane, pace)
             {
@@ -396,7 +425,8 @@ impl<R: Remote> Work<R> {
         written.map_err(|error| {
             let failure = Failure::new(format!("writing it to disk failed: {error}"));
             let failure = failure.with_remedy("see whether the disk is full or failing (`df`, `dmesg`)");
-            Trouble { cause: Cause::Local, failure }
+            let cause = if is_full(&error) { Cause::Full } else { Cause::Local };
+            Trouble { cause, failure }
         })?;
         *at += bytes;
         self.progress.add(bytes);
@@ -428,6 +458,7 @@ impl<R: Remote> Work<R> {
                 pause
             }
             Verdict::Anew => return Err(End::Changed(trouble.to_string())),
+            Verdict::Final if trouble.cause == Cause::Full => return Err(End::Full),
             Verdict::Final => {
                 let done = { self.table().parts.size().min(self.progress.get().0) };
                 return Err(End::Final(given_up(&*self.remote, trouble, tries, Some((done, self.object.size)))));
@@ -460,7 +491,15 @@ impl Gathered {
 }
 
 fn silent() -> Trouble {
-    let failure = Failure::new(format!("nothing came for {} s", SILENCE.as_secs()));
+    silent_by(format!("nothing came for {} s", SILENCE.as_secs()))
+}
+
+fn trickling(came: u64) -> Trouble {
+    silent_by(format!("no more than {came} bytes came within {} s", FLOOR_TIME.as_secs()))
+}
+
+fn silent_by(message: String) -> Trouble {
+    let failure = Failure::new(message);
     let failure = failure.with_remedy("see whether something between this host and the source drops connections");
     Trouble { cause: Cause::Silent, failure }
 }
@@ -471,8 +510,7 @@ fn given_up(remote: &impl Remote, trouble: &Trouble, tries: &Tries, reached: Opt
         message.push_str(&format!(" (tried {} times)", tries.failed()));
     }
     if let Some((done, total)) = reached.filter(|(done, _)| *done > 0) {
-        message
-            .push_str(&format!("; {done} of {total} bytes had come, the next fetch goes on from the finished parts"));
+        message.push_str(&format!("; {done} of {total} bytes had come"));
     }
     Failure { message: Failure::new(message).message, ..trouble.failure.clone() }
 }

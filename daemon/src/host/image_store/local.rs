@@ -74,7 +74,7 @@ impl Source {
         progress.set_stage(FetchStage::Downloading);
         let following = Following::begin(File::open(to.path()).map_err(failed(to.path()))?);
         let (front, mut moved) = watch::channel(0);
-        let (into, disk, progress) = (Arc::clone(to.file()), disk.clone(), Arc::clone(progress));
+        let (into, disk, copied) = (Arc::clone(to.file()), disk.clone(), Arc::clone(progress));
         let mut copying = tokio::task::spawn_blocking(move || {
             let mut chunk = vec![0; CHUNK];
             let mut at = 0;
@@ -88,7 +88,7 @@ impl Source {
                 disk.write_at(&into, &chunk[..length], at).map_err(IntakeError::Write)?;
                 let length = u64::try_from(length).unwrap_or(u64::MAX);
                 at += length;
-                progress.add(length);
+                copied.add(length);
                 // Nobody follows any more: it is no image, or nobody waits for it.
                 if front.send(at).is_err() {
                     break;
@@ -116,15 +116,18 @@ impl Source {
             }
         };
         match copied {
-            // What the reader says of an image that is none goes before what became of the copy.
             Ok((after, copy)) => {
-                let report = following.finish(size).await;
-                if after != stamp && report.is_ok() {
+                // Before what the reader says: a file that somebody is still writing need not be an image yet.
+                if after != stamp {
                     let failure = Failure::new(format!("{} was written to while it was read", path.display()));
                     return Err(
                         failure.with_remedy("put images in their place by renaming them, when they are complete")
                     );
                 }
+                progress.set_stage(FetchStage::Measuring);
+                progress.restart();
+                following.report_to(progress);
+                let report = following.finish(size).await;
                 Ok((report, copy))
             }
             Err(error) => Ok((Err(error), stamp)),

@@ -59,17 +59,8 @@ struct Spawned {
 impl Following {
     /// Begins with nothing of the file being there. `file` is open for reading.
     pub(super) fn begin(file: File) -> Self {
-        Self::with_progress(file, None)
-    }
-
-    fn with_progress(file: File, progress: Option<Arc<Progress>>) -> Self {
-        let shared = Arc::new(Shared {
-            file,
-            state: Mutex::new(State { positions: [0; LANES], front: 0, whole: false, stopped: false, reported: 0 }),
-            moved: Condvar::new(),
-            failed: CancellationToken::new(),
-            progress,
-        });
+        let shared =
+            Arc::new(Shared { file, state: Mutex::default(), moved: Condvar::new(), failed: CancellationToken::new() });
         let Lanes { file, image, application } = Lanes::new(Limits::default());
         let lanes = Spawned {
             file: spawn(&shared, FILE, "measure-file", file),
@@ -90,6 +81,14 @@ impl Following {
         if state.front / PIECE != before / PIECE {
             shared.moved.notify_all();
         }
+    }
+
+    /// From now on that is the progress of the slowest lane, with what it has done already. The total and the beginning are the
+    /// caller's affair.
+    pub(super) fn report_to(&self, progress: &Arc<Progress>) {
+        let mut state = self.owner.0.state();
+        state.progress = Some(Arc::clone(progress));
+        state.report();
     }
 
     /// Resolves as soon as there is no use in writing more: what has arrived can't be an image, or can't be read back.
@@ -125,7 +124,8 @@ impl Following {
 pub(crate) async fn measure_whole(file: File, progress: &Arc<Progress>) -> Result<EifReport, IntakeError> {
     let size = file.metadata().map_err(IntakeError::Read)?.len();
     progress.set_total(size);
-    let following = Following::with_progress(file, Some(Arc::clone(progress)));
+    let following = Following::begin(file);
+    following.report_to(progress);
     let shared = Arc::clone(&following.owner.0);
     let report = following.finish(size).await?;
     let now = shared.file.metadata().map_err(IntakeError::Read)?.len();
@@ -160,10 +160,9 @@ struct Shared {
     /// The front or a lane has moved, or the end has come.
     moved: Condvar,
     failed: CancellationToken,
-    progress: Option<Arc<Progress>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct State {
     /// How far each lane is, in bytes; `u64::MAX` for one that goes no further.
     positions: [u64; LANES],
@@ -173,13 +172,27 @@ struct State {
     whole: bool,
     /// Whether all is over.
     stopped: bool,
-    /// How much of the slowest lane's position has been added to the progress.
+    /// Where the slowest lane's position is reported, if anywhere.
+    progress: Option<Arc<Progress>>,
+    /// How much of that position has been added to the progress.
     reported: u64,
 }
 
 impl State {
     fn slowest(&self) -> u64 {
         self.positions.into_iter().min().unwrap_or(u64::MAX)
+    }
+
+    /// Adds to the progress what it lacks.
+    fn report(&mut self) {
+        let slowest = self.slowest();
+        if let Some(progress) = &self.progress
+            && slowest != u64::MAX
+            && slowest > self.reported
+        {
+            progress.add(slowest - self.reported);
+            self.reported = slowest;
+        }
     }
 
     /// Up to where the lane may read now.
@@ -200,17 +213,11 @@ impl Shared {
         let mut state = self.state();
         let before = state.slowest();
         state.positions[lane] = position;
-        let slowest = state.slowest();
-        if slowest != before {
+        if state.slowest() != before {
             // Whoever waited for the slowest.
             self.moved.notify_all();
         }
-        if slowest != u64::MAX && slowest > state.reported {
-            if let Some(progress) = &self.progress {
-                progress.add(slowest - state.reported);
-            }
-            state.reported = slowest;
-        }
+        state.report();
         loop {
             if state.stopped || (state.whole && position >= state.front) {
                 return None;

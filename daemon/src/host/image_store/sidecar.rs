@@ -2,6 +2,7 @@
 //! which of its parts are on disk. It is believed only as far as it makes sense; what it says is there is hashed like all else.
 
 use super::cache::{Cache, Incoming, is_partial_name};
+use super::disk::is_full;
 use super::stamp::Object;
 use crate::atomic_file::{self, FileError};
 use enclaved_core::desired::ImageRequest;
@@ -10,6 +11,7 @@ use enclaved_core::fetch::Parts;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -81,17 +83,20 @@ impl Saver {
         Self { cache, path, resume }
     }
 
-    /// Flushes the data first, then writes down that they are there. That it can't is said, and costs only what could have been
-    /// continued.
-    pub(super) fn save(&self, file: &File, finished: &[(u64, u64)]) {
-        if let Err(error) = self.try_save(file, finished) {
-            tracing::warn!("could not write down how far a download is: {}", Failure::from_error(&error));
+    /// Flushes the data first, then writes down that they are there; says whether that could be written down. That it could not
+    /// costs only what could have been continued.
+    ///
+    /// # Errors
+    /// The data can't be flushed. Linux says so once for an open file: whoever tries again is told that all is well, and reads
+    /// from memory what never got to the disk. So what was downloaded is worth nothing then.
+    pub(super) fn save(&self, file: &File, finished: &[(u64, u64)]) -> io::Result<bool> {
+        self.cache.disk().sync(file)?;
+        let resume = Resume { finished: finished.to_vec(), ..self.resume.clone() };
+        let written = self.cache.write_json(&self.path, &resume);
+        if let Err(error) = &written {
+            tracing::warn!("could not write down how far a download is: {}", Failure::from_error(error));
         }
-    }
-
-    pub(super) fn try_save(&self, file: &File, finished: &[(u64, u64)]) -> Result<(), FileError> {
-        self.cache.disk().sync(file).map_err(FileError::io("flush to disk", &self.path))?;
-        self.cache.write_json(&self.path, &Resume { finished: finished.to_vec(), ..self.resume.clone() })
+        Ok(written.is_ok())
     }
 }
 
@@ -127,6 +132,10 @@ impl Cache {
             && let Some(parts) = resume.parts()
             && let Some(incoming) = self.reopen(&resume.file, object.size).map_err(told)?
         {
+            let missing = missing(incoming.file(), object.size);
+            if missing > 0 {
+                self.check_space(missing)?;
+            }
             let resume = Resume { object: object.clone(), ..resume };
             let reused = parts.done();
             let saver = Some(Arc::new(Saver::new(Arc::clone(self), path, resume)));
@@ -136,9 +145,9 @@ impl Cache {
         self.check_space(object.size)?;
         let incoming = self.incoming()?;
         let reserved = self.disk().reserve(incoming.file(), object.size);
-        reserved.map_err(|error| match error.kind() {
-            io::ErrorKind::StorageFull => self.no_space(object.size),
-            _ => told(FileError::io("set space aside for", incoming.path())(error)),
+        reserved.map_err(|error| match is_full(&error) {
+            true => self.no_space(object.size),
+            false => told(FileError::io("set space aside for", incoming.path())(error)),
         })?;
         let size = part.unwrap_or(object.size);
         let parts = Parts::new(object.size, size).map_err(|error| Failure::from_error(&error))?;
@@ -164,6 +173,14 @@ impl Cache {
             None => Ok(()),
         }
     }
+}
+
+/// How much space a file of that size still needs: all for which it has none set aside. (What the kernel does not say of it
+/// is taken for missing.)
+pub(super) fn missing(file: &File, size: u64) -> u64 {
+    // As `stat` has it: blocks of 512 bytes, whatever the file system's are.
+    let there = file.metadata().map_or(0, |found| found.blocks().saturating_mul(512));
+    size.saturating_sub(there)
 }
 
 #[cfg(test)]

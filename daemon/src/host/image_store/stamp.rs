@@ -29,6 +29,11 @@ impl FileStamp {
         }
     }
 
+    /// Whether that is the same file, whatever became of its contents.
+    pub(super) fn is_file_of(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+
     /// Whether the contents are the same, whatever became of name and permissions.
     pub(super) fn has_contents_of(&self, other: &Self) -> bool {
         Self { changed: other.changed, ..*self } == *other

@@ -1,9 +1,10 @@
 //! From a download to a proven image in the cache: what is done before it, what is made of what came, and what is begun anew.
 
+use super::disk::is_full;
 use super::download::{self, Download, End, Readers, Summed};
 use super::measure::{Following, IntakeError};
 use super::remote::{Look, Remote};
-use super::sidecar::Begun;
+use super::sidecar::{Begun, missing};
 use super::stamp::{FileStamp, Stamp};
 use super::{Ask, Found, Store, blocking};
 use crate::atomic_file::FileError;
@@ -32,8 +33,12 @@ enum Got {
     Report(Box<EifReport>, FileStamp, super::cache::Incoming),
     /// Something else than the source has, for this reason.
     Damaged(String),
-    /// No image. `certain`: these are the bytes that the source has.
+    /// No image, or none that could be read. `certain`: these are the bytes that the source has.
     NoImage { error: IntakeError, certain: bool },
+    /// The disk has no space for the rest, as this says.
+    Full(Failure),
+    /// It could not be flushed to disk.
+    Unflushed(io::Error),
     /// The object was replaced meanwhile.
     Changed(String),
     /// The source gives no parts after all.
@@ -110,12 +115,21 @@ impl Store {
                     tracing::warn!("{text}; fetching it anew");
                 }
                 Got::NoImage { error, certain } => {
-                    self.discard(request).await?;
                     let failure = not_taken(&request.source.to_string(), &error);
+                    // That it could not be read to its end says nothing of what came: the next fetch goes on with it.
                     if matches!(error, IntakeError::Eif(_)) {
+                        self.discard(request).await?;
                         self.remember(request, Refused { stamp, failure: failure.clone(), damaged: !certain });
                     }
                     return Err(failure);
+                }
+                Got::Full(failure) => {
+                    self.discard(request).await?;
+                    return Err(failure);
+                }
+                Got::Unflushed(error) => {
+                    self.discard(request).await?;
+                    return Err(not_taken(&request.source.to_string(), &IntakeError::Write(error)));
                 }
                 Got::Changed(reason) => {
                     self.discard(request).await?;
@@ -201,30 +215,39 @@ impl Store {
         let disk = self.cache.disk().clone();
         let download =
             Download { remote: Arc::clone(remote), object, parts, file, disk, progress: Arc::clone(progress), saver };
+        // While what has come still takes its space.
+        let full = || Got::Full(self.cache.no_space(missing(incoming.file(), size)));
         let whole = match download.run(&readers, &mut anew.tries).await {
             Ok(()) => true,
             Err(End::Final(failure)) => return Err(failure),
+            Err(End::Full) => return Ok(full()),
+            Err(End::Unflushed(error)) if is_full(&error) => return Ok(full()),
+            Err(End::Unflushed(error)) => return Ok(Got::Unflushed(error)),
             Err(End::Changed(reason)) => return Ok(Got::Changed(reason)),
             Err(End::NoRanges) => return Ok(Got::NoRanges),
             Err(End::FromTheBeginning) => return Ok(Got::FromTheBeginning),
             // Their error comes below.
             Err(End::Readers) => false,
         };
+        // From here on nothing arrives: what gets on is the reading behind it.
         progress.set_stage(FetchStage::Measuring);
+        progress.restart();
+        readers.following.report_to(progress);
         let (file, disk) = (Arc::clone(incoming.file()), self.cache.disk().clone());
-        let path = incoming.path().to_owned();
-        let flushed = blocking(move || {
-            let flushed = disk.sync(&file).and_then(|()| file.metadata());
-            flushed.map_err(|error| Failure::from_error(&FileError::io("flush to disk", &path)(error)))
-        });
+        let flushed = blocking(move || Ok(disk.sync(&file).and_then(|()| file.metadata())));
         let (flushed, (report, summed)) = tokio::join!(flushed, readers.finish(size, whole));
+        let flushed = match flushed? {
+            Ok(flushed) => flushed,
+            Err(error) if is_full(&error) => return Ok(full()),
+            Err(error) => return Ok(Got::Unflushed(error)),
+        };
         let certain = match summed {
             Summed::Wrong(mismatch) => return Ok(Got::Damaged(mismatch.to_string())),
             Summed::Right => true,
             Summed::Unknown => false,
         };
         match report {
-            Ok(report) => Ok(Got::Report(Box::new(report), FileStamp::of(&flushed?), incoming)),
+            Ok(report) => Ok(Got::Report(Box::new(report), FileStamp::of(&flushed), incoming)),
             // Parts from an earlier life may not be what was written; and no image is built with a wrong CRC.
             Err(IntakeError::Eif(error)) if !certain && (reused > 0 || matches!(error, EifError::Crc { .. })) => {
                 Ok(Got::Damaged(error.to_string()))
@@ -304,10 +327,8 @@ fn not_taken(source: &str, error: &IntakeError) -> Failure {
     match error {
         IntakeError::Eif(error) => Failure::new(format!("{source} is not an image that can be launched: {error}"))
             .with_remedy("run `enclavectl measure` where it was built, and put it in its place again"),
-        IntakeError::Write(error) if error.kind() == io::ErrorKind::StorageFull => {
-            Failure::new(format!("{source} could not be kept: {error}"))
-                .with_remedy("free space on the state folder's file system, or enlarge it")
-        }
+        IntakeError::Write(error) if is_full(error) => Failure::new(format!("{source} could not be kept: {error}"))
+            .with_remedy("free space on the state folder's file system, or enlarge it"),
         error => {
             Failure::new(format!("{source} could not be taken: {error}")).with_remedy("check the disk (`dmesg`, `df`)")
         }

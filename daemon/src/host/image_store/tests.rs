@@ -60,6 +60,11 @@ impl Stand {
         stand
     }
 
+    /// From now on on that disk.
+    fn on_disk(&mut self, disk: Disk) {
+        self.store.cache = Arc::new(Cache::open(&self.folder.path().join("images"), disk).unwrap());
+    }
+
     fn source(&self) -> PathBuf {
         self.folder.path().join("signer.eif")
     }
@@ -92,7 +97,7 @@ async fn an_image_is_taken_from_a_file_proven_and_kept_under_its_digest() {
     let fetched = stand.store.fetch(&stand.request(), Prefer::Cached, progress.clone()).await.unwrap();
     assert_eq!(fetched.name(), Some("signer"));
     let size = u64::try_from(image().len()).unwrap();
-    assert_eq!(progress.get(), (size, size));
+    assert_eq!((progress.get(), progress.stage()), ((size, size), FetchStage::Measuring));
     assert_eq!(fs::read(stand.store.path(&fetched.digest())).unwrap(), image());
     assert_eq!(stand.kept(), ["eif", "json"]);
 }
@@ -184,6 +189,25 @@ async fn a_source_that_is_missing_or_no_file_is_named() {
     assert!(failure.message.contains("signer.eif: No such file"), "{failure}");
     fs::create_dir(stand.source()).unwrap();
     assert!(stand.fetch(&stand.request()).await.unwrap_err().message.contains("is not a file"));
+}
+
+#[tokio::test]
+async fn a_source_that_is_still_being_written_is_told_as_such_and_not_remembered_as_no_image() {
+    let mut stand = Stand::new();
+    fs::write(stand.source(), damage::truncated(image(), 1000)).unwrap();
+    // Its writer goes on before the copy is flushed.
+    let (source, written) = (stand.source(), std::sync::Once::new());
+    stand.on_disk(crash::Watch::intervening(move |kind| {
+        if kind == "synced" {
+            written.call_once(|| fs::write(&source, image()).unwrap());
+        }
+        Ok(())
+    }));
+    let failure = stand.fetch(&stand.request()).await.unwrap_err();
+    assert!(failure.message.contains("signer.eif was written to while it was read"), "{failure}");
+    assert!(failure.remedy.unwrap().contains("renaming"));
+    assert!(!stand.store.has_refused(&stand.request()));
+    stand.fetch(&stand.request()).await.unwrap();
 }
 
 #[tokio::test]

@@ -161,7 +161,7 @@ async fn dropping_it_ends_its_threads_whether_they_wait_or_work() {
 
 #[test]
 fn no_lane_runs_further_ahead_of_the_slowest_than_the_page_cache_is_trusted_to_hold() {
-    let mut state = State { positions: [0, 0, 0], front: 1 << 40, whole: true, stopped: false, reported: 0 };
+    let mut state = State { front: 1 << 40, whole: true, ..State::default() };
     assert_eq!(state.limit(), LEAD);
     state.positions = [LEAD, 5, 7];
     assert_eq!(state.limit(), LEAD + 5);
@@ -171,4 +171,23 @@ fn no_lane_runs_further_ahead_of_the_slowest_than_the_page_cache_is_trusted_to_h
     state.whole = false;
     state.front = LEAD + 100;
     assert_eq!(state.limit(), LEAD, "only whole pieces while there is more to come");
+}
+
+#[tokio::test]
+async fn what_is_measured_behind_a_download_is_progress_once_there_is_no_other() {
+    let bytes = sample("signer", 7, 2_000_000).to_bytes();
+    let file = file_with(&bytes);
+    let following = Following::begin(file.reopen().unwrap());
+    following.advance(3 * PIECE + 5);
+    let started = Instant::now();
+    while following.owner.0.state().slowest() < 3 * PIECE {
+        assert!(started.elapsed() < DEADLINE, "the lanes do not get on");
+        std::thread::yield_now();
+    }
+    let progress = Arc::new(Progress::default());
+    following.report_to(&progress);
+    assert_eq!(progress.get().0, 3 * PIECE);
+    let size = u64::try_from(bytes.len()).unwrap();
+    timeout(DEADLINE, following.finish(size)).await.unwrap().unwrap();
+    assert_eq!(progress.get().0, size);
 }

@@ -243,3 +243,58 @@ async fn an_index_of_an_earlier_release_is_read() {
     fs::remove_file(stand.source()).unwrap();
     assert_eq!(stand.fetch(&stand.request()).await.unwrap(), fetched);
 }
+
+#[tokio::test]
+async fn a_cached_image_that_is_replaced_or_touched_while_it_is_measured_is_measured_again_and_stays() {
+    let stand = Stand::new();
+    fs::write(stand.source(), image()).unwrap();
+    let digest = stand.fetch(&stand.request()).await.unwrap().digest();
+    let path = stand.store.path(&digest);
+    let replace = || {
+        let incoming = stand.folder.path().join("incoming");
+        fs::write(&incoming, image()).unwrap();
+        fs::rename(incoming, &path).unwrap();
+    };
+    let link = || fs::hard_link(&path, stand.folder.path().join("backup")).unwrap();
+    for touch in [&replace as &dyn Fn(), &link] {
+        let kept = stand.store.open_kept(&digest).unwrap().unwrap();
+        let result = measure_whole(kept.file.try_clone().unwrap(), &Arc::default()).await;
+        touch();
+        assert!(stand.store.judge(&digest, &kept, result).unwrap().is_none());
+        assert_eq!(fs::read(&path).unwrap(), image());
+        assert!(matches!(stand.store.measured(&digest, &Arc::default()).await.unwrap(), Found::Image(_)));
+    }
+
+    // One that is something else goes, but not the right one that was put in its place meanwhile.
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, other()).unwrap();
+    let kept = stand.store.open_kept(&digest).unwrap().unwrap();
+    let result = measure_whole(kept.file.try_clone().unwrap(), &Arc::default()).await;
+    replace();
+    assert!(stand.store.judge(&digest, &kept, result).unwrap().is_none());
+    assert_eq!(fs::read(&path).unwrap(), image());
+}
+
+#[tokio::test]
+async fn an_image_that_is_kept_and_proven_is_not_replaced_by_the_same_one() {
+    use std::os::unix::fs::MetadataExt;
+    let stand = Stand::new();
+    fs::write(stand.source(), image()).unwrap();
+    let digest = stand.fetch(&stand.request()).await.unwrap().digest();
+    let inode = || fs::metadata(stand.store.path(&digest)).unwrap().ino();
+    let before = inode();
+    let copy = || {
+        let incoming = stand.store.cache.incoming().unwrap();
+        fs::write(incoming.path(), image()).unwrap();
+        let measured = FileStamp::of(&incoming.file().metadata().unwrap());
+        stand.store.cache.keep(incoming, &measured, &digest).unwrap();
+    };
+    copy();
+    assert_eq!(inode(), before);
+    assert_eq!(stand.kept(), ["eif", "json"]);
+    // Somebody has touched it, so that it may be anything.
+    fs::set_permissions(stand.store.path(&digest), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    copy();
+    assert_ne!(inode(), before);
+    assert_eq!(stand.kept(), ["eif", "json"]);
+}

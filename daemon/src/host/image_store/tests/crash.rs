@@ -20,10 +20,19 @@ enum Left {
 }
 
 /// Sees every operation, lets those after the `last` fail, and knows what would survive a power cut.
-#[derive(Debug)]
 pub(in super::super) struct Watch {
     seen: Mutex<Seen>,
     last: u32,
+    /// Is told the kind of each operation that is about to be done, and lets it fail or not.
+    intervene: Box<Intervene>,
+}
+
+type Intervene = dyn Fn(&str) -> io::Result<()> + Send + Sync;
+
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Watch").field("seen", &self.seen).field("last", &self.last).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -41,14 +50,22 @@ fn name(path: &Path) -> OsString {
 
 impl Watch {
     fn until(last: u32) -> Arc<Self> {
-        Arc::new(Self { seen: Mutex::default(), last })
+        Arc::new(Self { seen: Mutex::default(), last, intervene: Box::new(|_| Ok(())) })
+    }
+
+    /// One that has no crash, but lets single operations fail: it is told their kind (`created`, `changed`, `synced`, ...)
+    /// before they are done.
+    pub(super) fn intervening(intervene: impl Fn(&str) -> io::Result<()> + Send + Sync + 'static) -> Disk {
+        let watch = Self { seen: Mutex::default(), last: u32::MAX, intervene: Box::new(intervene) };
+        Disk { watched: Some(Arc::new(watch)) }
     }
 
     fn seen(&self) -> MutexGuard<'_, Seen> {
         self.seen.lock().unwrap()
     }
 
-    pub(in super::super) fn before(&self) -> io::Result<()> {
+    pub(in super::super) fn before(&self, kind: &str) -> io::Result<()> {
+        (self.intervene)(kind)?;
         let mut seen = self.seen();
         seen.operations += 1;
         if seen.operations > self.last { Err(io::Error::other("crashed")) } else { Ok(()) }

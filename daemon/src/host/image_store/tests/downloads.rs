@@ -1,9 +1,11 @@
 //! Downloads from an S3 that does what a test wants: parts, retries, what goes on and what begins anew.
 
+use super::crash::Watch;
 use super::server::{Asked, Deed, Server, refuse};
 use super::*;
 use aws_smithy_types::base64;
 use sha2::{Digest, Sha256};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 /// So small that an image has ten parts or so.
 const PART: u64 = 64 << 10;
@@ -243,7 +245,6 @@ async fn what_is_read_in_one_piece_and_breaks_off_is_begun_again() {
 #[tokio::test]
 async fn expired_credentials_are_asked_for_anew_midway() {
     use aws_credential_types::provider::{ProvideCredentials, future};
-    use std::sync::atomic::{AtomicU32, Ordering};
 
     /// Hands out a new key each time it is asked.
     #[derive(Debug, Default)]
@@ -253,7 +254,7 @@ async fn expired_credentials_are_asked_for_anew_midway() {
         where
             Self: 'a,
         {
-            let key = format!("AKIA{}", self.0.fetch_add(1, Ordering::Relaxed));
+            let key = format!("AKIA{}", self.0.fetch_add(1, Relaxed));
             future::ProvideCredentials::ready(Ok(Credentials::new(key, "secret", None, None, "test")))
         }
     }
@@ -412,4 +413,98 @@ async fn an_s3_that_cannot_be_reached_is_told_with_what_to_check() {
     assert!(failure.message.contains("could not get s3://bucket/signer.eif"), "{failure}");
     assert!(failure.message.contains("tried 3 times"), "{failure}");
     assert!(failure.remedy.unwrap().contains("route"));
+}
+
+#[tokio::test]
+async fn a_download_whose_file_cannot_be_opened_any_more_is_begun_anew() {
+    let server = Server::with(large(), |asked, before| match asked.is_part(3 * PART) && before == 0 {
+        true => refuse(403, "AccessDenied"),
+        false => Deed::Serve,
+    })
+    .await;
+    let stand = stand(&server);
+    stand.fetch(&s3()).await.unwrap_err();
+    let resume = sidecar::Resume::read(&stand.store.cache.resume_path(&s3()).unwrap()).unwrap().unwrap();
+    let path = stand.folder.path().join("images").join(&resume.file);
+    // A link to itself: nobody can open that, not even those whom no permission stops.
+    fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink(&path, &path).unwrap();
+    let image = stand.fetch(&s3()).await.unwrap();
+    assert_eq!(contents(&stand, &image), large());
+    assert_eq!(stand.kept(), ["eif", "json"]);
+}
+
+#[tokio::test]
+async fn data_that_were_not_flushed_once_are_not_believed_to_be_on_disk_by_a_later_flush() {
+    let server = Server::of(large()).await;
+    let mut stand = stand(&server);
+    let synced = AtomicU32::new(0);
+    // The first is the sidecar's. That the second fails the kernel says once.
+    stand.on_disk(Watch::intervening(move |kind| {
+        let is_second = kind == "synced" && synced.fetch_add(1, Relaxed) == 1;
+        if is_second { Err(io::Error::other("it is failing")) } else { Ok(()) }
+    }));
+    let failure = stand.fetch(&s3()).await.unwrap_err();
+    assert!(failure.message.contains("writing it failed: it is failing"), "{failure}");
+    assert!(failure.remedy.unwrap().contains("check the disk"));
+    assert_eq!(stand.kept(), [""; 0]);
+    let image = stand.fetch(&s3()).await.unwrap();
+    assert_eq!(contents(&stand, &image), large());
+}
+
+#[tokio::test]
+async fn a_download_that_finds_the_disk_full_midway_says_what_it_lacks_and_gives_its_space_back() {
+    let server = Server::of(large()).await;
+    let mut stand = stand(&server);
+    let changed = AtomicU32::new(0);
+    // The first sets space aside, the second writes the sidecar, the third is the first of the data.
+    stand.on_disk(Watch::intervening(move |kind| {
+        let is_data = kind == "changed" && changed.fetch_add(1, Relaxed) >= 2;
+        if is_data { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }));
+    let failure = stand.fetch(&s3()).await.unwrap_err();
+    assert!(failure.message.contains("has no space for the image: "), "{failure}");
+    assert!(failure.message.contains("MiB are free"), "{failure}");
+    assert_eq!(stand.kept(), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_download_is_only_continued_where_there_is_space_for_the_rest() {
+    let stand = Stand::new();
+    let cache = &stand.store.cache;
+    let incoming = cache.incoming().unwrap();
+    let free = {
+        let system = rustix::fs::statvfs(stand.folder.path()).unwrap();
+        system.f_blocks * system.f_frsize
+    };
+    // Sparse: nothing is set aside.
+    incoming.file().set_len(free).unwrap();
+    let object = stamp::Object { etag: Some("\"a\"".to_owned()), modified: None, size: free, version: None };
+    let part = free.div_ceil(10);
+    let resume = sidecar::Resume::new(&s3(), incoming.name(), &object, part);
+    cache.write_json(&cache.resume_path(&s3()).unwrap(), &resume).unwrap();
+    let _stays = incoming.resumable();
+    let failure = cache.begin_download(&s3(), &object, Some(part)).unwrap_err();
+    assert!(failure.message.contains("MiB are free"), "{failure}");
+    assert_eq!(stand.kept(), ["partial", "resume"], "what is there is not lost for it");
+}
+
+#[tokio::test]
+async fn a_download_that_could_not_be_read_back_is_not_thrown_away() {
+    let server = Server::of(large()).await;
+    let mut stand = stand(&server);
+    let progress = Arc::new(Progress::default());
+    let (images, arrived) = (stand.folder.path().join("images"), Arc::clone(&progress));
+    stand.on_disk(Watch::intervening(move |kind| {
+        // When all is written, and the end of it is not read yet, since it fills no whole piece.
+        if kind == "synced" && arrived.get() == (large().len() as u64, large().len() as u64) {
+            let entries = fs::read_dir(&images).unwrap().map(|entry| entry.unwrap().path());
+            let partial = entries.into_iter().find(|path| path.extension().is_some_and(|end| end == "partial"));
+            File::options().write(true).open(partial.unwrap()).unwrap().set_len(0).unwrap();
+        }
+        Ok(())
+    }));
+    let failure = stand.store.fetch(&s3(), progress).await.unwrap_err();
+    assert!(failure.message.contains("could not be taken: reading it failed"), "{failure}");
+    assert_eq!(stand.kept(), ["partial", "resume"]);
 }

@@ -6,12 +6,13 @@ use crate::host::image_store::measure::Following;
 use crate::host::image_store::remote::{Chunks, Look, Opened, Remote, Trouble};
 use crate::host::image_store::stamp::Object;
 use bytes::Bytes;
-use enclaved_core::fetch::{Parts, Tries};
+use enclaved_core::fetch::{MAX_TRIES, Tries};
 use std::ops::Range;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 const PART: u64 = 64 << 10;
+const GOES_ON: &str = "the next fetch goes on from the finished parts";
 
 /// What a request does.
 #[derive(Debug, Clone, Copy)]
@@ -72,7 +73,7 @@ impl Remote for Source {
     }
 
     async fn open(&self, _: &Object, range: Option<Range<u64>>) -> Result<Opened<Pieces>, Trouble> {
-        let range = range.unwrap();
+        let range = range.unwrap_or(0..self.bytes.len() as u64);
         let before = {
             let mut asked = self.asked.lock().unwrap();
             asked.push((range.clone(), Instant::now()));
@@ -94,23 +95,27 @@ impl Remote for Source {
     }
 }
 
-/// Downloads; how long it took. (Paused time stands still while something is written, and passes else.)
+/// Downloads in parts; how long it took. (Paused time stands still while something is written, and passes else.)
 async fn download(source: &Arc<Source>) -> (Result<Vec<u8>, End>, Duration) {
+    download_in(source, Some(PART), Tries::default()).await
+}
+
+async fn download_in(source: &Arc<Source>, part: Option<u64>, mut tries: Tries) -> (Result<Vec<u8>, End>, Duration) {
     let folder = tempfile::tempdir().unwrap();
     let cache = Arc::new(Cache::open(folder.path(), Disk::default()).unwrap());
     let object = source.object();
-    let begun = cache.begin_download(&request("s3://bucket/a.eif"), &object, Some(PART)).unwrap();
+    let begun = cache.begin_download(&request("s3://bucket/a.eif"), &object, part).unwrap();
     let readers = Readers { following: Following::begin(File::open(begun.incoming.path()).unwrap()), summing: None };
     let download = Download {
         remote: Arc::clone(source),
-        parts: Parts::new(object.size, PART).unwrap(),
+        parts: begun.parts,
         object,
         file: Arc::clone(begun.incoming.file()),
         disk: Disk::default(),
         progress: Arc::default(),
         saver: begun.saver,
     };
-    let (began, mut tries) = (Instant::now(), Tries::default());
+    let began = Instant::now();
     let result = download.run(&readers, &mut tries).await;
     let took = began.elapsed();
     (result.map(|()| fs::read(begun.incoming.path()).unwrap()), took)
@@ -132,13 +137,24 @@ async fn a_source_that_went_silent_altogether_is_given_up_after_a_minute_and_a_h
     let source = Source::new(|part, _| if part < 4 { Does::Serve } else { Does::Stop });
     let (result, took) = download(&source).await;
     let Err(End::Final(failure)) = result else { panic!("{result:?}") };
-    for part in ["could not get memory", "nothing came for 30 s", "tried 3 times", "bytes had come"] {
+    for part in ["could not get memory", "nothing came for 30 s", "tried 3 times", "bytes had come", GOES_ON] {
         assert!(failure.message.contains(part), "{failure}");
     }
     assert!(failure.remedy.is_some());
     let seconds = took.as_secs();
     // So that its reason is told, before the job is ended for standing still.
     assert!((90..110).contains(&seconds), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn that_the_next_fetch_goes_on_is_said_only_where_finished_parts_are_kept() {
+    // No part is finished, or all is got in one piece, of which nothing is kept.
+    for (part, most) in [(Some(PART), MAX_TRIES), (None, 1)] {
+        let source = Source::new(|_, _| Does::Slow(50));
+        let (result, _) = download_in(&source, part, Tries::of(most)).await;
+        let Err(End::Final(failure)) = result else { panic!("{result:?}") };
+        assert!(failure.message.contains("bytes had come") && !failure.message.contains(GOES_ON), "{failure}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -161,6 +177,21 @@ async fn requests_that_are_all_slow_are_let_alone() {
     let (result, _) = download(&source).await;
     assert_eq!(result.unwrap(), source.bytes);
     assert_eq!(source.asked.lock().unwrap().len() as u64, source.object().size.div_ceil(PART));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_brings_next_to_nothing_is_made_again_after_a_minute_though_no_other_is_faster() {
+    let source = Source::new(|_, _| Does::Slow(500));
+    let (result, _) = download(&source).await;
+    assert_eq!(result.unwrap(), source.bytes);
+    let asked = source.asked.lock().unwrap();
+    let (first, again) = {
+        let mut of_first = asked.iter().filter(|(range, _)| range.start / PART == 0);
+        (of_first.next().unwrap(), of_first.next().expect("it brought 30000 bytes in a minute"))
+    };
+    assert!(again.0.start >= 29_000, "{again:?}");
+    let seconds = again.1.duration_since(first.1).as_secs();
+    assert!((60..64).contains(&seconds), "{seconds}");
 }
 
 #[tokio::test(start_paused = true)]
