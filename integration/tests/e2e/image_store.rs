@@ -285,3 +285,35 @@ async fn an_image_is_measured_where_it_is_and_nothing_of_it_stays_on_disk() {
     let left: Vec<_> = fs::read_dir(host.machine.path().join("home")).unwrap().collect();
     assert!(left.is_empty(), "{left:?}");
 }
+
+/// Credentials come from where an AWS SDK looks for them: here the environment, and a container's service (ECS, EKS).
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_metadata_service_the_environments_or_the_containers_credentials_are_used() {
+    for of_container in [false, true] {
+        let host = Host::with_image().await;
+        let credentials = host.machine.imds.credentials().for_container();
+        let service = FileServer::start(Manners::GOOD).await.unwrap();
+        let until = humantime::format_rfc3339_seconds(credentials.expires);
+        let answer = serde_json::json!({
+            "AccessKeyId": credentials.access_key_id, "SecretAccessKey": credentials.secret_access_key,
+            "Token": credentials.token, "Expiration": until.to_string(),
+        });
+        service.put("/credentials", answer.to_string());
+        let mut command = host.machine.command("enclaved").unwrap();
+        command.arg("--config").arg(host.machine.config_file());
+        command.env("AWS_EC2_METADATA_DISABLED", "true").env("AWS_REGION", "us-east-1");
+        if of_container {
+            command.env("AWS_CONTAINER_CREDENTIALS_FULL_URI", service.url("/credentials"));
+        } else {
+            command.env("AWS_ACCESS_KEY_ID", &credentials.access_key_id);
+            command.env("AWS_SECRET_ACCESS_KEY", &credentials.secret_access_key);
+            command.env("AWS_SESSION_TOKEN", &credentials.token);
+        }
+        host.configure(&host.signer());
+        host.started(host.machine.start_program(command).unwrap());
+        host.until_ready().await;
+        let asked = host.machine.s3.authenticated();
+        assert!(asked.iter().all(|request| request.access_key_id == credentials.access_key_id), "{asked:?}");
+        assert!(!asked.is_empty() && of_container != service.requests().is_empty());
+    }
+}
