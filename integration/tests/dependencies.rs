@@ -71,5 +71,5 @@ fn the_data_plane_knows_nothing_of_aws_metrics_and_systemd() {
 
 #[test]
 fn the_daemon_does_not_need_the_stand_ins() {
-    check_absent("enclaved", &["enclaved-integration", "s3s", "proptest", "tempfile"]);
+    check_absent("enclaved", &["enclaved-integration", "s3s", "proptest"]);
 }

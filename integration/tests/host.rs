@@ -55,7 +55,9 @@ async fn an_image_from_the_bucket_runs_and_calls_out_to_the_upstream() {
     let machine = machine().await;
     let measured = machine.put_image("signer.eif", &machine.sample_application("v1")).await.unwrap();
     assert!(measured.crc_is_right);
-    let eif = machine.path().join("s3").join(machine.bucket()).join("signer.eif");
+    let object = machine.s3.owner().get_object().bucket(machine.bucket()).key("signer.eif").send().await.unwrap();
+    let eif = machine.path().join("signer.eif");
+    std::fs::write(&eif, object.body.collect().await.unwrap().into_bytes()).unwrap();
     let mut tasks = JoinSet::new();
     forward(&machine, 16, &mut tasks);
     launch(&machine, &eif, 16);
