@@ -316,9 +316,16 @@ impl Drop for Machine {
 /// Where the daemon serves HTTPS and metrics.
 fn addresses(wanted: Option<Ipv4Addr>) -> io::Result<(SocketAddr, SocketAddr)> {
     if let Some(ip) = wanted {
-        // Two ports that are free now; both are held until both are known.
-        let listeners = [TcpListener::bind((ip, 0))?, TcpListener::bind((ip, 0))?];
-        return Ok((listeners[0].local_addr()?, listeners[1].local_addr()?));
+        // Below the ports that the kernel gives to connections: one of those may be taken between now and the daemon's start.
+        for _ in 0..100 {
+            let random = u16::from_str_radix(&unique(4), 16).map_err(io::Error::other)?;
+            let at = |port| SocketAddr::new(IpAddr::V4(ip), port);
+            let (ingress, metrics) = (at(10_240 + random % 20_000), at(10_240 + random % 20_000 + 1));
+            if TcpListener::bind(ingress).is_ok() && TcpListener::bind(metrics).is_ok() {
+                return Ok((ingress, metrics));
+            }
+        }
+        return Err(io::ErrorKind::AddrInUse.into());
     }
     // All of 127.0.0.0/8 is this host.
     for _ in 0..100 {
