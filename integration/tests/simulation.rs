@@ -5,7 +5,7 @@
 
 use enclaved::asked::FetchAnswer;
 use enclaved::host::Effect;
-use enclaved_core::desired::{Desired, OnUnhealthy, RestartPolicy, UpdatePolicy};
+use enclaved_core::desired::{Desired, ImageRequest, OnUnhealthy, RestartPolicy, UpdatePolicy};
 use enclaved_core::id::{EnclaveName, MemoryMib};
 use enclaved_integration::sim::{Fault, Harness, World, desired, image};
 use std::collections::{BTreeMap, BTreeSet};
@@ -158,18 +158,13 @@ impl Scenario {
                 once_each(&harness.world, 3, 1)?;
             }
             Self::NewObject => {
-                let mut watched = two(1);
-                for spec in watched.enclaves.values_mut().take(1) {
-                    spec.image.source = image(4).0.source;
-                    spec.image_poll = Some(Duration::from_secs(10));
-                }
-                harness.world.put_image(image(4).0, image(1).1);
-                harness.configure(watched).await;
+                harness.world.put_image(watched_request(), image(1).1);
+                harness.configure(watched()).await;
                 harness.pass(Duration::from_secs(12)).await;
                 harness.converge(PATIENCE).await?;
                 // The same image under another name is no reason for a launch.
                 once_each(&harness.world, 2, 0)?;
-                harness.world.put_image(image(4).0, image(2).1);
+                harness.world.put_image(watched_request(), image(2).1);
                 harness.pass(Duration::from_secs(11)).await;
                 harness.converge(PATIENCE).await?;
                 once_each(&harness.world, 3, 1)?;
@@ -542,15 +537,32 @@ fn draining_waits_for_connections_but_not_for_ever() {
 }
 
 /// One storm: faults everywhere, deaths, reloads, holds, reboots; then calm, and the host must become what is wanted.
+/// A request whose object is replaced from time to time.
+fn watched_request() -> ImageRequest {
+    image(4).0
+}
+
+/// One of two enclaves follows its object, and no image is kept longer than needed.
+fn watched() -> Desired {
+    let mut watched = two(1);
+    watched.host.image_cache = 0;
+    for spec in watched.enclaves.values_mut().take(1) {
+        spec.image = watched_request();
+        spec.image_poll = Some(Duration::from_secs(10));
+    }
+    watched
+}
+
 fn storm(seed: u64) -> Result<(), String> {
     runtime().block_on(async {
         let mut harness = Harness::new(world(), two(1));
+        harness.world.put_image(watched_request(), image(1).1);
         harness.world.storm(20, seed);
         harness.start().await;
         for _ in 0..30 {
             let pause = Duration::from_millis(harness.world.random(20_000));
             harness.pass(pause).await;
-            match harness.world.random(8) {
+            match harness.world.random(12) {
                 0 => harness.configure(two(1)).await,
                 1 => harness.configure(two(2)).await,
                 2 => harness.configure(desired(&[("vault", &image(1).0, 2, 2048)])).await,
@@ -561,6 +573,12 @@ fn storm(seed: u64) -> Result<(), String> {
                     harness.start().await;
                 }
                 5 => harness.world.set_images_away(harness.world.random(2) == 0),
+                6 | 7 => harness.configure(watched()).await,
+                8 => {
+                    let (_, image) = image(1 + harness.world.random(3));
+                    harness.world.put_image(watched_request(), image);
+                }
+                9 => harness.world.cached().into_iter().take(1).for_each(|digest| harness.world.spoil_image(digest)),
                 _ => {
                     let alive: Vec<_> = harness.world.alive().into_keys().collect();
                     if let Some(victim) = alive.first() {
