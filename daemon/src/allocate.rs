@@ -12,6 +12,7 @@ pub use report::{Did, Pool, Report};
 pub use request::{FORMAT, Request};
 
 use crate::atomic_file;
+use crate::config::AllocatorMode;
 use crate::host::inventory::{HostInventory, InventorySource, Roots};
 use enclaved_core::allocator_file::Reservation;
 use enclaved_core::failure::Failure;
@@ -29,32 +30,77 @@ const JOURNAL_LINES: u32 = 20;
 /// Hugepages beyond what was asked for that do not make another pool of it: one large page.
 const ONE_LARGE_PAGE: u64 = 1024;
 
+/// How the command ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended {
+    /// The host's configuration does not allow it, or can't be used: the request was not even read.
+    NotAllowed(Failure),
+    /// The request was looked at.
+    Tried(Report),
+}
+
 /// The whole command: with the reserve of the host's configuration, and on the real host. The report is on disk when it returns.
+/// `manage`: whoever started it says that this host's pool is enclaved's to change.
 ///
 /// # Errors
 /// The report can't be written.
-pub async fn run(config: &Path, request: PathBuf, report: PathBuf) -> Result<Report, Failure> {
-    let (reserve, sysfs) = match crate::config::load(config) {
-        Ok(config) => (Reserve::from(&config.desired.host), Some(config.host.sysfs)),
-        Err(errors) => {
-            // The request is written by another user: it can't say itself what is to be left to the parent.
-            tracing::warn!("the configuration can't be used, so the default reserve counts: {errors}");
-            (Reserve::default(), None)
+pub async fn run(config: &Path, manage: bool, request: PathBuf, report: PathBuf) -> Result<Ended, Failure> {
+    // It must be known beforehand that the report can be written.
+    only_ours_for_the_report(&report)?;
+    let now = SystemTime::now().into();
+    let (reserve, roots) = match allowed(config, manage) {
+        Ok(allowed) => allowed,
+        Err(failure) => {
+            let refused = Report { failure: Some(failure.clone()), ..Report::new(now) };
+            publish(&refused, &report)?;
+            return Ok(Ended::NotAllowed(failure));
         }
     };
-    let mut roots = Roots::default();
-    roots.sysfs = sysfs.unwrap_or(roots.sysfs);
     let places = Places {
         request,
         allocator_file: enclaved_core::allocator_file::PATH.into(),
         compact_memory: roots.procfs.join("sys/vm/compact_memory"),
     };
-    // It must be known beforehand that the report can be written.
-    file::only_ours(report.parent().unwrap_or(Path::new("/")))?;
     let host = HostInventory::new(roots, "nitro-cli");
-    let done = allocate(&places, reserve, &host, &service::Systemd, SystemTime::now().into()).await;
+    let done = allocate(&places, reserve, &host, &service::Systemd, now).await;
     publish(&done, &report)?;
-    Ok(done)
+    Ok(Ended::Tried(done))
+}
+
+/// What the configuration says is to be left to the parent, and where the host's files are. The request can't say that itself, as
+/// another user writes it; and a configuration that can't be used may say anything, so no default stands in for it.
+fn allowed(config: &Path, manage: bool) -> Result<(Reserve, Roots), Failure> {
+    let mut roots = Roots::default();
+    let (mode, reserve) = if is_there(config)? {
+        let config = crate::config::load(config).map_err(|errors| {
+            Failure::new(format!("the configuration can't be used: {errors}"))
+                .with_remedy("`enclavectl check` says whether it is right")
+        })?;
+        roots.sysfs = config.host.sysfs;
+        (config.host.allocator, Reserve::from(&config.desired.host))
+    } else {
+        (AllocatorMode::default(), Reserve::default())
+    };
+    match mode {
+        AllocatorMode::External => Err(Failure::new("host.allocator is \"external\": the pool is somebody else's")),
+        AllocatorMode::Verify if !manage => {
+            Err(Failure::new("host.allocator is \"verify\": the pool is the administrator's")
+                .with_remedy("--manage says that this host's pool is enclaved's to change"))
+        }
+        AllocatorMode::Verify => Ok((reserve, roots)),
+    }
+}
+
+/// Whether there is any configuration: the file, or files in `conf.d` beside it, which no daemon runs with alone.
+fn is_there(config: &Path) -> Result<bool, Failure> {
+    for path in [config, &config.with_file_name("conf.d")] {
+        match std::fs::symlink_metadata(path) {
+            Ok(_) => return Ok(true),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Failure::new(format!("could not look at {}: {error}", path.display()))),
+        }
+    }
+    Ok(false)
 }
 
 /// Where this process reads and writes.
@@ -213,10 +259,17 @@ fn compact(compact_memory: &Path) -> std::io::Result<()> {
 /// # Errors
 /// It can't be written, or others than its owner could write in its folder.
 pub fn publish(report: &Report, path: &Path) -> Result<(), Failure> {
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    file::only_ours(folder)?;
+    only_ours_for_the_report(path)?;
     let mut bytes =
         serde_json::to_vec_pretty(report).map_err(|error| Failure::new(format!("writing the report: {error}")))?;
     bytes.push(b'\n');
     atomic_file::write_with_mode(path, &bytes, 0o644).map_err(|error| Failure::from_error(&error))
+}
+
+fn only_ours_for_the_report(report: &Path) -> Result<(), Failure> {
+    let folder = report.parent().unwrap_or(Path::new("/"));
+    // Not RuntimeDirectory=: systemd removes that folder when a oneshot ends, and the report with it.
+    file::only_ours(folder).map_err(|failure| {
+        failure.with_remedy(format!("let systemd make it: `d {} 0755 root root` in tmpfiles.d", folder.display()))
+    })
 }

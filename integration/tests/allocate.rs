@@ -310,3 +310,52 @@ async fn the_report_reads_back_and_is_only_written_where_nobody_else_can_write()
     assert_eq!(serde_json::from_slice::<Report>(&fs::read(&file).unwrap()).unwrap(), report);
     assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o644, "the daemon reads it");
 }
+
+#[tokio::test]
+async fn the_allocators_file_is_not_written_where_somebody_else_can_write() {
+    let host = Host::new("m5.xlarge");
+    let before = host.file();
+    fs::set_permissions(host.path("etc/nitro_enclaves"), fs::Permissions::from_mode(0o775)).unwrap();
+    let failure = why(&host.allocate(count(2, 1024), None).await);
+    assert!(failure.contains("only its owner") && failure.contains("chmod go-w"), "{failure}");
+    assert_eq!((host.restarts(), host.file()), (0, before));
+}
+
+/// Runs the command as systemd would, with that configuration, and without a request: it can't get as far as the host.
+fn command(config: Option<&str>, arguments: &[&str]) -> (Option<i32>, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("enclaved.toml");
+    if let Some(config) = config {
+        fs::write(&file, config).unwrap();
+    }
+    let mut command = std::process::Command::new(enclaved_integration::binaries::find("enclaved").unwrap());
+    command.arg("allocate").args(arguments).arg("--config").arg(file);
+    command.arg("--request").arg(folder.path().join("request.json"));
+    command.arg("--report").arg(folder.path().join("report.json"));
+    let output = command.output().unwrap();
+    let report: Report = serde_json::from_slice(&fs::read(folder.path().join("report.json")).unwrap()).unwrap();
+    let why = why(&report);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("what is reserved is not changed: "), "{output:?}");
+    (output.status.code(), why)
+}
+
+#[test]
+fn the_pool_stays_the_administrators_unless_it_is_said_to_be_enclaveds() {
+    for (config, arguments, code, part) in [
+        (None, &[][..], 78, "host.allocator is \"verify\": the pool is the administrator's"),
+        (None, &["--manage"], 75, "is not taken"),
+        (Some("[host]\nallocator = \"verify\"\n"), &["--manage"], 75, "is not taken"),
+        (Some("[host]\nallocator = \"external\"\n"), &["--manage"], 78, "host.allocator is \"external\""),
+    ] {
+        let (exit, why) = command(config, arguments);
+        assert!(exit == Some(code) && why.contains(part), "{config:?} {arguments:?}: {exit:?} {why}");
+    }
+}
+
+#[test]
+fn with_a_configuration_that_cannot_be_used_nothing_is_changed() {
+    for config in ["[host", "[host]\nreserve_memory_mib = \"much\"\n"] {
+        let (exit, why) = command(Some(config), &["--manage"]);
+        assert!(exit == Some(78) && why.contains("the configuration can't be used"), "{exit:?} {why}");
+    }
+}
