@@ -13,15 +13,15 @@ pub use request::{FORMAT, Request};
 
 use crate::atomic_file;
 use crate::config::AllocatorMode;
-use crate::host::inventory::{HostInventory, InventorySource, Roots};
-use enclaved_core::allocator_file::Reservation;
+use crate::host::inventory::{ALLOCATOR_UNIT, HostInventory, InventorySource, Roots};
+use enclaved_core::allocator_file::{CpuRequest, Reservation};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{MemoryMib, Timestamp};
 use enclaved_core::inventory::Inventory;
 use enclaved_core::observed::Observation;
-use enclaved_core::sizing::pool::{PoolNow, kernel_arguments, within};
+use enclaved_core::sizing::pool::{PoolNow, kernel_arguments, leaves_nothing_behind, node_of, within};
 use enclaved_core::sizing::{Capacity, Reserve};
-use service::StockService;
+use service::{RestartError, StockService};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -138,6 +138,12 @@ pub async fn allocate<I: InventorySource, S: StockService>(
     report
 }
 
+/// Why the pool is not what was asked for.
+struct Shortage {
+    failure: Failure,
+    of_memory: bool,
+}
+
 struct Run<'a, I, S> {
     places: &'a Places,
     inventory: &'a I,
@@ -159,12 +165,15 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         if let Some(least) = &least {
             within(&capacity, least)?;
         }
+        for reservation in [Some(&wish), least.as_ref()].into_iter().flatten() {
+            leaves_nothing_behind(&seen, reservation)?;
+        }
         let before = PoolNow::of(&seen)?;
         self.report.before = Some(pool(&before));
-        self.report.after.clone_from(&self.report.before);
         if is(&before, &wish) {
             // The next boot should find it in the file, too.
             self.write(&wish)?;
+            self.report.after.clone_from(&self.report.before);
             return Ok(Did::Nothing);
         }
         nothing_runs(&seen)?;
@@ -182,17 +191,66 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
             if had {
                 return Ok(Did::Reserved(least));
             }
+        }
+        let shortage = self.shortage(&wish, &capacity, &seen)?;
+        let kept = self.keep_former(&before, &capacity).await?;
+        if shortage.of_memory {
             // So that the next boot, which is the remedy, reserves all of it.
             self.write(&wish)?;
         }
-        Err(self.shortage(&wish, &capacity))
+        match kept {
+            Some(former) => {
+                self.report.failure = Some(shortage.failure);
+                Ok(Did::KeptFormer(former))
+            }
+            None => Err(shortage.failure),
+        }
+    }
+
+    /// The pool that was there before, again if need be: a growth that failed must not cost what ran. `None`: there was none, it is
+    /// not one that may be reserved, or it can't be had any more.
+    async fn keep_former(&mut self, before: &PoolNow, capacity: &Capacity) -> Result<Option<Reservation>, Failure> {
+        let former = Reservation { cpus: CpuRequest::Pool(before.cpus.clone()), memory_mib: before.memory };
+        if before.cpus.is_empty() || within(capacity, &former).is_err() {
+            return Ok(None);
+        }
+        // Also where it is there still: the file must not name what can't be had.
+        self.write(&former)?;
+        let there = self.report.after.as_ref() == Some(&pool(before)) || self.try_to_have(&former).await?;
+        Ok(there.then_some(former))
     }
 
     /// Writes the file, restarts the stock service, and looks whether the pool is there, whatever the service says of itself.
     async fn try_to_have(&mut self, reservation: &Reservation) -> Result<bool, Failure> {
         self.write(reservation)?;
-        self.report.restarts += 1;
-        self.report.service_failure = self.service.restart().await.err();
+        self.report.after = None;
+        let restarted = self.service.restart().await;
+        if !matches!(restarted, Err(RestartError::NotRun(_))) {
+            self.report.restarts += 1;
+        }
+        self.report.service_failure = match restarted {
+            Ok(()) => None,
+            Err(RestartError::Failed(failure)) => Some(failure),
+            // Neither more free memory nor another file helps where it does not run.
+            Err(RestartError::NotRun(failure)) => {
+                self.report.service_failure = Some(failure.clone());
+                return Err(Failure {
+                    message: format!("the stock allocator did not run: {}", failure.message),
+                    remedy: failure.remedy.or_else(|| {
+                        Some(format!("`systemctl status {ALLOCATOR_UNIT}` says why; the next restart of it reserves {reservation}"))
+                    }),
+                    code: None,
+                });
+            }
+            Err(RestartError::Unknown(failure)) => {
+                self.report.service_failure = Some(failure.clone());
+                return Err(Failure {
+                    message: format!("what became of the pool is not known: {}", failure.message),
+                    remedy: failure.remedy.or_else(|| Some(format!("look at `systemctl status {ALLOCATOR_UNIT}`"))),
+                    code: None,
+                });
+            }
+        };
         let seen = PoolNow::of(&self.inventory.read().await)?;
         self.report.after = Some(pool(&seen));
         Ok(is(&seen, reservation))
@@ -204,8 +262,8 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         Ok(())
     }
 
-    fn shortage(&self, wish: &Reservation, capacity: &Capacity) -> Failure {
-        let after = self.report.after.clone().unwrap_or_default();
+    fn shortage(&self, wish: &Reservation, capacity: &Capacity, seen: &Inventory) -> Result<Shortage, Failure> {
+        let after = self.report.after.clone().ok_or_else(|| Failure::new("the pool was not read after the restart"))?;
         let said =
             self.report.service_failure.as_ref().map(|failure| format!(": {}", failure.message)).unwrap_or_default();
         let message = format!(
@@ -215,15 +273,22 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
             after.memory
         );
         if after.memory >= wish.memory_mib {
-            return Failure::new(message)
+            let failure = Failure::new(message)
                 .with_remedy("the journal of nitro-enclaves-allocator.service says why it refused the CPUs");
+            return Ok(Shortage { failure, of_memory: false });
         }
-        let node = (capacity.nodes.len() > 1).then(|| capacity.nodes.first().map(|node| node.node)).flatten();
-        let arguments = kernel_arguments(wish.memory_mib, node);
-        Failure::new(message).with_remedy(format!(
-            "memory is in pieces: reboot (the file is in place, and early after a boot it is in one piece), or reserve it on the kernel \
-             command line: {arguments}"
-        ))
+        let node = node_of(seen, wish)?;
+        let of_node = capacity.nodes.iter().find(|candidate| node.is_none_or(|node| candidate.node == node));
+        let pages = of_node.map_or(&[][..], |node| &node.pages_mib);
+        // Where there is one node only, it needs no name.
+        let named = node.filter(|_| capacity.nodes.len() > 1);
+        let arguments = kernel_arguments(wish.memory_mib, pages, named);
+        let since = if named.is_some() { " (Linux 5.16 or later)" } else { "" };
+        let failure = Failure::new(message).with_remedy(format!(
+            "unless the journal of nitro-enclaves-allocator.service says otherwise, memory is in pieces: reboot (the file is in place, \
+             and early after a boot it is in one piece), or reserve it on the kernel command line: {arguments}{since}"
+        ));
+        Ok(Shortage { failure, of_memory: true })
     }
 }
 

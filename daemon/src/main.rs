@@ -159,6 +159,11 @@ async fn allocate(config: &std::path::Path, manage: bool, request: PathBuf, repo
                 tracing::info!("reserved {reservation}");
                 ExitCode::SUCCESS
             }
+            (Did::KeptFormer(former), failure) => {
+                let why = failure.as_ref().map_or_else(String::new, ToString::to_string);
+                tracing::error!("what is reserved is not changed, kept the former: {former}; {why}");
+                ExitCode::from(TRY_AGAIN)
+            }
             (Did::Failed, failure) => {
                 let why = failure.as_ref().map_or_else(String::new, ToString::to_string);
                 // Until the stock service was restarted nothing can have changed.
