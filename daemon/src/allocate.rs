@@ -12,15 +12,16 @@ pub use report::{Did, Pool, Report};
 pub use request::{FORMAT, Request};
 
 use crate::atomic_file;
-use crate::host::inventory::{HostInventory, InventorySource, Roots};
-use enclaved_core::allocator_file::Reservation;
+use crate::config::AllocatorMode;
+use crate::host::inventory::{ALLOCATOR_UNIT, HostInventory, InventorySource, Roots};
+use enclaved_core::allocator_file::{CpuRequest, Reservation};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{MemoryMib, Timestamp};
 use enclaved_core::inventory::Inventory;
 use enclaved_core::observed::Observation;
-use enclaved_core::sizing::pool::{PoolNow, kernel_arguments, within};
+use enclaved_core::sizing::pool::{PoolNow, kernel_arguments, leaves_nothing_behind, node_of, within};
 use enclaved_core::sizing::{Capacity, Reserve};
-use service::StockService;
+use service::{RestartError, StockService};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -29,32 +30,77 @@ const JOURNAL_LINES: u32 = 20;
 /// Hugepages beyond what was asked for that do not make another pool of it: one large page.
 const ONE_LARGE_PAGE: u64 = 1024;
 
+/// How the command ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended {
+    /// The host's configuration does not allow it, or can't be used: the request was not even read.
+    NotAllowed(Failure),
+    /// The request was looked at.
+    Tried(Report),
+}
+
 /// The whole command: with the reserve of the host's configuration, and on the real host. The report is on disk when it returns.
+/// `manage`: whoever started it says that this host's pool is enclaved's to change.
 ///
 /// # Errors
 /// The report can't be written.
-pub async fn run(config: &Path, request: PathBuf, report: PathBuf) -> Result<Report, Failure> {
-    let (reserve, sysfs) = match crate::config::load(config) {
-        Ok(config) => (Reserve::from(&config.desired.host), Some(config.host.sysfs)),
-        Err(errors) => {
-            // The request is written by another user: it can't say itself what is to be left to the parent.
-            tracing::warn!("the configuration can't be used, so the default reserve counts: {errors}");
-            (Reserve::default(), None)
+pub async fn run(config: &Path, manage: bool, request: PathBuf, report: PathBuf) -> Result<Ended, Failure> {
+    // It must be known beforehand that the report can be written.
+    only_ours_for_the_report(&report)?;
+    let now = SystemTime::now().into();
+    let (reserve, roots) = match allowed(config, manage) {
+        Ok(allowed) => allowed,
+        Err(failure) => {
+            let refused = Report { failure: Some(failure.clone()), ..Report::new(now) };
+            publish(&refused, &report)?;
+            return Ok(Ended::NotAllowed(failure));
         }
     };
-    let mut roots = Roots::default();
-    roots.sysfs = sysfs.unwrap_or(roots.sysfs);
     let places = Places {
         request,
         allocator_file: enclaved_core::allocator_file::PATH.into(),
         compact_memory: roots.procfs.join("sys/vm/compact_memory"),
     };
-    // It must be known beforehand that the report can be written.
-    file::only_ours(report.parent().unwrap_or(Path::new("/")))?;
     let host = HostInventory::new(roots, "nitro-cli");
-    let done = allocate(&places, reserve, &host, &service::Systemd, SystemTime::now().into()).await;
+    let done = allocate(&places, reserve, &host, &service::Systemd, now).await;
     publish(&done, &report)?;
-    Ok(done)
+    Ok(Ended::Tried(done))
+}
+
+/// What the configuration says is to be left to the parent, and where the host's files are. The request can't say that itself, as
+/// another user writes it; and a configuration that can't be used may say anything, so no default stands in for it.
+fn allowed(config: &Path, manage: bool) -> Result<(Reserve, Roots), Failure> {
+    let mut roots = Roots::default();
+    let (mode, reserve) = if is_there(config)? {
+        let config = crate::config::load(config).map_err(|errors| {
+            Failure::new(format!("the configuration can't be used: {errors}"))
+                .with_remedy("`enclavectl check` says whether it is right")
+        })?;
+        roots.sysfs = config.host.sysfs;
+        (config.host.allocator, Reserve::from(&config.desired.host))
+    } else {
+        (AllocatorMode::default(), Reserve::default())
+    };
+    match mode {
+        AllocatorMode::External => Err(Failure::new("host.allocator is \"external\": the pool is somebody else's")),
+        AllocatorMode::Verify if !manage => {
+            Err(Failure::new("host.allocator is \"verify\": the pool is the administrator's")
+                .with_remedy("--manage says that this host's pool is enclaved's to change"))
+        }
+        AllocatorMode::Verify => Ok((reserve, roots)),
+    }
+}
+
+/// Whether there is any configuration: the file, or files in `conf.d` beside it, which no daemon runs with alone.
+fn is_there(config: &Path) -> Result<bool, Failure> {
+    for path in [config, &config.with_file_name("conf.d")] {
+        match std::fs::symlink_metadata(path) {
+            Ok(_) => return Ok(true),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Failure::new(format!("could not look at {}: {error}", path.display()))),
+        }
+    }
+    Ok(false)
 }
 
 /// Where this process reads and writes.
@@ -92,6 +138,12 @@ pub async fn allocate<I: InventorySource, S: StockService>(
     report
 }
 
+/// Why the pool is not what was asked for.
+struct Shortage {
+    failure: Failure,
+    of_memory: bool,
+}
+
 struct Run<'a, I, S> {
     places: &'a Places,
     inventory: &'a I,
@@ -113,12 +165,15 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         if let Some(least) = &least {
             within(&capacity, least)?;
         }
+        for reservation in [Some(&wish), least.as_ref()].into_iter().flatten() {
+            leaves_nothing_behind(&seen, reservation)?;
+        }
         let before = PoolNow::of(&seen)?;
         self.report.before = Some(pool(&before));
-        self.report.after.clone_from(&self.report.before);
         if is(&before, &wish) {
             // The next boot should find it in the file, too.
             self.write(&wish)?;
+            self.report.after.clone_from(&self.report.before);
             return Ok(Did::Nothing);
         }
         nothing_runs(&seen)?;
@@ -136,17 +191,66 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
             if had {
                 return Ok(Did::Reserved(least));
             }
+        }
+        let shortage = self.shortage(&wish, &capacity, &seen)?;
+        let kept = self.keep_former(&before, &capacity).await?;
+        if shortage.of_memory {
             // So that the next boot, which is the remedy, reserves all of it.
             self.write(&wish)?;
         }
-        Err(self.shortage(&wish, &capacity))
+        match kept {
+            Some(former) => {
+                self.report.failure = Some(shortage.failure);
+                Ok(Did::KeptFormer(former))
+            }
+            None => Err(shortage.failure),
+        }
+    }
+
+    /// The pool that was there before, again if need be: a growth that failed must not cost what ran. `None`: there was none, it is
+    /// not one that may be reserved, or it can't be had any more.
+    async fn keep_former(&mut self, before: &PoolNow, capacity: &Capacity) -> Result<Option<Reservation>, Failure> {
+        let former = Reservation { cpus: CpuRequest::Pool(before.cpus.clone()), memory_mib: before.memory };
+        if before.cpus.is_empty() || within(capacity, &former).is_err() {
+            return Ok(None);
+        }
+        // Also where it is there still: the file must not name what can't be had.
+        self.write(&former)?;
+        let there = self.report.after.as_ref() == Some(&pool(before)) || self.try_to_have(&former).await?;
+        Ok(there.then_some(former))
     }
 
     /// Writes the file, restarts the stock service, and looks whether the pool is there, whatever the service says of itself.
     async fn try_to_have(&mut self, reservation: &Reservation) -> Result<bool, Failure> {
         self.write(reservation)?;
-        self.report.restarts += 1;
-        self.report.service_failure = self.service.restart().await.err();
+        self.report.after = None;
+        let restarted = self.service.restart().await;
+        if !matches!(restarted, Err(RestartError::NotRun(_))) {
+            self.report.restarts += 1;
+        }
+        self.report.service_failure = match restarted {
+            Ok(()) => None,
+            Err(RestartError::Failed(failure)) => Some(failure),
+            // Neither more free memory nor another file helps where it does not run.
+            Err(RestartError::NotRun(failure)) => {
+                self.report.service_failure = Some(failure.clone());
+                return Err(Failure {
+                    message: format!("the stock allocator did not run: {}", failure.message),
+                    remedy: failure.remedy.or_else(|| {
+                        Some(format!("`systemctl status {ALLOCATOR_UNIT}` says why; the next restart of it reserves {reservation}"))
+                    }),
+                    code: None,
+                });
+            }
+            Err(RestartError::Unknown(failure)) => {
+                self.report.service_failure = Some(failure.clone());
+                return Err(Failure {
+                    message: format!("what became of the pool is not known: {}", failure.message),
+                    remedy: failure.remedy.or_else(|| Some(format!("look at `systemctl status {ALLOCATOR_UNIT}`"))),
+                    code: None,
+                });
+            }
+        };
         let seen = PoolNow::of(&self.inventory.read().await)?;
         self.report.after = Some(pool(&seen));
         Ok(is(&seen, reservation))
@@ -158,8 +262,8 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         Ok(())
     }
 
-    fn shortage(&self, wish: &Reservation, capacity: &Capacity) -> Failure {
-        let after = self.report.after.clone().unwrap_or_default();
+    fn shortage(&self, wish: &Reservation, capacity: &Capacity, seen: &Inventory) -> Result<Shortage, Failure> {
+        let after = self.report.after.clone().ok_or_else(|| Failure::new("the pool was not read after the restart"))?;
         let said =
             self.report.service_failure.as_ref().map(|failure| format!(": {}", failure.message)).unwrap_or_default();
         let message = format!(
@@ -169,15 +273,22 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
             after.memory
         );
         if after.memory >= wish.memory_mib {
-            return Failure::new(message)
+            let failure = Failure::new(message)
                 .with_remedy("the journal of nitro-enclaves-allocator.service says why it refused the CPUs");
+            return Ok(Shortage { failure, of_memory: false });
         }
-        let node = (capacity.nodes.len() > 1).then(|| capacity.nodes.first().map(|node| node.node)).flatten();
-        let arguments = kernel_arguments(wish.memory_mib, node);
-        Failure::new(message).with_remedy(format!(
-            "memory is in pieces: reboot (the file is in place, and early after a boot it is in one piece), or reserve it on the kernel \
-             command line: {arguments}"
-        ))
+        let node = node_of(seen, wish)?;
+        let of_node = capacity.nodes.iter().find(|candidate| node.is_none_or(|node| candidate.node == node));
+        let pages = of_node.map_or(&[][..], |node| &node.pages_mib);
+        // Where there is one node only, it needs no name.
+        let named = node.filter(|_| capacity.nodes.len() > 1);
+        let arguments = kernel_arguments(wish.memory_mib, pages, named);
+        let since = if named.is_some() { " (Linux 5.16 or later)" } else { "" };
+        let failure = Failure::new(message).with_remedy(format!(
+            "unless the journal of nitro-enclaves-allocator.service says otherwise, memory is in pieces: reboot (the file is in place, \
+             and early after a boot it is in one piece), or reserve it on the kernel command line: {arguments}{since}"
+        ));
+        Ok(Shortage { failure, of_memory: true })
     }
 }
 
@@ -213,10 +324,17 @@ fn compact(compact_memory: &Path) -> std::io::Result<()> {
 /// # Errors
 /// It can't be written, or others than its owner could write in its folder.
 pub fn publish(report: &Report, path: &Path) -> Result<(), Failure> {
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    file::only_ours(folder)?;
+    only_ours_for_the_report(path)?;
     let mut bytes =
         serde_json::to_vec_pretty(report).map_err(|error| Failure::new(format!("writing the report: {error}")))?;
     bytes.push(b'\n');
     atomic_file::write_with_mode(path, &bytes, 0o644).map_err(|error| Failure::from_error(&error))
+}
+
+fn only_ours_for_the_report(report: &Path) -> Result<(), Failure> {
+    let folder = report.parent().unwrap_or(Path::new("/"));
+    // Not RuntimeDirectory=: systemd removes that folder when a oneshot ends, and the report with it.
+    file::only_ours(folder).map_err(|failure| {
+        failure.with_remedy(format!("let systemd make it: `d {} 0755 root root` in tmpfiles.d", folder.display()))
+    })
 }

@@ -63,18 +63,24 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
     write_with_mode(path, bytes, 0o600)
 }
 
-/// [`write`] of a file with these permissions, whatever the umask. In a folder in which only this user can write: whoever else can
-/// might put a link in the place of the temporary file.
+/// [`write`] of a file with these permissions, whatever the umask. Whatever is in the place of the temporary file is removed and never
+/// opened: a link there leads nowhere, and a pipe holds nothing up.
 ///
 /// # Errors
 /// As [`write`].
 pub fn write_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
     let temporary = temporary_beside(path);
     let written = (|| {
+        match fs::remove_file(&temporary) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(FileError::io("remove", &temporary)(error));
+            }
+            _ => {}
+        }
+        // A new file only: with O_EXCL the kernel follows no link either (open(2)).
         let mut file = OpenOptions::new()
             .write(true)
-            .create(true)
-            .truncate(true)
+            .create_new(true)
             .mode(0o600)
             .open(&temporary)
             .map_err(FileError::io("create", &temporary))?;
@@ -85,7 +91,7 @@ pub fn write_with_mode(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileE
         fs::rename(&temporary, path).map_err(FileError::io("replace", path))
     })();
     if written.is_err() {
-        // The first error is the one to tell; this file is overwritten by the next try if it can't be removed.
+        // The first error is the one to tell; this file is removed by the next try if it can't be removed.
         let _ignored = fs::remove_file(&temporary);
         return written;
     }
@@ -171,6 +177,22 @@ mod tests {
         write(&path, b"x").unwrap();
         write_with_mode(&path, b"y", 0o646).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o646);
+    }
+
+    #[test]
+    fn a_link_or_a_pipe_in_the_place_of_the_temporary_file_is_neither_followed_nor_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, victim) = (folder.path().join("a"), folder.path().join("victim"));
+        fs::write(&victim, "whole").unwrap();
+        std::os::unix::fs::symlink(&victim, temporary_beside(&path)).unwrap();
+        write(&path, b"x").unwrap();
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "whole");
+        assert!(fs::symlink_metadata(&path).unwrap().is_file());
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, temporary_beside(&path), rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        // Opened, it would wait for a reader for ever.
+        write(&path, b"y").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "y");
     }
 
     #[test]

@@ -62,6 +62,9 @@ enum Subcommands {
         /// What came of it; in a folder in which only root can write.
         #[arg(long, value_name = "FILE", default_value = "/run/enclaved-allocator/report.json")]
         report: PathBuf,
+        /// This host's pool is enclaved's to change. Without it nothing is changed, and the exit status is 78.
+        #[arg(long)]
+        manage: bool,
     },
     /// Launch one enclave as its traces say; started by the control process.
     #[command(hide = true)]
@@ -94,7 +97,9 @@ fn main() -> ExitCode {
         Some(Subcommands::Proxy { state_dir, link, own_session }) => {
             runtime.block_on(proxy(enclaved_proxy::Options { state_dir, link }, own_session))
         }
-        Some(Subcommands::Allocate { config, request, report }) => runtime.block_on(allocate(&config, request, report)),
+        Some(Subcommands::Allocate { config, request, report, manage }) => {
+            runtime.block_on(allocate(&config, manage, request, report))
+        }
         Some(Subcommands::Launch { trace_dir }) => runtime.block_on(enclaved::launch::run(&trace_dir)),
     };
     // What still runs on a thread of its own (a hash, a name being resolved) is not waited for.
@@ -138,10 +143,14 @@ async fn control(arguments: Arguments) -> ExitCode {
     }
 }
 
-async fn allocate(config: &std::path::Path, request: PathBuf, report: PathBuf) -> ExitCode {
-    use enclaved::allocate::Did;
-    match enclaved::allocate::run(config, request, report).await {
-        Ok(report) => match (&report.did, &report.failure) {
+async fn allocate(config: &std::path::Path, manage: bool, request: PathBuf, report: PathBuf) -> ExitCode {
+    use enclaved::allocate::{Did, Ended};
+    match enclaved::allocate::run(config, manage, request, report).await {
+        Ok(Ended::NotAllowed(failure)) => {
+            tracing::error!("what is reserved is not changed: {failure}");
+            ExitCode::from(CONFIG)
+        }
+        Ok(Ended::Tried(report)) => match (&report.did, &report.failure) {
             (Did::Nothing, _) => {
                 tracing::info!("what is asked for is reserved already");
                 ExitCode::SUCCESS
@@ -150,9 +159,20 @@ async fn allocate(config: &std::path::Path, request: PathBuf, report: PathBuf) -
                 tracing::info!("reserved {reservation}");
                 ExitCode::SUCCESS
             }
+            (Did::KeptFormer(former), failure) => {
+                let why = failure.as_ref().map_or_else(String::new, ToString::to_string);
+                tracing::error!("what is reserved is not changed, kept the former: {former}; {why}");
+                ExitCode::from(TRY_AGAIN)
+            }
             (Did::Failed, failure) => {
                 let why = failure.as_ref().map_or_else(String::new, ToString::to_string);
-                tracing::error!("nothing is reserved: {why}");
+                // Until the stock service was restarted nothing can have changed.
+                let then = if report.restarts == 0 {
+                    "what is reserved is not changed"
+                } else {
+                    "what was asked for is not done"
+                };
+                tracing::error!("{then}: {why}");
                 ExitCode::from(TRY_AGAIN)
             }
         },

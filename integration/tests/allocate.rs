@@ -2,12 +2,13 @@
 //! the same file, sets all hugepages of the node to zero first, takes large pages first, and can say one thing and do another.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
-use enclaved::allocate::service::StockService;
+use enclaved::allocate::service::{RestartError, StockService};
 use enclaved::allocate::{Did, FORMAT, Places, Report, Request, allocate, publish};
 use enclaved::host::inventory::{HostInventory, Roots};
 use enclaved_core::allocator_file::{self, CpuRequest, Reservation};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{MemoryMib, Timestamp};
+use enclaved_core::inventory::CpuSet;
 use enclaved_core::sizing::Reserve;
 use enclaved_integration::host_tree::HostTree;
 use std::fs;
@@ -26,6 +27,8 @@ struct Faults {
     says: Option<bool>,
     /// It takes no CPUs.
     no_cpus: bool,
+    /// It does nothing: systemd refuses (`Some(true)`), or does not say what became of it.
+    silent: Option<bool>,
 }
 
 /// A recorded host, and the service on it.
@@ -103,20 +106,28 @@ impl Host {
 }
 
 impl StockService for Host {
-    async fn restart(&self) -> Result<(), Failure> {
+    async fn restart(&self) -> Result<(), RestartError> {
+        match self.faults.silent {
+            Some(true) => return Err(RestartError::NotRun(Failure::new("Unit is masked"))),
+            Some(false) => return Err(RestartError::Unknown(Failure::new("the connection ended"))),
+            None => {}
+        }
         *self.restarts.lock().unwrap() += 1;
         let wanted = allocator_file::check(&self.file()).outcome.unwrap();
-        let node = if matches!(wanted.cpus, CpuRequest::Pool(_)) { 1 } else { 0 };
+        let node = if self.cpus() > 24 && matches!(wanted.cpus, CpuRequest::Pool(_)) { 1 } else { 0 };
         let compacted = fs::read_to_string(self.path("proc/sys/vm/compact_memory")).unwrap() == "1\n";
         let limit = if compacted { self.faults.after_compaction } else { self.faults.in_one_piece };
         let had = wanted.memory_mib.0 <= limit.unwrap_or(u64::MAX);
         let memory = if had { wanted.memory_mib.0 } else { 0 };
         self.set_pages(node, 1_048_576, memory / 1024);
         self.set_pages(node, 2048, (memory % 1024).div_ceil(2));
-        if had && !self.faults.no_cpus {
-            self.set_pool(&wanted.cpus);
+        let none = CpuRequest::Pool(CpuSet::default());
+        self.set_pool(if had && !self.faults.no_cpus { &wanted.cpus } else { &none });
+        if self.faults.says.unwrap_or(had) {
+            Ok(())
+        } else {
+            Err(RestartError::Failed(Failure::new("restarting: failed")))
         }
-        if self.faults.says.unwrap_or(had) { Ok(()) } else { Err(Failure::new("restarting: failed")) }
     }
 
     async fn journal(&self, lines: u32) -> Result<Vec<String>, Failure> {
@@ -309,4 +320,103 @@ async fn the_report_reads_back_and_is_only_written_where_nobody_else_can_write()
     publish(&report, &file).unwrap();
     assert_eq!(serde_json::from_slice::<Report>(&fs::read(&file).unwrap()).unwrap(), report);
     assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o644, "the daemon reads it");
+}
+
+#[tokio::test]
+async fn the_allocators_file_is_not_written_where_somebody_else_can_write() {
+    let host = Host::new("m5.xlarge");
+    let before = host.file();
+    fs::set_permissions(host.path("etc/nitro_enclaves"), fs::Permissions::from_mode(0o775)).unwrap();
+    let failure = why(&host.allocate(count(2, 1024), None).await);
+    assert!(failure.contains("only its owner") && failure.contains("chmod go-w"), "{failure}");
+    assert_eq!((host.restarts(), host.file()), (0, before));
+}
+
+/// Runs the command as systemd would, with that configuration, and without a request: it can't get as far as the host.
+fn command(config: Option<&str>, arguments: &[&str]) -> (Option<i32>, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("enclaved.toml");
+    if let Some(config) = config {
+        fs::write(&file, config).unwrap();
+    }
+    let mut command = std::process::Command::new(enclaved_integration::binaries::find("enclaved").unwrap());
+    command.arg("allocate").args(arguments).arg("--config").arg(file);
+    command.arg("--request").arg(folder.path().join("request.json"));
+    command.arg("--report").arg(folder.path().join("report.json"));
+    let output = command.output().unwrap();
+    let report: Report = serde_json::from_slice(&fs::read(folder.path().join("report.json")).unwrap()).unwrap();
+    let why = why(&report);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("what is reserved is not changed: "), "{output:?}");
+    (output.status.code(), why)
+}
+
+#[test]
+fn the_pool_stays_the_administrators_unless_it_is_said_to_be_enclaveds() {
+    for (config, arguments, code, part) in [
+        (None, &[][..], 78, "host.allocator is \"verify\": the pool is the administrator's"),
+        (None, &["--manage"], 75, "is not taken"),
+        (Some("[host]\nallocator = \"verify\"\n"), &["--manage"], 75, "is not taken"),
+        (Some("[host]\nallocator = \"external\"\n"), &["--manage"], 78, "host.allocator is \"external\""),
+    ] {
+        let (exit, why) = command(config, arguments);
+        assert!(exit == Some(code) && why.contains(part), "{config:?} {arguments:?}: {exit:?} {why}");
+    }
+}
+
+#[test]
+fn with_a_configuration_that_cannot_be_used_nothing_is_changed() {
+    for config in ["[host", "[host]\nreserve_memory_mib = \"much\"\n"] {
+        let (exit, why) = command(Some(config), &["--manage"]);
+        assert!(exit == Some(78) && why.contains("the configuration can't be used"), "{exit:?} {why}");
+    }
+}
+
+#[tokio::test]
+async fn a_growth_that_fails_keeps_the_former_pool() {
+    let faults = Faults { in_one_piece: Some(2048), after_compaction: Some(2048), ..Faults::default() };
+    let host = Host::with("m5.2xlarge", faults);
+    host.tree.write("proc/net/unix", "").unwrap();
+    let report = host.allocate(count(6, 29_000), Some(count(4, 4096))).await;
+    let former = Reservation { cpus: CpuRequest::Pool("1,5".parse().unwrap()), memory_mib: MemoryMib(512) };
+    assert_eq!((&report.did, report.restarts), (&Did::KeptFormer(former), 4));
+    assert_eq!(report.after, report.before);
+    assert!(report.failure.unwrap().to_string().contains("reboot"));
+    // A reboot is the remedy, so the file is for that.
+    assert_eq!(host.file(), allocator_file::write(&count(6, 29_000)));
+}
+
+#[tokio::test]
+async fn a_service_that_does_not_run_or_whose_end_is_not_known_is_left_alone() {
+    for (refuses, restarts, part) in
+        [(true, 0, "did not run: Unit is masked"), (false, 1, "is not known: the connection ended")]
+    {
+        let host = Host::with("m5.xlarge", Faults { silent: Some(refuses), ..Faults::default() });
+        let report = host.allocate(count(2, 2048), Some(count(2, 1024))).await;
+        let failure = why(&report);
+        assert!(failure.contains(part) && !failure.contains("memory is in pieces"), "{failure}");
+        assert_eq!((report.restarts, report.compacted, &report.after), (restarts, false, &None));
+        assert_eq!(host.file(), allocator_file::write(&count(2, 2048)), "no other file is tried");
+    }
+}
+
+#[tokio::test]
+async fn a_move_that_would_leave_pages_reserved_on_the_other_node_is_refused() {
+    let host = Host::new("m5.24xlarge");
+    host.tree.write("sys/module/nitro_enclaves/parameters/ne_cpus", "1,49\n").unwrap();
+    host.set_pages(0, 1_048_576, 4);
+    let wish = Reservation { cpus: CpuRequest::Pool("24-47,72-95".parse().unwrap()), memory_mib: MemoryMib(188_500) };
+    let failure = why(&host.allocate(wish.clone(), None).await);
+    assert!(failure.contains("leaves the 4096 MiB in hugepages on node 0 reserved"), "{failure}");
+    assert_eq!(host.restarts(), 0);
+    host.set_pages(0, 1_048_576, 0);
+    assert_eq!(host.allocate(wish.clone(), None).await.did, Did::Reserved(wish));
+}
+
+#[tokio::test]
+async fn the_kernels_command_line_names_the_node_of_the_wish_and_pages_that_it_has() {
+    let host =
+        Host::with("m5.24xlarge", Faults { in_one_piece: Some(0), after_compaction: Some(0), ..Faults::default() });
+    let cpus = CpuRequest::Pool("1,49".parse().unwrap());
+    let failure = why(&host.allocate(Reservation { cpus, memory_mib: MemoryMib(2048) }, None).await);
+    assert!(failure.contains("hugepagesz=1G hugepages=0:2 (Linux 5.16 or later)"), "{failure}");
 }

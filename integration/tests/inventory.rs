@@ -129,7 +129,7 @@ async fn on_two_nodes_the_cpus_are_named_and_lie_on_the_node_without_cpu_0() {
     assert_eq!(all.wish.cpus, CpuRequest::Pool("24-47,72-95".parse().unwrap()));
     assert_eq!(all.wish.memory_mib, MemoryMib(188_500));
     assert_eq!(
-        kernel_arguments(all.wish.memory_mib, Some(all.node)),
+        kernel_arguments(all.wish.memory_mib, &capacity.nodes[0].pages_mib, Some(all.node)),
         "hugepagesz=1G hugepages=1:184 hugepagesz=2M hugepages=1:42"
     );
 }

@@ -4,7 +4,7 @@ use crate::atomic_file;
 use enclaved_core::allocator_file::{self, Reservation};
 use enclaved_core::failure::Failure;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// How many files of others are kept. More is not somebody's editing.
@@ -13,6 +13,19 @@ const MAX_BACKUPS: u32 = 100;
 /// Writes the file, unless it is there already. Returns where the former one was kept, if it was somebody else's.
 pub(super) fn write(path: &Path, reservation: &Reservation) -> Result<Option<PathBuf>, Failure> {
     let wanted = allocator_file::write(reservation);
+    if let Some(folder) = path.parent() {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(folder)
+            .map_err(|error| Failure::new(format!("could not make {}: {error}", folder.display())))?;
+        only_ours(folder).map_err(|failure| {
+            failure.with_remedy(format!(
+                "`chown root {0} && chmod go-w {0}`, if nobody else has to write there",
+                folder.display()
+            ))
+        })?;
+    }
     let there = atomic_file::read(path, allocator_file::MAX_FILE).map_err(|error| Failure::from_error(&error))?;
     if there.as_deref() == Some(wanted.as_bytes()) {
         return Ok(None);
@@ -22,10 +35,6 @@ pub(super) fn write(path: &Path, reservation: &Reservation) -> Result<Option<Pat
         Some(bytes) => Some(keep(path, &bytes)?),
         None => None,
     };
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder)
-            .map_err(|error| Failure::new(format!("could not make {}: {error}", folder.display())))?;
-    }
     // The stock allocator and nitro-cli's users read it.
     atomic_file::write_with_mode(path, wanted.as_bytes(), 0o644).map_err(|error| Failure::from_error(&error))?;
     Ok(backup)
@@ -69,6 +78,5 @@ pub(super) fn only_ours(folder: &Path) -> Result<(), Failure> {
     Err(Failure::new(format!(
         "{} must be a folder in which only its owner, who runs this, can write",
         folder.display()
-    ))
-    .with_remedy("let systemd make it: RuntimeDirectory= of enclaved-allocator.service"))
+    )))
 }

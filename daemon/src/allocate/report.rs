@@ -24,9 +24,9 @@ pub struct Report {
     pub failure: Option<Failure>,
     /// The pool before.
     pub before: Option<Pool>,
-    /// The pool after.
+    /// The pool after; `None` if it was not read after the last restart, or there was none.
     pub after: Option<Pool>,
-    /// How often the stock service was restarted.
+    /// How often the stock service was restarted, or may have been.
     pub restarts: u32,
     /// What the stock service's last restart failed with, where it did.
     pub service_failure: Option<Failure>,
@@ -46,6 +46,8 @@ pub enum Did {
     Nothing,
     /// This was reserved: the wish, or the least.
     Reserved(Reservation),
+    /// It was not to be had, `failure` says why; the pool that was there before is there again.
+    KeptFormer(Reservation),
     /// It was not done; `failure` says why.
     Failed,
 }

@@ -193,6 +193,45 @@ pub fn within(capacity: &Capacity, reservation: &Reservation) -> Result<(), Fail
     )))
 }
 
+/// Whether a move to the node of those CPUs would leave pages behind. The stock allocator sets the pages of the new pool's node only, so
+/// the old node's stay reserved: neither the parent nor an enclave can use them. A node's pages count while the pool's CPUs lie on it;
+/// whose the pages of other nodes are can't be told from here.
+///
+/// # Errors
+/// On which node how much would be left, or what could not be seen.
+pub fn leaves_nothing_behind(inventory: &Inventory, reservation: &Reservation) -> Result<(), Failure> {
+    let Some(to) = node_of(inventory, reservation)? else { return Ok(()) };
+    for from in inventory.pool_nodes()?.into_iter().filter(|node| *node != to) {
+        let (left, _) = inventory.hugepages_on(from)?;
+        if left.0 > 0 {
+            return Err(Failure::new(format!(
+                "{reservation} would move the pool from memory node {from} to {to}, and the allocator leaves the {left} in hugepages on \
+                 node {from} reserved, for nobody to use"
+            ))
+            .with_remedy(format!(
+                "free them first: write 0 to every /sys/devices/system/node/node{from}/hugepages/*/nr_hugepages"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The memory node on which that is to be, as far as it says so; by count on a host with several the allocator chooses.
+///
+/// # Errors
+/// What could not be seen.
+pub fn node_of(inventory: &Inventory, reservation: &Reservation) -> Result<Option<u32>, Failure> {
+    let cpus = match &reservation.cpus {
+        CpuRequest::Count(_) => return Ok(None),
+        CpuRequest::Pool(cpus) => cpus,
+    };
+    let Some(first) = cpus.iter().next() else { return Ok(None) };
+    let cpu = known(&inventory.cpus)?.get(&first);
+    let cpu =
+        cpu.ok_or_else(|| Failure::new(format!("{reservation} names CPU {first}, which the kernel does not know")))?;
+    known(&cpu.node).copied().map(Some)
+}
+
 /// What is to be done to have that pool. `running`: how many enclaves run, whoever started them.
 pub fn change(wanted: Option<WantedPool>, now: &PoolNow, running: &Observation<u32>) -> PoolChange {
     let Some(wanted) = wanted.filter(|wanted| !now.is(wanted)) else { return PoolChange::Nothing };
@@ -214,16 +253,22 @@ pub fn change(wanted: Option<WantedPool>, now: &PoolNow, running: &Observation<u
 }
 
 /// What to put on the kernel's command line to have that much memory in hugepages from the boot on, before anything is in pieces.
-/// On a host with several memory nodes the kernel spreads them over all; `node` says on which they are wanted.
-pub fn kernel_arguments(memory: MemoryMib, node: Option<u32>) -> String {
-    let place = |pages: u64| node.map_or(pages.to_string(), |node| format!("{node}:{pages}"));
-    let (large, rest) = (memory.0 / 1024, memory.0 % 1024);
+/// On a host with several memory nodes the kernel spreads them over all; `node` says on which they are wanted, which Linux
+/// understands from 5.16 on. `pages_mib`: the sizes of pages that the node can have, in MiB.
+pub fn kernel_arguments(memory: MemoryMib, pages_mib: &[u64], node: Option<u32>) -> String {
+    let mut sizes: Vec<u64> = pages_mib.iter().copied().filter(|size| *size > 0).collect();
+    sizes.sort_unstable();
+    let smallest = sizes.first().copied();
+    let mut rest = memory.0;
     let mut arguments = Vec::new();
-    if large > 0 {
-        arguments.push(format!("hugepagesz=1G hugepages={}", place(large)));
-    }
-    if rest > 0 {
-        arguments.push(format!("hugepagesz=2M hugepages={}", place(rest.div_ceil(2))));
+    for size in sizes.into_iter().rev() {
+        let pages = if Some(size) == smallest { rest.div_ceil(size) } else { rest / size };
+        rest = rest.saturating_sub(pages.saturating_mul(size));
+        if pages > 0 {
+            let unit = if size.is_multiple_of(1024) { format!("{}G", size / 1024) } else { format!("{size}M") };
+            let place = node.map_or(String::new(), |node| format!("{node}:"));
+            arguments.push(format!("hugepagesz={unit} hugepages={place}{pages}"));
+        }
     }
     arguments.join(" ")
 }

@@ -207,9 +207,12 @@ fn what_is_beyond_the_bounds_is_refused_whoever_asks() {
 
 #[test]
 fn the_kernels_command_line_names_large_pages_first() {
-    assert_eq!(kernel_arguments(MemoryMib(13_500), None), "hugepagesz=1G hugepages=13 hugepagesz=2M hugepages=94");
-    assert_eq!(kernel_arguments(MemoryMib(512), None), "hugepagesz=2M hugepages=256");
-    assert_eq!(kernel_arguments(MemoryMib(4096), Some(1)), "hugepagesz=1G hugepages=1:4");
+    let arguments = |memory, pages: &[u64], node| kernel_arguments(MemoryMib(memory), pages, node);
+    assert_eq!(arguments(13_500, &[2, 1024], None), "hugepagesz=1G hugepages=13 hugepagesz=2M hugepages=94");
+    assert_eq!(arguments(511, &[2, 1024], None), "hugepagesz=2M hugepages=256");
+    assert_eq!(arguments(4096, &[2, 1024], Some(1)), "hugepagesz=1G hugepages=1:4");
+    // A kernel with base pages of 64 KiB has these and none of 1 GiB.
+    assert_eq!(arguments(1026, &[2, 512], None), "hugepagesz=512M hugepages=2 hugepagesz=2M hugepages=1");
 }
 
 /// A host of any shape: nodes with cores of one or two threads, numbered as EC2 does.
