@@ -89,7 +89,9 @@ impl Scenario {
             Self::Deaths => &[SupervisorForget, ImageStoreFetch, ProxyLinkStart, LedgerStoreLoad],
             Self::Stops => &[SupervisorStop, SupervisorForget],
             Self::Update => &[SupervisorStop, SupervisorForget, ImageStoreFetch],
-            Self::NewObject => &[SupervisorStop, SupervisorForget, ImageStoreFetch, ImageStoreRefresh],
+            Self::NewObject => {
+                &[SupervisorStop, SupervisorForget, ImageStoreFetch, ImageStoreRefresh, ImageStoreRemove]
+            }
             Self::Cache => &[SupervisorStop, SupervisorForget, ImageStoreFetch, ImageStoreRemove],
         };
         always.into_iter().chain(more.iter().copied()).collect()
