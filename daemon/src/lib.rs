@@ -13,6 +13,7 @@ pub mod events;
 pub mod host;
 pub mod imds;
 pub mod jobs;
+pub mod journal;
 pub mod last_good;
 pub mod launch;
 pub mod launch_trace;
