@@ -5,13 +5,14 @@ use crate::config::{self, AllocatorMode, Config, OnStop};
 use crate::control_plane::Reporter;
 use crate::events::{Event, Events};
 use crate::host::allocator::{ExternalAllocator, SysfsAllocator};
-use crate::host::direct::{Direct, DirectSettings, HelperCommand};
+use crate::host::direct::{Direct, HelperCommand};
 use crate::host::image_store::Store;
 use crate::host::ledger_file::LedgerFile;
 use crate::host::proxy_link::{Link, LinkSettings};
 use crate::host::vsock_prober::VsockProber;
 use crate::host::{Allocator, Clock, Host, Outcome, instance_metadata};
 use crate::last_good;
+use crate::launches::LaunchSettings;
 use crate::metrics::Metrics;
 use crate::reconciler::{self, Command, Inputs, Report};
 use crate::{procfs, service_manager};
@@ -455,12 +456,13 @@ impl RealHost {
         let host = &config.host;
         let program = own_program()?;
         let images_dir = host.state_dir.join("images");
-        let supervisor = Direct::new(DirectSettings {
+        let settings = LaunchSettings {
             run_dir: host.run_dir.clone(),
             images_dir: images_dir.clone(),
             nitro_cli: config.nitro_cli.clone(),
-            helper: HelperCommand { program: program.clone(), arguments: vec!["launch".into()] },
-        })?;
+        };
+        let helper = HelperCommand { program: program.clone(), arguments: vec!["launch".into()] };
+        let supervisor = Direct::new(settings, helper)?;
         let proxy = Link::new(LinkSettings {
             program,
             socket: host.run_dir.join("proxy.sock"),

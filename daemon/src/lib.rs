@@ -17,6 +17,7 @@ pub mod journal;
 pub mod last_good;
 pub mod launch;
 pub mod launch_trace;
+pub mod launches;
 pub mod metrics;
 pub mod nitro_cli;
 pub mod pace;

@@ -402,6 +402,19 @@ impl SystemdBus {
         all.await.map_err(|error| bus_failure(&doing(), &error))
     }
 
+    /// How the system as a whole is: `running`, `degraded`, `starting`, `maintenance`, `stopping` and more.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn system_state(&self) -> Result<String, Failure> {
+        let doing = "asking systemd how the system is";
+        let connection = self.connection().await.map_err(|failure| about(doing, failure))?;
+        let answer = call(&connection, MANAGER_PATH, PROPERTIES, "Get", &(MANAGER, "SystemState")).await;
+        let state = answer.and_then(|answer| answer.body().deserialize::<OwnedVariant>());
+        let state = state.and_then(|state| Ok(String::try_from(state)?));
+        state.map_err(|error| bus_failure(doing, &error))
+    }
+
     /// Forgets that the unit failed, so that systemd need not keep it. Succeeds if it did not, or there is no such unit.
     ///
     /// # Errors
