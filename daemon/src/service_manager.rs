@@ -120,7 +120,7 @@ mod tests {
         let (fed, stop) = (Arc::new(AtomicU32::new(0)), CancellationToken::new());
         let feeding = tokio::spawn({
             let (fed, stop) = (fed.clone(), stop.clone());
-            async move { feed(limit, &reports, || drop(fed.fetch_add(1, Ordering::Relaxed)), &stop).await }
+            async move { feed(limit, &reports, || _ = fed.fetch_add(1, Ordering::Relaxed), &stop).await }
         });
         let fed_within = async |time| {
             let before = fed.load(Ordering::Relaxed);
