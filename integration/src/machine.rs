@@ -8,6 +8,7 @@
 //! Needs root.
 
 mod command;
+pub mod parent;
 
 pub use command::{Said, Within};
 
@@ -38,6 +39,7 @@ pub struct MachineOptions {
 #[derive(Debug, Clone)]
 enum Contents {
     Text(String, u32),
+    Folder,
     /// A program of this workspace.
     Program(String),
 }
@@ -47,6 +49,13 @@ impl MachineOptions {
     #[must_use]
     pub fn file(mut self, path: impl Into<PathBuf>, mode: u32, text: impl Into<String>) -> Self {
         self.files.push((path.into(), Contents::Text(text.into(), mode)));
+        self
+    }
+
+    /// A folder of root's.
+    #[must_use]
+    pub fn folder(mut self, path: impl Into<PathBuf>) -> Self {
+        self.files.push((path.into(), Contents::Folder));
         self
     }
 
@@ -66,6 +75,7 @@ impl MachineOptions {
             make_folder(target.parent().unwrap_or(folder))?;
             let failed = || format!("laying out {} for a machine", path.display());
             match contents {
+                Contents::Folder => make_folder(&target)?,
                 Contents::Text(text, mode) => {
                     fs::write(&target, text).with_context(failed)?;
                     fs::set_permissions(&target, fs::Permissions::from_mode(*mode)).with_context(failed)?;

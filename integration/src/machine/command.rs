@@ -58,14 +58,14 @@ impl Machine {
     /// # Errors
     /// It could not be run. That it failed is no error.
     pub fn run(&self, arguments: &[&str]) -> anyhow::Result<Said> {
-        self.run_with(arguments, "")
+        self.run_with(arguments, b"")
     }
 
     /// Runs a command as root, with that standard input.
     ///
     /// # Errors
     /// It could not be run. That it failed is no error.
-    pub fn run_with(&self, arguments: &[&str], input: &str) -> anyhow::Result<Said> {
+    pub fn run_with(&self, arguments: &[&str], input: &[u8]) -> anyhow::Result<Said> {
         let limited = [&["timeout", "--signal=KILL", LIMIT], arguments].concat();
         let mut command = self.command(&limited)?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -75,7 +75,7 @@ impl Machine {
             scope.spawn(move || {
                 // One that does not read its input has its reasons.
                 if let Some(stdin) = &mut stdin {
-                    let _ignored = stdin.write_all(input.as_bytes());
+                    let _ignored = stdin.write_all(input);
                 }
             });
             child.wait_with_output()
@@ -127,10 +127,10 @@ impl Machine {
     ///
     /// # Errors
     /// It can't be written.
-    pub fn write(&self, path: &str, text: &str) -> anyhow::Result<()> {
+    pub fn write(&self, path: &str, contents: impl AsRef<[u8]>) -> anyhow::Result<()> {
         // By the machine's own programs: its symbolic links lead elsewhere from outside.
         let script = "set -e; mkdir -p \"$(dirname \"$1\")\"; cat >\"$1.new\"; mv -f \"$1.new\" \"$1\"";
-        let said = self.run_with(&["sh", "-c", script, "sh", path], text)?;
+        let said = self.run_with(&["sh", "-c", script, "sh", path], contents.as_ref())?;
         ensure!(said.success(), "writing {path}: {said:?}");
         Ok(())
     }

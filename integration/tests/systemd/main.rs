@@ -3,4 +3,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+mod daemon;
 mod machine;
+mod permissions;
+mod units;
+
+use enclaved_integration::machine::DEADLINE;
