@@ -210,17 +210,22 @@ impl Plane {
         let ended = update_lives(&mut state.lives, &routes, &self.shared);
         let revoked = update_grants(&mut state.grants, &routes, &state.lives);
 
-        // Closed before others are opened: an address may change its use.
         let wanted = slots(&routes, &transport);
         let stays = |slot: &Slot| wanted.contains(slot) && (same_transport || !matches!(slot, Slot::Egress(_)));
         let (kept, closed): (BTreeMap<_, _>, BTreeMap<_, _>) =
             std::mem::take(&mut state.slots).into_iter().partition(|(slot, _)| stays(slot));
         state.slots = kept;
-        for (_, open) in closed {
-            open.listening.close().await;
-        }
-
+        // An enclave's successor is served before its own listeners go, which are nobody else's. Every other address may change its
+        // use, so it is closed before others are opened.
+        let (later, at_once): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            closed.into_iter().partition(|(slot, _)| same_transport && matches!(slot, Slot::Egress(_)));
+        close(at_once).await;
         self.apply_egress(state, &routes, &transport);
+        for open in state.slots.values_mut() {
+            open.listening.settled().await;
+        }
+        close(later).await;
+
         self.apply_tcp(state, &routes, &transport);
         self.apply_https(state, &routes, &transport).await;
 
@@ -318,6 +323,12 @@ impl Plane {
         let port = Arc::new(HttpsPort { listen: https.listen, https: self.https.clone() });
         let listening = Listening::start(port, self.shared.clone());
         state.slots.insert(slot, Open { listening, service: Service::Https });
+    }
+}
+
+async fn close(slots: BTreeMap<Slot, Open>) {
+    for (_, open) in slots {
+        open.listening.close().await;
     }
 }
 
