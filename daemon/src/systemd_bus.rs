@@ -411,7 +411,7 @@ impl SystemdBus {
         let connection = self.connection().await.map_err(|failure| about(doing, failure))?;
         let answer = call(&connection, MANAGER_PATH, PROPERTIES, "Get", &(MANAGER, "SystemState")).await;
         let state = answer.and_then(|answer| answer.body().deserialize::<OwnedVariant>());
-        let state = state.and_then(|state| Ok(String::try_from(state)?));
+        let state = state.and_then(String::try_from);
         state.map_err(|error| bus_failure(doing, &error))
     }
 

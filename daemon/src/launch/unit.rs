@@ -15,8 +15,6 @@ use enclaved_core::failure::Failure;
 use enclaved_core::id::{EnclaveKey, Timestamp};
 use enclaved_core::observed::AskedBy;
 use sd_notify::NotifyState;
-use std::io::Read;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
@@ -24,8 +22,6 @@ use std::time::{Duration, SystemTime};
 /// How often systemd is told that the start goes on, and for how long each time.
 const EXTEND_EVERY: Duration = Duration::from_secs(15);
 const EXTEND_USEC: u32 = 60_000_000;
-/// How long systemd may take to take in what it was told.
-const NOTIFY_PATIENCE: Duration = Duration::from_secs(5);
 /// How long it may take to find out who stops a unit. The enclave runs on meanwhile.
 const ASKING_PATIENCE: Duration = Duration::from_secs(5);
 /// No word of systemd's about an exit is longer.
@@ -86,29 +82,14 @@ async fn hand_over(recorded: &Recorded) -> ExitCode {
     }
     let status = format!("{} runs", recorded.launch.enclave_id);
     let told = [NotifyState::MainPid(process.pid), NotifyState::Ready, NotifyState::Status(&status)];
-    match sd_notify::notify(&told).and_then(|()| barrier()) {
-        Ok(wait) => {
-            // Whoever is gone before systemd reads what it said may not be known to it any more.
-            let _taken_in_or_late = tokio::time::timeout(NOTIFY_PATIENCE, tokio::task::spawn_blocking(wait)).await;
-            ExitCode::SUCCESS
-        }
+    match sd_notify::notify(&told) {
+        // systemd reads it before it learns that this process, which it watches as the main one until then, has ended.
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("systemd could not be told that the enclave runs: {error}");
             ExitCode::from(TRY_AGAIN)
         }
     }
-}
-
-/// Waits until systemd has taken in everything it was told before: it closes the descriptor that it is handed here
-/// (sd_notify_barrier(3)).
-fn barrier() -> std::io::Result<impl FnOnce() + Send + 'static> {
-    let (mut reader, writer) = std::io::pipe()?;
-    sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[writer.as_fd()])?;
-    drop(writer);
-    Ok(move || {
-        // Nothing is ever written; the end of it is what counts.
-        let _closed = reader.read(&mut [0; 1]);
-    })
 }
 
 /// `ExecStop=`: notes who stops the unit, if it was not enclaved. systemd runs it also when the main process has ended by
