@@ -3,9 +3,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+mod conformance;
 mod daemon;
 mod machine;
 mod permissions;
+mod supervisor;
 mod units;
 
 use enclaved_integration::machine::DEADLINE;
