@@ -315,6 +315,11 @@ fn an_update_comes_to_what_is_wanted_whatever_fails_in_it() {
 }
 
 #[test]
+fn stops_and_restarts_by_hand_count_as_asked_whatever_fails_meanwhile() {
+    sweep(Scenario::ByHand);
+}
+
+#[test]
 fn a_changed_object_is_brought_in_whatever_fails_meanwhile() {
     sweep(Scenario::NewObject);
 }

@@ -47,16 +47,16 @@ pub(crate) use sentences;
 
 /// Where things are on the host.
 #[derive(Debug, Clone)]
-pub struct Places {
-    pub launches: LaunchSettings,
-    pub sysfs: PathBuf,
-    pub vsock: PathBuf,
-    pub state: PathBuf,
-    pub faults: PathBuf,
+pub(crate) struct Places {
+    pub(crate) launches: LaunchSettings,
+    pub(crate) sysfs: PathBuf,
+    pub(crate) vsock: PathBuf,
+    pub(crate) state: PathBuf,
+    pub(crate) faults: PathBuf,
 }
 
 /// A supervisor on a host, and what it is to launch.
-pub struct Stand<S> {
+pub(crate) struct Stand<S> {
     places: Places,
     make: Box<dyn Fn(&Places) -> S>,
     supervisor: S,
@@ -66,7 +66,7 @@ pub struct Stand<S> {
 }
 
 impl<S: Supervisor> Stand<S> {
-    pub fn new(places: Places, host: impl std::any::Any, make: impl Fn(&Places) -> S + 'static) -> Self {
+    pub(crate) fn new(places: Places, host: impl std::any::Any, make: impl Fn(&Places) -> S + 'static) -> Self {
         let file = image(&Application::http("v1", 8080));
         let mut measurer = Measurer::new(Limits::default());
         measurer.update(&file).unwrap();
@@ -219,7 +219,7 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-pub async fn an_enclave_is_launched_answers_and_its_death_is_noticed_at_once<S: Supervisor>(stand: Stand<S>) {
+pub(crate) async fn an_enclave_is_launched_answers_and_its_death_is_noticed_at_once<S: Supervisor>(stand: Stand<S>) {
     stand.begin().await;
     let record = stand.running().await;
     assert_eq!(stand.described(), [u64::from(record.process.pid)]);
@@ -245,7 +245,7 @@ pub async fn an_enclave_is_launched_answers_and_its_death_is_noticed_at_once<S: 
     stand.forgotten().await;
 }
 
-pub async fn a_stop_ends_the_enclave_cleanly_and_gives_its_resources_back<S: Supervisor>(stand: Stand<S>) {
+pub(crate) async fn a_stop_ends_the_enclave_cleanly_and_gives_its_resources_back<S: Supervisor>(stand: Stand<S>) {
     let free = stand.free_hugepages();
     stand.begin().await;
     let record = stand.running().await;
@@ -264,7 +264,9 @@ pub async fn a_stop_ends_the_enclave_cleanly_and_gives_its_resources_back<S: Sup
     assert!(!stand.trace("").exists());
 }
 
-pub async fn whatever_nitro_cli_does_with_its_answer_an_enclave_that_runs_is_found<S: Supervisor>(mut stand: Stand<S>) {
+pub(crate) async fn whatever_nitro_cli_does_with_its_answer_an_enclave_that_runs_is_found<S: Supervisor>(
+    mut stand: Stand<S>,
+) {
     for fault in [
         Fault::GarbledAnswer,
         Fault::SucceedButExit { code: 1 },
@@ -286,7 +288,7 @@ pub async fn whatever_nitro_cli_does_with_its_answer_an_enclave_that_runs_is_fou
     }
 }
 
-pub async fn a_launch_without_an_enclave_is_over_and_says_why<S: Supervisor>(mut stand: Stand<S>) {
+pub(crate) async fn a_launch_without_an_enclave_is_over_and_says_why<S: Supervisor>(mut stand: Stand<S>) {
     for (fault, code, words) in [
         (Fault::FailInside { code: Code(26) }, Some(26), "memory too small"),
         (Fault::Fail { code: Code(19) }, Some(19), "file operation failed"),
@@ -305,7 +307,7 @@ pub async fn a_launch_without_an_enclave_is_over_and_says_why<S: Supervisor>(mut
     }
 }
 
-pub async fn a_driver_that_is_busy_for_a_moment_costs_no_generation<S: Supervisor>(stand: Stand<S>) {
+pub(crate) async fn a_driver_that_is_busy_for_a_moment_costs_no_generation<S: Supervisor>(stand: Stand<S>) {
     stand.fault(Fault::FailInside { code: Code(29) });
     stand.begin().await;
     let record = stand.running().await;
@@ -313,7 +315,7 @@ pub async fn a_driver_that_is_busy_for_a_moment_costs_no_generation<S: Superviso
     assert_eq!(stand.launches(), 2);
 }
 
-pub async fn an_enclave_that_gets_another_name_than_its_own_is_ended_again<S: Supervisor>(stand: Stand<S>) {
+pub(crate) async fn an_enclave_that_gets_another_name_than_its_own_is_ended_again<S: Supervisor>(stand: Stand<S>) {
     let image = stand.places.launches.images_dir.join(format!("{}.eif", stand.launch.image.digest()));
     let by_hand = ["run-enclave", "--cpu-count", "2", "--memory", "64", "--enclave-name", "signer-1", "--eif-path"];
     assert!(stand.nitro_cli().args(by_hand).arg(image).output().unwrap().status.success());
@@ -327,7 +329,9 @@ pub async fn an_enclave_that_gets_another_name_than_its_own_is_ended_again<S: Su
     assert_eq!(stand.described(), before);
 }
 
-pub async fn a_launch_survives_the_death_of_the_control_process_and_of_its_helper<S: Supervisor>(mut stand: Stand<S>) {
+pub(crate) async fn a_launch_survives_the_death_of_the_control_process_and_of_its_helper<S: Supervisor>(
+    mut stand: Stand<S>,
+) {
     stand.fault(Fault::SlowBoot { millis: 1500 });
     stand.begin().await;
     until("nitro-cli is at work", || stand.trace("nitro-cli.json").exists()).await;
@@ -346,7 +350,7 @@ pub async fn a_launch_survives_the_death_of_the_control_process_and_of_its_helpe
     assert_eq!(stand.launches(), 1);
 }
 
-pub async fn a_generation_with_traces_is_never_launched_again<S: Supervisor>(mut stand: Stand<S>) {
+pub(crate) async fn a_generation_with_traces_is_never_launched_again<S: Supervisor>(mut stand: Stand<S>) {
     stand.begin().await;
     stand.begin().await;
     let record = stand.running().await;
@@ -360,7 +364,9 @@ pub async fn a_generation_with_traces_is_never_launched_again<S: Supervisor>(mut
     assert_eq!(stand.launches(), 1);
 }
 
-pub async fn an_enclave_outlives_its_supervisor_and_is_found_by_the_next_one<S: Supervisor>(mut stand: Stand<S>) {
+pub(crate) async fn an_enclave_outlives_its_supervisor_and_is_found_by_the_next_one<S: Supervisor>(
+    mut stand: Stand<S>,
+) {
     stand.begin().await;
     let record = stand.running().await;
     stand.restart();

@@ -54,11 +54,9 @@ fn an_enclave_is_a_unit_whose_main_process_is_nitro_clis_and_it_outlives_the_dae
     assert_eq!(parent.property(unit, "ActiveState").unwrap(), "active");
     assert_eq!(parent.property(unit, "StatusText").unwrap(), format!("{} runs", signer.enclave_id.clone().unwrap()));
     assert_eq!(parent.property("enclaved-proxy", "ActiveState").unwrap(), "active");
-    for how in [["restart", "enclaved"], ["kill", "--signal=KILL"]] {
+    for how in [&["systemctl", "restart", "enclaved"][..], &["systemctl", "kill", "--signal=KILL", "enclaved"]] {
         let before = parent.main_pid("enclaved").unwrap();
-        parent
-            .run_ok(&[&["systemctl"], &how[..], if how[0] == "kill" { &["enclaved"] } else { &[] }].concat())
-            .unwrap();
+        parent.run_ok(how).unwrap();
         parent
             .wait_until("another process is the daemon", DEADLINE, || {
                 Ok(parent.main_pid("enclaved")?.filter(|pid| Some(*pid) != before))
