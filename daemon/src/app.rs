@@ -1,26 +1,32 @@
 //! The control process put together: the only place that names the concrete effects. Its life is [`run`], on one page.
 
 use crate::admin::{self, Reload, Source};
-use crate::config::{self, AllocatorMode, Config, OnStop};
+use crate::config::{self, AllocatorMode, Config, OnStop, SupervisorKind};
 use crate::control_plane::Reporter;
 use crate::events::{Event, Events};
 use crate::host::allocator::{ExternalAllocator, SysfsAllocator};
-use crate::host::direct::{Direct, DirectSettings, HelperCommand};
+use crate::host::direct::{Direct, HelperCommand};
 use crate::host::image_store::Store;
 use crate::host::ledger_file::LedgerFile;
-use crate::host::proxy_link::{Link, LinkSettings};
+use crate::host::proxy_link::{Link, LinkSettings, ProxyStart};
+use crate::host::systemd::Systemd;
 use crate::host::vsock_prober::VsockProber;
-use crate::host::{Allocator, Clock, Host, Outcome, instance_metadata};
+use crate::host::{Allocator, Clock, Host, Outcome, Supervisor, instance_metadata};
 use crate::last_good;
+use crate::launches::LaunchSettings;
 use crate::metrics::Metrics;
 use crate::reconciler::{self, Command, Inputs, Report};
+use crate::systemd_bus::SystemdBus;
 use crate::{procfs, service_manager};
 use anyhow::Context;
 use enclaved_core::failure::Failure;
-use enclaved_core::id::{MemoryMib, Timestamp};
-use enclaved_core::observed::Pool;
+use enclaved_core::id::{EnclaveKey, MemoryMib, Timestamp};
+use enclaved_core::ledger::LaunchRecord;
+use enclaved_core::observed::{Instance, Pool};
+use enclaved_core::plan::Launch;
 use enclaved_core::plan::restart::Backoff;
 use enclaved_core::status::{Facts, HostStatus, Problem};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -442,7 +448,7 @@ impl Keeper {
 
 /// The real host.
 struct RealHost {
-    supervisor: Direct,
+    supervisor: AnySupervisor,
     images: Store,
     allocator: AnyAllocator,
     proxy: Link,
@@ -456,17 +462,23 @@ impl RealHost {
         let host = &config.host;
         let program = own_program()?;
         let images_dir = host.state_dir.join("images");
-        let supervisor = Direct::new(DirectSettings {
+        let settings = LaunchSettings {
             run_dir: host.run_dir.clone(),
             images_dir: images_dir.clone(),
             nitro_cli: config.nitro_cli.clone(),
-            helper: HelperCommand { program: program.clone(), arguments: vec!["launch".into()] },
-        })?;
-        let proxy = Link::new(LinkSettings {
-            program,
-            socket: host.run_dir.join("proxy.sock"),
-            state_dir: host.proxy_state_dir.clone(),
-        });
+        };
+        let (supervisor, start) = match host.supervisor {
+            SupervisorKind::Direct => {
+                let helper = HelperCommand { program: program.clone(), arguments: vec!["launch".into()] };
+                let start = ProxyStart::Spawn { program, state_dir: host.proxy_state_dir.clone() };
+                (AnySupervisor::Direct(Direct::new(settings, helper)?), start)
+            }
+            SupervisorKind::Systemd => {
+                let bus = booted_with_systemd().map(|()| SystemdBus::new())?;
+                (AnySupervisor::Systemd(Systemd::new(settings, bus.clone())?), ProxyStart::Unit(bus))
+            }
+        };
+        let proxy = Link::new(LinkSettings { socket: host.proxy_socket.clone(), start });
         let allocator = match host.allocator {
             AllocatorMode::Verify => AnyAllocator::Sysfs(SysfsAllocator::new(&host.sysfs)),
             AllocatorMode::External => AnyAllocator::External(ExternalAllocator),
@@ -491,6 +503,60 @@ fn own_program() -> Outcome<PathBuf> {
     // After an upgrade, Linux shows the path of a running executable with this mark; the new one is at the path itself.
     let text = program.to_string_lossy();
     Ok(text.strip_suffix(" (deleted)").map_or_else(|| program.clone(), |path| Path::new(path).to_owned()))
+}
+
+/// A bus that is away for a moment is waited for while everything else goes on; a host without systemd is a mistake.
+fn booted_with_systemd() -> Outcome<()> {
+    match sd_notify::booted() {
+        Ok(true) => Ok(()),
+        Ok(false) | Err(_) => Err(Failure::new(
+            "the configuration says supervisor = \"systemd\", and this host was not booted with systemd (there is no \
+             /run/systemd/system)",
+        )
+        .with_remedy("set supervisor = \"direct\" in [host]")),
+    }
+}
+
+enum AnySupervisor {
+    Direct(Direct),
+    Systemd(Systemd),
+}
+
+impl Supervisor for AnySupervisor {
+    async fn observe(&self, known: &BTreeMap<EnclaveKey, LaunchRecord>) -> Outcome<BTreeMap<EnclaveKey, Instance>> {
+        match self {
+            Self::Direct(supervisor) => supervisor.observe(known).await,
+            Self::Systemd(supervisor) => supervisor.observe(known).await,
+        }
+    }
+
+    async fn launch(&self, launch: &Launch) -> Outcome<()> {
+        match self {
+            Self::Direct(supervisor) => supervisor.launch(launch).await,
+            Self::Systemd(supervisor) => supervisor.launch(launch).await,
+        }
+    }
+
+    async fn stop(&self, key: &EnclaveKey, launch: &LaunchRecord) -> Outcome<()> {
+        match self {
+            Self::Direct(supervisor) => supervisor.stop(key, launch).await,
+            Self::Systemd(supervisor) => supervisor.stop(key, launch).await,
+        }
+    }
+
+    async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {
+        match self {
+            Self::Direct(supervisor) => supervisor.forget(key).await,
+            Self::Systemd(supervisor) => supervisor.forget(key).await,
+        }
+    }
+
+    async fn changed(&self) {
+        match self {
+            Self::Direct(supervisor) => supervisor.changed().await,
+            Self::Systemd(supervisor) => supervisor.changed().await,
+        }
+    }
 }
 
 enum AnyAllocator {
@@ -524,7 +590,7 @@ impl Clock for SystemClock {
 }
 
 impl Host for RealHost {
-    type Supervisor = Direct;
+    type Supervisor = AnySupervisor;
     type Images = Store;
     type Allocator = AnyAllocator;
     type Proxy = Link;
@@ -532,7 +598,7 @@ impl Host for RealHost {
     type Ledger = LedgerFile;
     type Clock = SystemClock;
 
-    fn supervisor(&self) -> &Direct {
+    fn supervisor(&self) -> &AnySupervisor {
         &self.supervisor
     }
     fn images(&self) -> &Store {

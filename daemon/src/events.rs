@@ -159,7 +159,8 @@ impl Events {
                     self.metrics.end(key.name.as_str(), failure.is_none());
                 }
             }
-            Change::Held(name) => info!(enclave = %name, "held stopped by an operator"),
+            Change::Explained { key, failure } => info!(enclave = %key, "how it ended: {failure}"),
+            Change::Held { name, by } => info!(enclave = %name, "held stopped by an operator ({by})"),
             Change::Released(name) => info!(enclave = %name, "released by an operator"),
             Change::Endpoints { .. } | Change::ImageForgotten(_) | Change::Forgotten(_) | Change::Removed(_) => {
                 debug!("{change}")

@@ -13,9 +13,11 @@ pub mod events;
 pub mod host;
 pub mod imds;
 pub mod jobs;
+pub mod journal;
 pub mod last_good;
 pub mod launch;
 pub mod launch_trace;
+pub mod launches;
 pub mod metrics;
 pub mod nitro_cli;
 pub mod pace;
@@ -23,5 +25,6 @@ pub mod pidfd;
 pub mod procfs;
 pub mod reconciler;
 pub mod service_manager;
+pub mod systemd_bus;
 #[cfg(test)]
 mod test_support;

@@ -11,7 +11,7 @@ use enclaved_core::ledger::{
     Change, GenerationRecord, Identity, LaunchRecord, Ledger, Phase, ProcessIdentity, StopReason,
 };
 use enclaved_core::observed::{
-    CacheItem, CachedImage, HealthReport, ImageCache, Instance, InstanceState, JobFailure, JobKey, Observation,
+    CacheItem, CachedImage, End, HealthReport, ImageCache, Instance, InstanceState, JobFailure, JobKey, Observation,
     Observed, Pool, Unfinished,
 };
 use enclaved_core::plan::{Plan, Step, plan, routing};
@@ -95,7 +95,7 @@ fn world(seeds: &[Seed], pool: (u32, u64)) -> (Ledger, Observed) {
         let state = match seed.seen {
             0 => Some(InstanceState::Launching),
             1 | 2 => Some(InstanceState::Running(launch_record(number))),
-            3 => Some(InstanceState::Ended { at: NOW, launch_failure: None }),
+            3 => Some(InstanceState::Ended(End::noticed(NOW))),
             _ => None,
         };
         if let Some(state) = state {
@@ -150,12 +150,12 @@ fn carry_out(plan: &Plan, ledger: &mut Ledger, observed: &mut Observed, now: Tim
             }
             Step::Stop { key, .. } => {
                 if let Some(instance) = instances.get_mut(key) {
-                    instance.state = InstanceState::Ended { at: now, launch_failure: None };
+                    instance.state = InstanceState::Ended(End::noticed(now));
                 }
             }
             Step::Forget(key) => {
                 let gone = instances.remove(key).unwrap();
-                assert!(matches!(gone.state, InstanceState::Ended { .. }), "{key} is forgotten while it runs");
+                assert!(matches!(gone.state, InstanceState::Ended(_)), "{key} is forgotten while it runs");
             }
             Step::Probe { key, .. } => {
                 observed.health.insert(key.clone(), HealthReport { at: now, result: Ok(()), streak: 1 });

@@ -6,7 +6,8 @@
 use enclaved::asked::FetchAnswer;
 use enclaved::host::Effect;
 use enclaved_core::desired::{Desired, ImageRequest, OnUnhealthy, RestartPolicy, UpdatePolicy};
-use enclaved_core::id::{EnclaveName, MemoryMib};
+use enclaved_core::id::{EnclaveKey, EnclaveName, MemoryMib};
+use enclaved_core::observed::AskedBy;
 use enclaved_integration::sim::{Fault, Harness, World, desired, image};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -59,6 +60,8 @@ enum Scenario {
     Stops,
     /// One gets another image.
     Update,
+    /// Units are stopped and restarted by hand.
+    ByHand,
     /// Its source gets another image, and is watched.
     NewObject,
     /// One gets one image after the other, and old ones leave the cache; then its image is spoilt, and it dies.
@@ -66,7 +69,8 @@ enum Scenario {
 }
 
 impl Scenario {
-    const ALL: [Self; 6] = [Self::Launch, Self::Deaths, Self::Stops, Self::Update, Self::NewObject, Self::Cache];
+    const ALL: [Self; 7] =
+        [Self::Launch, Self::Deaths, Self::Stops, Self::Update, Self::ByHand, Self::NewObject, Self::Cache];
 
     /// The effects that strike while it is played and faults are armed.
     fn effects(self) -> BTreeSet<Effect> {
@@ -89,6 +93,7 @@ impl Scenario {
             Self::Deaths => &[SupervisorForget, ImageStoreFetch, ProxyLinkStart, LedgerStoreLoad],
             Self::Stops => &[SupervisorStop, SupervisorForget],
             Self::Update => &[SupervisorStop, SupervisorForget, ImageStoreFetch],
+            Self::ByHand => &[SupervisorForget],
             Self::NewObject => {
                 &[SupervisorStop, SupervisorForget, ImageStoreFetch, ImageStoreRefresh, ImageStoreRemove]
             }
@@ -159,6 +164,31 @@ impl Scenario {
                 harness.converge(PATIENCE).await?;
                 once_each(&harness.world, 3, 1)?;
             }
+            Self::ByHand => {
+                let (signer, vault) = (named(&before, "signer"), named(&before, "vault"));
+                harness.world.end_by_hand(&signer, AskedBy::Stop);
+                harness.expect_held(&name("signer"));
+                harness.pass(Duration::from_millis(200)).await;
+                harness.converge(PATIENCE).await?;
+                harness.kill().await;
+                harness.start().await;
+                harness.pass(Duration::from_secs(20)).await;
+                if harness.world.alive() != BTreeMap::from([(vault.clone(), before[&vault])]) {
+                    return Err(
+                        "it was launched again though somebody stopped it, or the other one suffered".to_owned()
+                    );
+                }
+                harness.release(&name("signer")).await;
+                harness.converge(PATIENCE).await?;
+                harness.world.end_by_hand(&vault, AskedBy::Restart);
+                harness.pass(Duration::from_millis(200)).await;
+                harness.converge(PATIENCE).await?;
+                let ledger = harness.world.ledger().unwrap();
+                if ledger.enclaves.values().any(|enclave| enclave.last_end.is_some()) {
+                    return Err("what an operator asked for counts as a failure".to_owned());
+                }
+                once_each(&harness.world, 4, 0)?;
+            }
             Self::NewObject => {
                 harness.world.put_image(watched_request(), image(1).1);
                 harness.configure(watched()).await;
@@ -207,6 +237,10 @@ fn on_a_ready_host(test: impl AsyncFnOnce(&mut Harness)) {
 }
 
 /// So many launches and stops, and not one more: nothing was lost, nothing doubled.
+fn named(alive: &BTreeMap<EnclaveKey, u32>, name: &str) -> EnclaveKey {
+    alive.keys().find(|key| key.name.as_str() == name).unwrap().clone()
+}
+
 fn once_each(world: &World, launches: usize, stops: usize) -> Result<(), String> {
     let (launched, stopped) = (world.launches(), world.stops());
     if launched.len() == launches && stopped.len() == stops {
@@ -564,7 +598,7 @@ fn storm(seed: u64) -> Result<(), String> {
         for _ in 0..30 {
             let pause = Duration::from_millis(harness.world.random(20_000));
             harness.pass(pause).await;
-            match harness.world.random(12) {
+            match harness.world.random(13) {
                 0 => harness.configure(two(1)).await,
                 1 => harness.configure(two(2)).await,
                 2 => harness.configure(desired(&[("vault", &image(1).0, 2, 2048)])).await,
@@ -581,6 +615,14 @@ fn storm(seed: u64) -> Result<(), String> {
                     harness.world.put_image(watched_request(), image);
                 }
                 9 => harness.world.cached().into_iter().take(1).for_each(|digest| harness.world.spoil_image(digest)),
+                10 => {
+                    let asked = [AskedBy::Stop, AskedBy::Restart, AskedBy::Shutdown];
+                    let asked = asked[usize::try_from(harness.world.random(3)).unwrap()];
+                    let alive: Vec<_> = harness.world.alive().into_keys().collect();
+                    if let Some(victim) = alive.last() {
+                        harness.world.end_by_hand(victim, asked);
+                    }
+                }
                 _ => {
                     let alive: Vec<_> = harness.world.alive().into_keys().collect();
                     if let Some(victim) = alive.first() {
@@ -593,6 +635,9 @@ fn storm(seed: u64) -> Result<(), String> {
         harness.world.set_images_away(false);
         harness.configure(two(1)).await;
         harness.pass(Duration::from_secs(1)).await;
+        for held in ["signer", "vault"] {
+            harness.release(&name(held)).await;
+        }
         harness.converge(4 * PATIENCE).await?;
         match harness.world.violations() {
             none if none.is_empty() => Ok(()),

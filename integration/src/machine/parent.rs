@@ -11,6 +11,7 @@ use anyhow::{Context as _, ensure};
 use enclaved_core::status::Status;
 use std::fmt::Write as _;
 use std::fs;
+use std::net::SocketAddr;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
@@ -75,7 +76,7 @@ impl Parent {
     /// The configuration of the host itself, without enclaves.
     pub fn host_config(&self) -> String {
         format!(
-            "[host]\nreserve_cpus = 2\nreserve_memory_mib = 64\nallocator = \"verify\"\ndrain = \"2s\"\n\
+            "[host]\nreserve_cpus = 2\nreserve_memory_mib = 64\nallocator = \"verify\"\nsupervisor = \"systemd\"\ndrain = \"2s\"\n\
              sysfs = \"{STANDIN}/sys\"\n\n[nitro]\ncli = \"{NITRO}/nitro-cli\"\n\n\
              [vsock]\ntransport = {{ hybrid = \"{STANDIN}/vsock\" }}\n\n[ingress]\nlisten = \"{HTTPS}\"\n\n"
         )
@@ -88,6 +89,12 @@ impl Parent {
              health = {{ http = {{ port = {HTTP_PORT}, path = \"/health\" }}, start_period = \"20s\", interval = \"200ms\" }}\n\
              ingress = {{ domains = [\"{name}.test\"], http_port = {HTTP_PORT} }}\n\n"
         )
+    }
+
+    /// The same, with its echo service on a TCP port of the machine.
+    pub fn echoing_enclave(&self, name: &str, image: &str, listen: SocketAddr) -> String {
+        let port = format!("ports = [{{ listen = \"{listen}\", vsock_port = {ECHO_PORT} }}]");
+        self.sample_enclave(name, image).replace("ingress = { ", &format!("ingress = {{ {port}, "))
     }
 
     /// The sample application: it serves HTTP and echoes.
