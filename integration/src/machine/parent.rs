@@ -38,6 +38,11 @@ const TMPFILES: &str = "d /run/standin 0755 root root\n\
      d /run/standin/state 0770 enclaved ne\n\
      d /run/standin/vsock 2770 enclaved enclaved-proxy\n";
 
+/// The stock service that sets CPUs and memory aside, and what it runs.
+const ALLOCATOR: &str = "[Unit]\nDescription=Nitro Enclaves Resource Allocator\n\n[Service]\nType=oneshot\n\
+     ExecStart=/usr/bin/nitro-enclaves-allocator\nRemainAfterExit=yes\n\n[Install]\nWantedBy=multi-user.target\n";
+const ALLOCATOR_SCRIPT: &str = include_str!("allocator.bash");
+
 /// A parent host. It ends with this.
 #[derive(Debug)]
 pub struct Parent {
@@ -209,6 +214,9 @@ fn standin(options: MachineOptions, shape: &Shape) -> MachineOptions {
         .program("standin-enclave", format!("{NITRO}/standin-enclave"))
         .file(format!("{NITRO}/{SETTINGS_FILE}"), 0o644, settings)
         .file("/usr/lib/tmpfiles.d/standin.conf", 0o644, TMPFILES)
+        .file("/usr/lib/systemd/system/nitro-enclaves-allocator.service", 0o644, ALLOCATOR)
+        .file("/usr/bin/nitro-enclaves-allocator", 0o755, ALLOCATOR_SCRIPT)
+        .folder("/etc/nitro_enclaves")
         .file("/etc/systemd/system/enclave@.service.d/standin.conf", 0o644, DROP_IN_ENCLAVE);
     for unit in ["enclaved.service", "enclaved-proxy.service", "enclaved-allocator.service"] {
         options = options.file(format!("/etc/systemd/system/{unit}.d/standin.conf"), 0o644, DROP_IN);

@@ -198,3 +198,22 @@ fn a_control_process_killed_at_any_moment_of_a_change_carries_it_out_and_nothing
     }
     nothing_was_lost(traffic);
 }
+
+#[test]
+fn a_restart_of_the_proxy_refuses_no_connection_and_a_stop_of_it_is_seen() {
+    let host = Host::ready();
+    let traffic = Traffic::begin(&host.parent, ECHO).unwrap();
+    for _ in 0..5 {
+        host.parent.run_ok(&["systemctl", "restart", "enclaved-proxy"]).unwrap();
+    }
+    let outcome = traffic.end().unwrap();
+    assert!(outcome.refused.is_empty(), "{outcome:?}");
+    assert_eq!(host.processes(&host.until_ready(2)), host.pids);
+
+    // What the other tests rely on: the clients do find out.
+    let traffic = Traffic::begin(&host.parent, ECHO).unwrap();
+    host.parent.run_ok(&["systemctl", "stop", "enclaved", "enclaved-proxy"]).unwrap();
+    sleep(Duration::from_millis(200));
+    let outcome = traffic.end().unwrap();
+    assert!(!outcome.refused.is_empty() && outcome.cut.is_some(), "{outcome:?}");
+}
