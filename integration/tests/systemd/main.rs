@@ -8,6 +8,7 @@ mod continuity;
 mod daemon;
 mod machine;
 mod permissions;
+mod readme;
 mod units;
 
 use enclaved_integration::machine::DEADLINE;
