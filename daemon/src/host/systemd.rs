@@ -353,15 +353,4 @@ fn lock(units: &Mutex<Units>) -> MutexGuard<'_, Units> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_status_of_systemd_itself_is_put_into_words() {
-        let service = |code, status| ServiceResult { result: "exit-code".to_owned(), main_pid: 0, code, status };
-        assert!(fared(&service(1, 226)).contains("mount namespace (NAMESPACE)"));
-        assert!(fared(&service(1, 203)).contains("EXEC"));
-        assert_eq!(fared(&service(1, 75)), "exit-code, exit status 75");
-        assert_eq!(fared(&service(2, 9)), "exit-code, ended by signal 9");
-    }
-}
+mod tests;

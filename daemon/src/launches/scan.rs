@@ -134,7 +134,7 @@ impl Scanner {
         let same_boot = |boot_id: &BootId| *boot_id == self.boot_id;
         match outcome(trace)? {
             launch_trace::Outcome::Ran(ran) => return self.ran(key, trace, ran.boot_id, ran.launch, scan),
-            launch_trace::Outcome::Failed(failed) => return Ok(self.failed(trace, failed)),
+            launch_trace::Outcome::Failed(failed) => return Ok(self.failed(key, trace, failed)),
             launch_trace::Outcome::Attempted(_) | launch_trace::Outcome::Nothing => {}
         }
         if spec.is_some_and(|spec| !same_boot(&spec.boot_id)) {
@@ -157,7 +157,7 @@ impl Scanner {
         // Nobody works on it, and nobody can begin to: only now is what the traces say the last word.
         match outcome(trace)? {
             launch_trace::Outcome::Ran(ran) => self.ran(key, trace, ran.boot_id, ran.launch, scan),
-            launch_trace::Outcome::Failed(failed) => Ok(self.failed(trace, failed)),
+            launch_trace::Outcome::Failed(failed) => Ok(self.failed(key, trace, failed)),
             launch_trace::Outcome::Nothing => {
                 let failure = match self.beside.stories.get(key) {
                     // Whoever tells it wakes.
@@ -172,7 +172,7 @@ impl Scanner {
                 };
                 let failed = Failed { at: self.now, count: 1, failure };
                 trace.write_failure(&failed).map_err(|error| fault(&error))?;
-                Ok(self.failed(trace, failed))
+                Ok(self.failed(key, trace, failed))
             }
             launch_trace::Outcome::Attempted(_) => self.attempted(key, trace, spec, scan),
         }
@@ -240,7 +240,7 @@ impl Scanner {
             let exit = trace.exit().ok().flatten();
             let story = self.beside.stories.get(key);
             let asked = end.asked.is_some() || trace.stop_is_noted();
-            let told = exit.is_some() && (asked || matches!(story, Some(Story::Told { .. })));
+            let told = exit.is_some() && (asked || matches!(story, Some(Story::Told { .. }))) && self.is_at_rest(key);
             match pause_end(at, ACCOUNT_PATIENCE, self.now).filter(|_| !told) {
                 Some(due) => {
                     end.settled = false;
@@ -253,9 +253,15 @@ impl Scanner {
     }
 
     /// The launch failed.
-    fn failed(&self, trace: &Trace, failed: Failed) -> InstanceState {
-        let asked = self.asked(trace);
-        InstanceState::Ended(End { launch_failure: Some(failed.failure), asked, ..End::noticed(failed.at) })
+    fn failed(&self, key: &EnclaveKey, trace: &Trace, failed: Failed) -> InstanceState {
+        let (asked, settled) = (self.asked(trace), self.is_at_rest(key));
+        InstanceState::Ended(End { launch_failure: Some(failed.failure), asked, settled, ..End::noticed(failed.at) })
+    }
+
+    /// Whether its unit, if it has one, does nothing any more: until then more may be noted, and it may yet come to be seen as
+    /// failed.
+    fn is_at_rest(&self, key: &EnclaveKey) -> bool {
+        self.beside.unseen.is_none() && !self.beside.busy.contains(key)
     }
 
     /// Who asked for its end in this boot, if enclaved did not.
