@@ -9,6 +9,7 @@
 
 mod command;
 pub mod parent;
+pub mod traffic;
 
 pub use command::{Said, Within};
 

@@ -3,10 +3,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+mod allocator;
 mod conformance;
+mod continuity;
 mod daemon;
 mod machine;
 mod permissions;
+mod readme;
 mod supervisor;
 mod units;
 

@@ -8,7 +8,7 @@ use enclaved_integration::machine::parent::{Parent, parent_host};
 const IMAGE: &str = "/opt/images/signer.eif";
 
 fn config(parent: &Parent, more: &str) -> String {
-    let host = parent.host_config().replace("[host]\n", &format!("[host]\nsupervisor = \"systemd\"\n{more}"));
+    let host = parent.host_config().replace("[host]\n", &format!("[host]\n{more}"));
     host + &parent.sample_enclave("signer", IMAGE)
 }
 
