@@ -28,16 +28,19 @@ pub const HTTP_PORT: u32 = 8080;
 /// The vsock port on which the sample application sends back what it receives.
 pub const ECHO_PORT: u32 = 7;
 
-/// Sandboxes that let the stand-ins do what the hardware does. The machine's own boot id lies over a file below `/proc`; whoever gets
-/// a `/proc` of his own sees that of this computer, which no reboot of the machine changes.
-const DROP_IN: &str = "[Service]\nReadWritePaths=/run/standin\nProtectProc=default\n";
+/// Sandboxes that let the stand-ins do what the hardware does.
+const DROP_IN: &str = "[Service]\nReadWritePaths=/run/standin\n";
+/// The machine's own boot id is a file that lies over one below `/proc`, and whose name is gone; a unit with mounts of its own there
+/// would see this computer's boot id, which no reboot of the machine changes.
+const DROP_IN_BOOT_ID: &str = "[Service]\nBindReadOnlyPaths=/run/standin/boot_id:/proc/sys/kernel/random/boot_id\n";
 /// The sockets that stand for an enclave's vsock are for the proxy, too.
-const DROP_IN_ENCLAVE: &str = "[Service]\nReadWritePaths=/run/standin\nProtectProc=default\nUMask=0007\n";
+const DROP_IN_UMASK: &str = "[Service]\nUMask=0007\n";
 const TMPFILES: &str = "d /run/standin 0755 root root\n\
      C /run/standin/sys - - - - /opt/nitro/sys\n\
      Z /run/standin/sys - enclaved ne\n\
      d /run/standin/state 0770 enclaved ne\n\
-     d /run/standin/vsock 2770 enclaved enclaved-proxy\n";
+     d /run/standin/vsock 2770 enclaved enclaved-proxy\n\
+     C /run/standin/boot_id - - - - /proc/sys/kernel/random/boot_id\n";
 
 /// The stock service that sets CPUs and memory aside, and what it runs.
 const ALLOCATOR: &str = "[Unit]\nDescription=Nitro Enclaves Resource Allocator\n\n[Service]\nType=oneshot\n\
@@ -218,8 +221,11 @@ fn standin(options: MachineOptions, shape: &Shape) -> MachineOptions {
         .file("/usr/lib/systemd/system/nitro-enclaves-allocator.service", 0o644, ALLOCATOR)
         .file("/usr/bin/nitro-enclaves-allocator", 0o755, ALLOCATOR_SCRIPT)
         .folder("/etc/nitro_enclaves")
-        .file("/etc/systemd/system/enclave@.service.d/standin.conf", 0o644, DROP_IN_ENCLAVE);
-    for unit in ["enclaved.service", "enclaved-proxy.service", "enclaved-allocator.service"] {
+        .file("/etc/systemd/system/enclave@.service.d/umask.conf", 0o644, DROP_IN_UMASK);
+    for unit in ["enclaved.service", "enclave@.service"] {
+        options = options.file(format!("/etc/systemd/system/{unit}.d/boot-id.conf"), 0o644, DROP_IN_BOOT_ID);
+    }
+    for unit in ["enclaved.service", "enclaved-proxy.service", "enclaved-allocator.service", "enclave@.service"] {
         options = options.file(format!("/etc/systemd/system/{unit}.d/standin.conf"), 0o644, DROP_IN);
     }
     for folder in shape.sysfs_folders() {
