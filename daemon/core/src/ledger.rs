@@ -272,6 +272,14 @@ impl fmt::Display for StopReason {
     }
 }
 
+impl EnclaveRecord {
+    /// That it is held stopped, since when, by what, and how it goes on; `None` if it is not.
+    pub fn held(&self, name: &EnclaveName) -> Option<String> {
+        let (since, by) = (self.held_since?, self.held_by);
+        Some(format!("it is held stopped since {since}, by `{by}`; `enclavectl start {name}` launches it"))
+    }
+}
+
 impl GenerationRecord {
     /// Its process, where nitro-cli has told of one.
     pub fn launch(&self) -> Option<&LaunchRecord> {
