@@ -298,11 +298,11 @@ async fn fetch(request: Request<Incoming>, source: &Source) -> Response<Full<Byt
     }
 }
 
-/// `/v1/enclaves/NAME/stop` and `/v1/enclaves/NAME/start`.
+/// `/v1/enclaves/NAME/stop`, `/v1/enclaves/NAME/start` and `/v1/enclaves/NAME/adopt`.
 async fn command(path: &str, source: &Source) -> Response<Full<Bytes>> {
     let parts = path.strip_prefix("/v1/enclaves/").and_then(|rest| rest.split_once('/'));
     let (name, verb) = match parts {
-        Some((name, verb @ ("stop" | "start"))) => (name, verb),
+        Some((name, verb @ ("stop" | "start" | "adopt"))) => (name, verb),
         Some(_) | None => return problem(StatusCode::NOT_FOUND, "there is nothing of that name"),
     };
     let name = match name.parse::<EnclaveName>() {
@@ -310,7 +310,11 @@ async fn command(path: &str, source: &Source) -> Response<Full<Bytes>> {
         Err(error) => return problem(StatusCode::NOT_FOUND, &error.to_string()),
     };
     let (sender, answer) = oneshot::channel();
-    let command = if verb == "stop" { Command::Hold(name, sender) } else { Command::Release(name, sender) };
+    let command = match verb {
+        "stop" => Command::Hold(name, sender),
+        "start" => Command::Release(name, sender),
+        _ => Command::Accept(name, sender),
+    };
     if source.commands.send(command).await.is_err() {
         return problem(StatusCode::SERVICE_UNAVAILABLE, "enclaved is ending");
     }

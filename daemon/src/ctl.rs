@@ -115,6 +115,11 @@ enum Command {
         /// Its name.
         name: EnclaveName,
     },
+    /// Take an enclave that is held, because nitro-cli describes it otherwise than it was launched, as it is.
+    Adopt {
+        /// Its name.
+        name: EnclaveName,
+    },
     /// Bring in the changed configuration. One that is wrong is refused and nothing changes.
     Reload,
     /// Print the lines for an enclave's /etc/hosts that lead its programs to its egress endpoints.
@@ -244,6 +249,10 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
         Command::Start { name } => {
             told(&client(), &name, "start").await?;
             print(&format!("{name} is to be launched; `enclavectl wait {name}` waits until it is ready\n"))
+        }
+        Command::Adopt { name } => {
+            told(&client(), &name, "adopt").await?;
+            print(&format!("{name} is taken as it is; what is configured counts for it again\n"))
         }
         Command::Reload => {
             let answer = client().post("/v1/reload").await?;

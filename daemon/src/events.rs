@@ -159,9 +159,14 @@ impl Events {
                     self.metrics.end(key.name.as_str(), failure.is_none());
                 }
             }
+            Change::Described { key, doubt: Some(doubt) } => {
+                warn!(enclave = %key.name, %key, "held as it is, an operator has to decide: {doubt}");
+            }
+            Change::Accepted(name) => info!(enclave = %name, "taken as it is by an operator"),
             Change::Held(name) => info!(enclave = %name, "held stopped by an operator"),
             Change::Released(name) => info!(enclave = %name, "released by an operator"),
-            Change::Endpoints { .. } | Change::ImageForgotten(_) | Change::Forgotten(_) | Change::Removed(_) => {
+            Change::Described { doubt: None, .. }
+            | Change::Endpoints { .. } | Change::ImageForgotten(_) | Change::Forgotten(_) | Change::Removed(_) => {
                 debug!("{change}")
             }
         }
@@ -175,6 +180,7 @@ impl Events {
             Step::Reserve { .. } => info!("{step}"),
             // The change of the ledger before a launch or a stop is its line.
             Step::Launch(_) | Step::Stop { .. } => debug!("{step}"),
+            Step::Describe(_) => debug!("{step}"),
             Step::Record(_) | Step::Refresh { .. } | Step::Publish(_) | Step::Forget(_) | Step::Probe { .. } => {
                 debug!("{step}")
             }
@@ -193,6 +199,7 @@ impl Events {
             JobKey::Stop(key) => ("stop", key.to_string()),
             JobKey::Forget(key) => ("forget", key.to_string()),
             JobKey::Probe(key) => ("probe", key.to_string()),
+            JobKey::Describe => ("describe", String::new()),
         };
         self.metrics.job(name, outcome.is_ok());
         match outcome {

@@ -20,7 +20,7 @@ use enclaved_core::id::{Cid, EifDigest, EnclaveKey, MemoryMib, Timestamp};
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::ledger::{LaunchRecord, Ledger};
 use enclaved_core::observed::{CacheItem, ImageCache, Instance, Pool};
-use enclaved_core::plan::{Launch, Prefer};
+use enclaved_core::plan::{Launch, Launched, Prefer};
 use enclaved_core::routes::{ProxyReport, Routes};
 pub use enclaved_core::status::FetchStage;
 use std::collections::BTreeMap;
@@ -46,6 +46,13 @@ pub trait Supervisor: Send + Sync + 'static {
     /// Asks that enclave to end, by the process that owns it (never by a PID that may be somebody else's by now).
     /// Succeeds if it is gone already.
     fn stop(&self, key: &EnclaveKey, launch: &LaunchRecord) -> impl Future<Output = Outcome<()>> + Send;
+
+    /// Asks nitro-cli what runs, and says in what each of these differs from what was launched (`None`: in nothing). One of which
+    /// nothing can be said, because it ends just now, is left out. Takes as long as nitro-cli does, and is not to be cut off.
+    fn describe(
+        &self,
+        launched: &[Launched],
+    ) -> impl Future<Output = Outcome<BTreeMap<EnclaveKey, Option<Failure>>>> + Send;
 
     /// Removes the traces of a generation that is over. Refused while its enclave runs.
     fn forget(&self, key: &EnclaveKey) -> impl Future<Output = Outcome<()>> + Send;
@@ -249,6 +256,7 @@ pub enum Effect {
     SupervisorObserve,
     SupervisorLaunch,
     SupervisorStop,
+    SupervisorDescribe,
     SupervisorForget,
     SupervisorChanged,
     ImageStoreObserve,
@@ -269,10 +277,11 @@ pub enum Effect {
 
 impl Effect {
     /// All of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::SupervisorObserve,
         Self::SupervisorLaunch,
         Self::SupervisorStop,
+        Self::SupervisorDescribe,
         Self::SupervisorForget,
         Self::SupervisorChanged,
         Self::ImageStoreObserve,

@@ -9,7 +9,7 @@ use enclaved_core::desired::{Desired, ImageRequest};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, EnclaveKey, EnclaveName, Timestamp};
 use enclaved_core::image::VerifiedImage;
-use enclaved_core::ledger::{Change, ImageOutcome, Ledger};
+use enclaved_core::ledger::{Change, ImageOutcome, Ledger, ProcessIdentity};
 use enclaved_core::observed::{HealthReport, JobFailure, JobKey, Observation, Observed};
 use enclaved_core::plan::{Plan, Step, plan, restart};
 use enclaved_core::routes::ProxyReport;
@@ -43,6 +43,8 @@ pub enum Command {
     Hold(EnclaveName, oneshot::Sender<Result<(), String>>),
     /// Start it again.
     Release(EnclaveName, oneshot::Sender<Result<(), String>>),
+    /// Take an enclave that is held in doubt as it is.
+    Accept(EnclaveName, oneshot::Sender<Result<(), String>>),
     /// Fetch an image into the cache ahead of its use, or, unless it is to `begin`, tell how far that is. Answers at once.
     Fetch {
         /// Which.
@@ -138,6 +140,7 @@ pub async fn run<H: Host>(host: Arc<H>, inputs: Inputs, stop: CancellationToken)
         refreshed: BTreeMap::new(),
         asked: Asked::default(),
         health: BTreeMap::new(),
+        described: BTreeMap::new(),
         failed: BTreeMap::new(),
         succeeded: BTreeMap::new(),
         unsaved: None,
@@ -203,6 +206,7 @@ fn blind<H: Host>(host: &H, inputs: &Inputs, failure: &Failure) -> Report {
         ahead: BTreeSet::new(),
         images: BTreeMap::new(),
         health: BTreeMap::new(),
+        described: BTreeMap::new(),
         running: BTreeSet::new(),
         failed: BTreeMap::new(),
         succeeded: BTreeMap::new(),
@@ -233,6 +237,8 @@ struct Loop<H: Host> {
     /// What is fetched ahead of its use.
     asked: Asked,
     health: BTreeMap<EnclaveKey, HealthReport>,
+    /// What nitro-cli said of what runs.
+    described: BTreeMap<EnclaveKey, (ProcessIdentity, Option<Failure>)>,
     failed: BTreeMap<JobKey, JobFailure>,
     succeeded: BTreeMap<JobKey, Timestamp>,
     /// The ledger in memory is not on disk: when that was noticed, how often it failed, why.
@@ -295,6 +301,7 @@ impl<H: Host> Loop<H> {
             ahead: self.asked.fetched(self.now()),
             images: self.images.clone(),
             health: self.health.clone(),
+            described: self.described.clone(),
             running: self.jobs.running().clone(),
             failed: self.failed.clone(),
             succeeded: self.succeeded.clone(),
@@ -437,6 +444,7 @@ impl<H: Host> Loop<H> {
                         let streak = same.map_or(1, |last| last.streak.saturating_add(1));
                         self.health.insert(key, HealthReport { at, result, streak });
                     }
+                    (JobKey::Describe, Done::Described(described)) => self.described.extend(described),
                     _ => {}
                 }
             }
@@ -469,6 +477,7 @@ impl<H: Host> Loop<H> {
         self.images.retain(|request, _| wanted(request));
         self.refreshed.retain(|request, _| wanted(request));
         self.health.retain(|key, _| ledger.generation(key).is_some());
+        self.described.retain(|key, _| ledger.generation(key).is_some());
         self.failed.retain(|job, failed| match job {
             JobKey::Fetch(request) | JobKey::Refresh(request) => wanted(request),
             JobKey::Launch(key) | JobKey::Stop(key) | JobKey::Forget(key) | JobKey::Probe(key) => {
@@ -476,7 +485,7 @@ impl<H: Host> Loop<H> {
             }
             // It is tried again much sooner, if it is still to go.
             JobKey::RemoveCached(_) => restart::pause_end(failed.at, STALE, now).is_some(),
-            JobKey::Reserve | JobKey::StartProxy | JobKey::Publish => true,
+            JobKey::Reserve | JobKey::StartProxy | JobKey::Publish | JobKey::Describe => true,
         });
     }
 
@@ -498,6 +507,15 @@ impl<H: Host> Loop<H> {
             Command::Release(name, reply) => {
                 let known = self.ledger.enclaves.contains_key(&name) || self.desired.enclaves.contains_key(&name);
                 let answer = if known { self.command(Change::Released(name)).await } else { Err(unknown(&name)) };
+                drop(reply.send(answer));
+            }
+            Command::Accept(name, reply) => {
+                let doubt = self.ledger.enclaves.get(&name).map(|enclave| enclave.doubt().is_some());
+                let answer = match doubt {
+                    Some(true) => self.command(Change::Accepted(name)).await,
+                    Some(false) => Err(format!("{name} is not held in doubt: there is nothing to decide")),
+                    None => Err(unknown(&name)),
+                };
                 drop(reply.send(answer));
             }
             Command::Fetch { request, begin, reply } => {

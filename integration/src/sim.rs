@@ -13,11 +13,11 @@ use enclaved::host::{
 };
 use enclaved_core::desired::{HealthCheck, ImageRequest};
 use enclaved_core::failure::Failure;
-use enclaved_core::id::{BootId, Cid, EifDigest, EnclaveKey, MemoryMib, Timestamp};
+use enclaved_core::id::{BootId, Cid, EifDigest, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::ledger::{GenerationRecord, LaunchRecord, Ledger, ProcessIdentity};
 use enclaved_core::observed::{CacheItem, CachedImage, ImageCache, Instance, InstanceState, Pool};
-use enclaved_core::plan::{Launch, Prefer};
+use enclaved_core::plan::{self, Launch, Prefer};
 use enclaved_core::routes::{ListenerKey, ListenerReport, ProxyReport, Routes};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -113,6 +113,8 @@ struct State {
     /// Hugepage memory that somebody else holds.
     foreign: u64,
     sick: bool,
+    /// Enclaves of which nitro-cli says something else than was launched.
+    described_otherwise: BTreeSet<EnclaveName>,
     next_pid: u32,
     sequence: u64,
     counts: BTreeMap<Effect, u32>,
@@ -238,6 +240,7 @@ impl World {
             open: BTreeMap::new(),
             foreign: 0,
             sick: false,
+            described_otherwise: BTreeSet::new(),
             next_pid: 1000,
             sequence: 0,
             counts: BTreeMap::new(),
@@ -399,6 +402,11 @@ impl World {
         self.lock().planned.is_none()
     }
 
+    /// From now on nitro-cli says something else of that enclave than was launched.
+    pub fn describe_otherwise(&self, name: EnclaveName) {
+        self.lock().described_otherwise.insert(name);
+    }
+
     /// The proxy process dies.
     pub fn kill_proxy(&self) {
         let mut state = self.lock();
@@ -478,6 +486,22 @@ impl Supervisor for World {
         .await?;
         self.enclaves_changed.notify_one();
         Ok(())
+    }
+
+    async fn describe(&self, launched: &[plan::Launched]) -> Outcome<BTreeMap<EnclaveKey, Option<Failure>>> {
+        self.effect(Effect::SupervisorDescribe, |state| {
+            let youngest = state.launched.values().filter(|launched| !launched.is_over()).map(|launched| launched.up_at).max();
+            if youngest.is_some_and(|up| up.elapsed() < Duration::from_secs(30)) {
+                state.violations.push("nitro-cli is asked while an enclave is young".to_owned());
+            }
+            let runs = |one: &&plan::Launched| state.launched.get(&one.key).is_some_and(|launched| !launched.is_over());
+            let said = launched.iter().filter(runs).map(|one| {
+                let otherwise = state.described_otherwise.contains(&one.key.name);
+                (one.key.clone(), otherwise.then(|| Failure::new("its mode is debug instead of no debug")))
+            });
+            Ok(said.collect())
+        })
+        .await
     }
 
     async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {

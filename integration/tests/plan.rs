@@ -118,6 +118,7 @@ fn world(seeds: &[Seed], pool: (u32, u64)) -> (Ledger, Observed) {
         asked: BTreeSet::new(),
         ahead: BTreeSet::new(),
         health: BTreeMap::new(),
+        described: BTreeMap::new(),
         running: BTreeSet::new(),
         failed: BTreeMap::new(),
         succeeded: BTreeMap::new(),
@@ -167,6 +168,11 @@ fn carry_out(plan: &Plan, ledger: &mut Ledger, observed: &mut Observed, now: Tim
                 if let Observation::Known(cache) = &mut observed.cache {
                     cache.images.retain(|image| CacheItem::Image(image.digest) != *item);
                     cache.unfinished.retain(|left| CacheItem::Unfinished(left.request.clone()) != *item);
+                }
+            }
+            Step::Describe(launched) => {
+                for one in launched {
+                    observed.described.insert(one.key.clone(), (one.launch.process, None));
                 }
             }
             Step::Reserve { .. } | Step::StartProxy => {}

@@ -86,7 +86,7 @@ impl Scenario {
         ];
         let more: &[Effect] = match self {
             Self::Launch => &[ImageStoreFetch, AllocatorReserve, ProxyLinkStart, LedgerStoreLoad],
-            Self::Deaths => &[SupervisorForget, ImageStoreFetch, ProxyLinkStart, LedgerStoreLoad],
+            Self::Deaths => &[SupervisorDescribe, SupervisorForget, ImageStoreFetch, ProxyLinkStart, LedgerStoreLoad],
             Self::Stops => &[SupervisorStop, SupervisorForget],
             Self::Update => &[SupervisorStop, SupervisorForget, ImageStoreFetch],
             Self::NewObject => {
@@ -112,6 +112,7 @@ impl Scenario {
         match self {
             Self::Launch => {}
             Self::Deaths => {
+                harness.pass(Duration::from_secs(70)).await;
                 let victim = before.keys().next().unwrap().clone();
                 harness.world.kill(&victim);
                 harness.pass(Duration::from_millis(200)).await;
@@ -503,6 +504,30 @@ fn a_host_that_cannot_be_seen_keeps_every_enclave_and_every_route() {
         harness.pass(PATIENCE).await;
         assert_eq!(harness.world.alive(), before);
         assert_eq!(harness.world.routes().or(routes.clone()), routes);
+    });
+}
+
+#[test]
+fn what_nitro_cli_describes_otherwise_than_it_was_launched_is_held_as_it_is_until_an_operator_decides() {
+    on_a_ready_host(async |harness| {
+        let before = harness.world.alive();
+        harness.world.describe_otherwise(name("signer"));
+        harness.pass(Duration::from_secs(70)).await;
+        let told = harness.status().unwrap().problems.into_iter().find(|problem| problem.about == "signer").unwrap().failure;
+        assert!(told.message.contains("debug instead of no debug"), "{told}");
+        assert!(told.remedy.unwrap().contains("enclavectl adopt signer"));
+        // Neither an update nor a restart of enclaved ends it, nor is nitro-cli asked again.
+        harness.configure(two(2)).await;
+        harness.pass(Duration::from_secs(600)).await;
+        harness.kill().await;
+        harness.start().await;
+        harness.pass(Duration::from_secs(600)).await;
+        assert_eq!(harness.world.alive(), before);
+        assert_eq!(harness.world.counts()[&Effect::SupervisorDescribe], 1);
+        harness.accept(&name("signer")).await.unwrap();
+        harness.converge(PATIENCE).await.unwrap();
+        assert_ne!(harness.world.alive(), before, "the update that waited is brought in");
+        harness.accept(&name("signer")).await.unwrap_err();
     });
 }
 

@@ -71,6 +71,24 @@ pub struct EnclaveRecord {
     pub previous_image: Option<EifDigest>,
     /// The generations of which something is left.
     pub generations: BTreeMap<Generation, GenerationRecord>,
+    /// What nitro-cli's own description said of those that run.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub verdicts: BTreeMap<Generation, Verdict>,
+}
+
+/// What nitro-cli's description of a running enclave says beside what was launched. It is asked once for each launch: asking loads
+/// every enclave's process, and the first answer can take as long as hashing the image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Verdict {
+    /// When it was asked.
+    pub at: Timestamp,
+    /// In what it differs from what was launched; `None` if it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doubt: Option<Failure>,
+    /// An operator takes it as it is, since then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accepted: Option<Timestamp>,
 }
 
 /// An end that nobody asked for.
@@ -249,6 +267,18 @@ impl fmt::Display for StopReason {
     }
 }
 
+impl EnclaveRecord {
+    /// The generation that is held for what nitro-cli says of it, and that: nothing is done with it until an operator decides.
+    pub fn doubt(&self) -> Option<(Generation, &Failure)> {
+        let doubtful = |(generation, verdict): (&Generation, &Verdict)| {
+            let current = |record: &GenerationRecord| record.is_current() && record.launch().is_some();
+            self.generations.get(generation).is_some_and(current) && verdict.doubt.is_some() && verdict.accepted.is_none()
+        };
+        let (generation, verdict) = self.verdicts.iter().find(|(generation, verdict)| doubtful((generation, verdict)))?;
+        verdict.doubt.as_ref().map(|doubt| (*generation, doubt))
+    }
+}
+
 impl GenerationRecord {
     /// Its process, where nitro-cli has told of one.
     pub fn launch(&self) -> Option<&LaunchRecord> {
@@ -352,6 +382,15 @@ pub enum Change {
     },
     /// It answered its health check.
     Ready(EnclaveKey),
+    /// nitro-cli was asked what it is.
+    Described {
+        /// Which.
+        key: EnclaveKey,
+        /// In what that differs from what was launched.
+        doubt: Option<Failure>,
+    },
+    /// An operator takes an enclave that is held in doubt as it is.
+    Accepted(EnclaveName),
     /// It takes no new requests.
     Draining {
         /// Which.
@@ -400,6 +439,9 @@ impl fmt::Display for Change {
             Self::Launching(key) => write!(f, "decide to launch {key}"),
             Self::Booting { key, launch } => write!(f, "note that {key} runs as process {}", launch.process.pid),
             Self::Ready(key) => write!(f, "note that {key} is ready"),
+            Self::Described { key, doubt: None } => write!(f, "note that nitro-cli describes {key} as it was launched"),
+            Self::Described { key, doubt: Some(doubt) } => write!(f, "hold {key}: {doubt}"),
+            Self::Accepted(name) => write!(f, "take {name} as it is"),
             Self::Draining { key, why, .. } => write!(f, "drain {key}: {why}"),
             Self::Stopping { key, why } => write!(f, "decide to stop {key}: {why}"),
             Self::Ended { key, failure: Some(failure) } => write!(f, "note that {key} ended: {failure}"),
@@ -493,6 +535,19 @@ impl Ledger {
                 });
                 self.note_image(&key);
             }
+            Change::Described { key, doubt } => {
+                if let Some(enclave) = self.enclaves.get_mut(&key.name)
+                    && enclave.generations.contains_key(&key.generation)
+                {
+                    enclave.verdicts.insert(key.generation, Verdict { at: now, doubt, accepted: None });
+                }
+            }
+            Change::Accepted(name) => {
+                let verdicts = self.enclaves.get_mut(&name).into_iter().flat_map(|enclave| enclave.verdicts.values_mut());
+                for verdict in verdicts.filter(|verdict| verdict.doubt.is_some()) {
+                    verdict.accepted.get_or_insert(now);
+                }
+            }
             Change::Draining { key, until, why } => self.set_phase(&key, |record| match record.launch() {
                 Some(launch) => Phase::Draining { since: now, until, launch: launch.clone(), why },
                 None => Phase::Stopping { since: now, launch: None, why },
@@ -510,6 +565,7 @@ impl Ledger {
             Change::Forgotten(key) => {
                 if let Some(enclave) = self.enclaves.get_mut(&key.name) {
                     enclave.generations.remove(&key.generation);
+                    enclave.verdicts.remove(&key.generation);
                 }
             }
             Change::Held(name) => {

@@ -6,7 +6,7 @@ use crate::desired::ImageRequest;
 use crate::failure::Failure;
 use crate::id::{BootId, EifDigest, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
 use crate::image::VerifiedImage;
-use crate::ledger::{GenerationRecord, LaunchRecord};
+use crate::ledger::{GenerationRecord, LaunchRecord, ProcessIdentity};
 use crate::routes::ProxyReport;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -53,6 +53,8 @@ pub struct Observed {
     pub ahead: BTreeSet<EifDigest>,
     /// The last probe of each generation.
     pub health: BTreeMap<EnclaveKey, HealthReport>,
+    /// What nitro-cli said of generations that run, by the process that each had then: in what it differs from what was launched.
+    pub described: BTreeMap<EnclaveKey, (ProcessIdentity, Option<Failure>)>,
     /// Jobs at work now.
     pub running: BTreeSet<JobKey>,
     /// Jobs that failed, and have not succeeded since.
@@ -188,6 +190,8 @@ pub enum JobKey {
     Forget(EnclaveKey),
     /// Probe a generation's health.
     Probe(EnclaveKey),
+    /// Ask nitro-cli what runs.
+    Describe,
 }
 
 /// A job that failed, so that it is tried again with growing pauses.

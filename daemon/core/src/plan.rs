@@ -5,6 +5,7 @@
 //! records the intent and takes the step in the next pass (invariant 8).
 
 pub mod admission;
+mod describe;
 mod enclave;
 mod images;
 pub mod restart;
@@ -12,7 +13,7 @@ pub mod routing;
 
 use crate::desired::{Desired, HealthCheck, ImageRequest};
 use crate::failure::Failure;
-use crate::id::{Cid, EifDigest, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
+use crate::id::{Cid, EifDigest, EnclaveKey, EnclaveName, Measurements, MemoryMib, Timestamp};
 use crate::image::VerifiedImage;
 use crate::ledger::{Change, GenerationRecord, LaunchRecord, Ledger, Phase};
 use crate::observed::{CacheItem, Instance, InstanceState, JobKey, Observation, Observed};
@@ -86,6 +87,23 @@ pub enum Step {
         /// How.
         check: HealthCheck,
     },
+    /// Ask nitro-cli what runs, and compare it with these.
+    Describe(Vec<Launched>),
+}
+
+/// A generation that runs, as it was launched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Launched {
+    /// Which.
+    pub key: EnclaveKey,
+    /// Its CID.
+    pub cid: Cid,
+    /// The image's measurements.
+    pub measurements: Measurements,
+    /// Debug mode.
+    pub debug: bool,
+    /// Its process.
+    pub launch: LaunchRecord,
 }
 
 /// Where an image is looked for first, where a request may come to several.
@@ -128,6 +146,10 @@ impl fmt::Display for Step {
             Self::Stop { key, launch } => write!(f, "stop {key} (process {})", launch.process.pid),
             Self::Forget(key) => write!(f, "remove the traces of {key}"),
             Self::Probe { key, .. } => write!(f, "probe {key}"),
+            Self::Describe(launched) => {
+                let keys: Vec<_> = launched.iter().map(|launched| launched.key.to_string()).collect();
+                write!(f, "ask nitro-cli whether {} is what was launched", keys.join(", "))
+            }
         }
     }
 }
@@ -143,6 +165,7 @@ pub fn plan(desired: &Desired, observed: &Observed, ledger: &Ledger, now: Timest
     }
     planner.images();
     planner.enclaves();
+    planner.describe();
     planner.proxy();
     planner.refresh();
     planner.collect_images();

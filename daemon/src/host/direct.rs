@@ -18,7 +18,7 @@ use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, EnclaveKey, Timestamp};
 use enclaved_core::ledger::{LaunchRecord, ProcessIdentity};
 use enclaved_core::observed::Instance;
-use enclaved_core::plan::Launch;
+use enclaved_core::plan::{Launch, Launched};
 use enclaved_core::plan::restart::Backoff;
 use scan::{Scan, Scanner};
 use std::collections::{BTreeMap, BTreeSet};
@@ -382,6 +382,10 @@ impl Supervisor for Direct {
         // It is asked, which is what counts; one that takes its time is seen to end by whoever watches it.
         let _ended_or_late = tokio::time::timeout(STOP_WAIT, process.ended()).await;
         Ok(())
+    }
+
+    async fn describe(&self, launched: &[Launched]) -> Outcome<BTreeMap<EnclaveKey, Option<Failure>>> {
+        crate::describe::describe(&NitroCli::new(&self.settings.nitro_cli), launched).await
     }
 
     async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {

@@ -186,6 +186,21 @@ impl Harness {
         self.ask(|reply| Command::Release(name.clone(), reply)).await;
     }
 
+    /// `enclavectl adopt NAME`, once.
+    ///
+    /// # Errors
+    /// It is refused.
+    ///
+    /// # Panics
+    /// If the control process does not run, or does not answer.
+    #[expect(clippy::expect_used, reason = "a test fixture")]
+    pub async fn accept(&self, name: &EnclaveName) -> Result<(), String> {
+        let (reply, answer) = oneshot::channel();
+        let commands = &self.process.as_ref().expect("it was started").commands;
+        commands.send(Command::Accept(name.clone(), reply)).await.expect("it takes commands");
+        answer.await.expect("it answers")
+    }
+
     /// `enclavectl fetch`: asks for an image ahead of its use, and waits for what it comes to.
     ///
     /// # Panics

@@ -46,6 +46,7 @@ impl Planner<'_> {
             self.endpoints(name, spec, record);
         }
         match wanted {
+            Some(spec) if self.held_in_doubt(name, spec, record) => {}
             Some(spec) => self.pursue(name, spec, record, instances),
             None => self.abandon(name, spec.is_none(), record, instances),
         }
@@ -462,7 +463,7 @@ impl Planner<'_> {
     }
 
     /// Probes what runs, and draws the consequences.
-    fn watch(&mut self, key: &EnclaveKey, record: &GenerationRecord, spec: &EnclaveSpec) {
+    pub(super) fn watch(&mut self, key: &EnclaveKey, record: &GenerationRecord, spec: &EnclaveSpec) {
         let (booting, since) = match &record.phase {
             Phase::Booting { since, .. } => (true, *since),
             Phase::Ready { since, .. } => (false, *since),

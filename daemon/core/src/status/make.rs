@@ -116,6 +116,12 @@ impl Maker<'_> {
                 add(key.name.as_str(), Failure::new(text).with_remedy("end it with nitro-cli if it is not wanted"));
             }
         }
+        for (name, record) in &self.ledger.enclaves {
+            let Some((generation, doubt)) = record.doubt() else { continue };
+            let text = format!("generation {generation} runs on and is held as it is: {}", doubt.message);
+            let remedy = format!("`enclavectl adopt {name}` takes it as it is, `enclavectl stop {name}` ends it");
+            add(name.as_str(), Failure::new(text).with_remedy(remedy));
+        }
         for (job, failed) in &self.observed.failed {
             match job {
                 JobKey::Fetch(_) => {}
@@ -128,7 +134,7 @@ impl Maker<'_> {
                         add(name.as_str(), failed.failure.clone());
                     }
                 }
-                JobKey::Reserve | JobKey::RemoveCached(_) => add("host", failed.failure.clone()),
+                JobKey::Reserve | JobKey::RemoveCached(_) | JobKey::Describe => add("host", failed.failure.clone()),
                 JobKey::StartProxy | JobKey::Publish => add("proxy", failed.failure.clone()),
             }
         }
