@@ -3,8 +3,8 @@
 
 use super::{Check, Finding};
 use crate::failure::Failure;
-use crate::id::Timestamp;
 use crate::observed::Observation::{self, Known, Unknown};
+use std::time::Duration;
 
 /// What came of asking the metadata service for a session token (IMDSv2).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,8 +24,8 @@ pub enum MetadataSeen {
     Answers {
         /// The instance's role, if it has one.
         role: Option<String>,
-        /// Its clock, by the Date of its answer.
-        clock: Option<Timestamp>,
+        /// How far its clock is from this host's, by the Date of its answer.
+        apart: Option<Duration>,
     },
 }
 
@@ -59,7 +59,8 @@ pub fn metadata(seen: &Observation<MetadataSeen>, needed: bool) -> Finding {
              set AWS_EC2_METADATA_DISABLED=true, and region and credentials in the environment",
         ),
         MetadataSeen::HopLimit => bad(
-            "its answers with session tokens do not arrive, others do: the hop limit is too low for this place".to_owned(),
+            "its answers with session tokens do not arrive, others do: the hop limit is too low for this place"
+                .to_owned(),
             "aws ec2 modify-instance-metadata-options --instance-id ID --http-put-response-hop-limit 2 (each container network counts one)",
         ),
         MetadataSeen::Silent => bad(
@@ -110,7 +111,11 @@ fn of_image(image: &ImageSeen) -> Finding {
     let bad = |failure: &Failure| match image.cached {
         true => {
             let remedy = failure.remedy.clone().unwrap_or_else(|| "see whether it is still there".to_owned());
-            Finding::warning(check, format!("{}; what was got from there before is in the cache", failure.message), remedy)
+            Finding::warning(
+                check,
+                format!("{}; what was got from there before is in the cache", failure.message),
+                remedy,
+            )
         }
         false => Finding::failed(check, failure),
     };
@@ -140,7 +145,7 @@ mod tests {
             assert_eq!(metadata(&Known(seen.clone()), true).outcome, Outcome::Failure, "{seen:?}");
             assert_eq!(metadata(&Known(seen.clone()), false).outcome, Outcome::Warning, "{seen:?}");
         }
-        let answers = MetadataSeen::Answers { role: None, clock: None };
+        let answers = MetadataSeen::Answers { role: None, apart: None };
         assert_eq!(metadata(&Known(answers), true).outcome, Outcome::Ok);
         assert_eq!(metadata(&Known(MetadataSeen::Disabled), false).outcome, Outcome::NotNeeded);
         assert_eq!(metadata(&Known(MetadataSeen::Disabled), true).outcome, Outcome::Failure);

@@ -49,13 +49,16 @@ fn of_endpoint(endpoint: &EndpointSeen, own: &[IpAddr]) -> Finding {
             "check the name in the configuration, /etc/resolv.conf, and whether this host reaches its resolver",
         ),
         Known(Ok(addresses)) => {
-            let judged = addresses.iter().map(|address| (address, egress_policy::check(*address, &endpoint.allowed, own)));
+            let judged =
+                addresses.iter().map(|address| (address, egress_policy::check(*address, &endpoint.allowed, own)));
             let refused: Vec<String> =
                 judged.filter_map(|(address, verdict)| Some(format!("{address} is {}", verdict.err()?))).collect();
             let remedy = "if the enclave is to reach it, list the address in the endpoint's allow_addresses; otherwise correct the \
                           name, or what DNS says of it";
             match (addresses.len(), refused.len()) {
-                (0, _) => Finding::failure(check, format!("its name has no address (enclave {whose})"), "check the name"),
+                (0, _) => {
+                    Finding::failure(check, format!("its name has no address (enclave {whose})"), "check the name")
+                }
                 (_, 0) => Finding::ok(check, format!("{} addresses", addresses.len())),
                 (all, bad) if all == bad => {
                     let text = format!("no address of it may be reached: {} (enclave {whose})", refused.join("; "));
@@ -252,7 +255,8 @@ mod tests {
     #[test]
     fn a_port_that_another_program_holds_fails_and_names_it() {
         let other = Holder::Other("nginx, process 12".to_owned());
-        let ports = [port("[::]:443", other), port("127.0.0.1:9119", Holder::Enclaved), port("0.0.0.0:7", Holder::Nobody)];
+        let ports =
+            [port("[::]:443", other), port("127.0.0.1:9119", Holder::Enclaved), port("0.0.0.0:7", Holder::Nobody)];
         let findings = listening_ports(&ports, LOW);
         assert_eq!(findings.len(), 2);
         assert_eq!(findings[0].outcome, Outcome::Failure);
@@ -262,9 +266,8 @@ mod tests {
 
     #[test]
     fn a_low_port_fails_where_it_is_known_that_it_may_not_be_bound() {
-        let outcome = |may_bind, holder| {
-            listening_ports(&[port("[::]:443", holder)], LowPorts { may_bind, ..LOW })[0].outcome
-        };
+        let outcome =
+            |may_bind, holder| listening_ports(&[port("[::]:443", holder)], LowPorts { may_bind, ..LOW })[0].outcome;
         assert_eq!(outcome(Some(false), Holder::Nobody), Outcome::Failure);
         assert_eq!(outcome(Some(false), Holder::Enclaved), Outcome::Ok, "it did bind it");
         assert_eq!(outcome(None, Holder::Nobody), Outcome::Ok);

@@ -132,7 +132,11 @@ fn folder<'a>(
         return Err(Finding::failure(check, text, format!("install aws-nitro-enclaves-cli, or `{make}`")));
     };
     if node.kind != NodeKind::Folder {
-        return Err(Finding::failure(check, format!("{} is no folder", seen.path), format!("remove it, then `{make}`")));
+        return Err(Finding::failure(
+            check,
+            format!("{} is no folder", seen.path),
+            format!("remove it, then `{make}`"),
+        ));
     }
     match account.kept_from(seen, READ | WRITE | ENTER) {
         Some(why) => Err(Finding::failure(check, why, format!("`{make}`, and have the daemon's user in group ne"))),
@@ -295,7 +299,8 @@ mod tests {
         assert_eq!(of("1.2.0"), Outcome::Warning);
         assert_eq!(of("2.0.0"), Outcome::Warning);
         assert_eq!(of("nightly"), Outcome::Warning);
-        let missing = Inventory { nitro_cli: Unknown(Failure::new("could not run nitro-cli --version")), ..inventory() };
+        let missing =
+            Inventory { nitro_cli: Unknown(Failure::new("could not run nitro-cli --version")), ..inventory() };
         assert_eq!(nitro_cli(&missing).outcome, Outcome::Failure);
     }
 

@@ -77,7 +77,11 @@ pub fn sizing(inventory: &Inventory, wanted: &Wanted) -> Finding {
     let in_place: Vec<Demand> = wanted.demands.iter().map(in_place).collect();
     if admit(&capacity, &in_place).is_ok() {
         let remedy = "they are launched; an update waits until both generations fit, or says update = \"recreate\"";
-        return Finding::warning(check, format!("only without room for blue-green updates: {}", refusal.message), remedy);
+        return Finding::warning(
+            check,
+            format!("only without room for blue-green updates: {}", refusal.message),
+            remedy,
+        );
     }
     Finding::failed(check, &refusal)
 }
@@ -142,8 +146,7 @@ pub fn allocator_service(inventory: &Inventory, wanted: &Wanted) -> Finding {
     if wanted.by == SetAsideBy::Others {
         return Finding::not_needed(check, OTHERS);
     }
-    let is_short =
-        [cpu_pool(inventory, wanted), hugepages(inventory, wanted)].iter().any(|finding| is_in_the_way(finding));
+    let is_short = [cpu_pool(inventory, wanted), hugepages(inventory, wanted)].iter().any(is_in_the_way);
     // While there is enough, what is wrong here shows after the next boot.
     let bad = |seen: String, remedy: &str| match is_short || wanted.by == SetAsideBy::Enclaved {
         true => Finding::failure(check, seen, remedy),

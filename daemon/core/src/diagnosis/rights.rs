@@ -46,7 +46,8 @@ pub enum PolkitSeen {
 }
 
 const NO_NEED: &str = "nothing is managed through systemd (supervisor = \"direct\", allocator not \"manage\")";
-const RULE: &str = "install enclaved's rule into /usr/share/polkit-1/rules.d (it comes with the package), and polkit itself";
+const RULE: &str =
+    "install enclaved's rule into /usr/share/polkit-1/rules.d (it comes with the package), and polkit itself";
 
 /// systemd on the bus.
 pub fn bus(seen: &Observation<BusSeen>, rights: &[Right]) -> Finding {
@@ -69,21 +70,21 @@ pub fn polkit(seen: &Observation<PolkitSeen>, rights: &[Right]) -> Finding {
     let check = Check::Polkit;
     match seen {
         _ if rights.is_empty() => Finding::not_needed(check, NO_NEED),
-        Known(PolkitSeen::Root) => Finding::not_needed(check, "the daemon runs as root, whom polkit is not asked about"),
+        Known(PolkitSeen::Root) => {
+            Finding::not_needed(check, "the daemon runs as root, whom polkit is not asked about")
+        }
         Known(PolkitSeen::Answers(answers)) => {
-            let refused: Vec<String> = rights
-                .iter()
-                .filter(|right| answers.get(right) != Some(&true))
-                .map(ToString::to_string)
-                .collect();
+            let refused: Vec<String> =
+                rights.iter().filter(|right| answers.get(right) != Some(&true)).map(ToString::to_string).collect();
             match refused.is_empty() {
                 true => Finding::ok(check, "polkit lets the daemon's user manage enclaved's units"),
                 false => Finding::failure(check, format!("polkit does not allow: {}", refused.join(", ")), RULE),
             }
         }
-        Known(PolkitSeen::ForRootOnly { rule: Some(rule) }) => {
-            Finding::ok(check, format!("{rule} is there; what it allows polkit tells root only (`sudo enclavectl doctor`)"))
-        }
+        Known(PolkitSeen::ForRootOnly { rule: Some(rule) }) => Finding::ok(
+            check,
+            format!("{rule} is there; what it allows polkit tells root only (`sudo enclavectl doctor`)"),
+        ),
         Known(PolkitSeen::ForRootOnly { rule: None }) => {
             Finding::failure(check, "there is no rule of polkit for enclaved's units", RULE)
         }

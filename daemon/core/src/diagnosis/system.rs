@@ -36,7 +36,8 @@ pub struct ClockSeen {
 const REFUSED: Duration = Duration::from_secs(15 * 60);
 /// Others' clocks tell whole seconds, and their answers take time.
 const NOTABLE: Duration = Duration::from_secs(5);
-const SET_IT: &str = "`chronyc makestep`, or `timedatectl set-ntp true`; on EC2 169.254.169.123 serves the time to every instance";
+const SET_IT: &str =
+    "`chronyc makestep`, or `timedatectl set-ntp true`; on EC2 169.254.169.123 serves the time to every instance";
 
 /// How right the clock is.
 pub fn clock_drift(seen: &Observation<ClockSeen>) -> Finding {
@@ -202,8 +203,7 @@ mod tests {
 
     #[test]
     fn a_disk_without_room_inodes_or_rights_fails_and_one_without_room_for_the_next_image_warns() {
-        let whole =
-            DiskSeen { path: "/var".to_owned(), free: 1 << 30, free_inodes: Some(1000), kept_from: None };
+        let whole = DiskSeen { path: "/var".to_owned(), free: 1 << 30, free_inodes: Some(1000), kept_from: None };
         let of = |seen: DiskSeen, bytes| disk(&Known(seen), bytes).outcome;
         assert_eq!(of(whole.clone(), 100 << 20), Outcome::Ok);
         assert_eq!(of(whole.clone(), 600 << 20), Outcome::Warning);
