@@ -43,6 +43,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::time::Duration;
 use tokio::time::timeout;
 
@@ -488,8 +489,11 @@ fn clock(
     Known(seen)
 }
 
-async fn when<T>(wanted: bool, look: impl Future<Output = T>) -> Option<T> {
-    if wanted { Some(look.await) } else { None }
+/// Boxed: together these looks are a type too large for the compiler.
+type Looking<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+fn when<'a, T: Send + 'a>(wanted: bool, look: impl Future<Output = T> + Send + 'a) -> Looking<'a, Option<T>> {
+    Box::pin(async move { if wanted { Some(look.await) } else { None } })
 }
 
 /// What came of it in time.
