@@ -122,9 +122,12 @@ async fn a_port_that_somebody_else_holds_fails_and_names_the_process() {
 async fn the_daemon_names_what_fails_at_its_start_launches_what_it_can_and_takes_it_back_when_it_passes() {
     let machine = machine().await;
     let upstream = machine.upstream.address().ip();
-    let shut = machine
-        .sample_enclave("signer", "signer.eif")
+    // A name, since the configuration itself refuses the bare address.
+    let open = machine.sample_enclave("signer", "signer.eif");
+    let shut = open
+        .replace(&format!("hostname = \"{upstream}\""), "hostname = \"localhost\"")
         .replace(&format!("allow_addresses = [\"{upstream}\"]"), "allow_addresses = []");
+    assert_ne!(shut, open);
     machine.write_config(&(machine.host_config() + &shut)).unwrap();
     machine.start_daemon().unwrap();
     let failing = until(&machine, "the check fails", |status| !status.host.failed_checks.is_empty()).await;
