@@ -14,7 +14,7 @@ use crate::host::{Allocator, Clock, Host, Outcome, instance_metadata};
 use crate::last_good;
 use crate::metrics::Metrics;
 use crate::reconciler::{self, Command, Inputs, Report};
-use crate::{procfs, service_manager};
+use crate::{doctor, procfs, service_manager};
 use anyhow::Context;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{MemoryMib, Timestamp};
@@ -88,7 +88,9 @@ pub async fn run(arguments: Arguments) -> Result<(), StartError> {
     let (reloads, reload_receiver) = mpsc::channel(4);
     let (report_sender, reports) = watch::channel(None);
     let (facts, fact_receiver) = watch::channel(first_facts(&config));
-    let keeper = Keeper { arguments, config, commands: commands.clone(), facts: facts.clone(), events: events.clone() };
+    let (checks, checked) = watch::channel(config.clone());
+    let keeper =
+        Keeper { arguments, config, commands: commands.clone(), facts: facts.clone(), events: events.clone(), checks };
     match refused {
         None => keeper.in_force(),
         Some(errors) => keeper.refused(&errors.to_string()),
@@ -96,6 +98,7 @@ pub async fn run(arguments: Arguments) -> Result<(), StartError> {
     let config = keeper.config.clone();
     let source = Source { reports: reports.clone(), commands: commands.clone(), reloads, metrics };
     tasks.spawn(admin::serve_socket(socket, source.clone(), stop.clone()));
+    tasks.spawn(doctor::watch(checked, facts.clone(), events.clone(), stop.clone()));
     tasks.spawn(serve_metrics(config.metrics.listen, source, facts.clone(), stop.clone()));
     tasks.spawn(identify(config.clone(), facts, reports.clone(), events.clone(), stop.clone()));
     tasks.spawn(service_manager::feed_watchdog(reports.clone(), stop.clone()));
@@ -336,6 +339,8 @@ struct Keeper {
     commands: mpsc::Sender<Command>,
     facts: watch::Sender<Facts>,
     events: Events,
+    /// To whoever checks the host for it.
+    checks: watch::Sender<Config>,
 }
 
 impl Keeper {
@@ -421,6 +426,11 @@ impl Keeper {
         }
         self.facts.send_modify(|facts| facts.host.config_revision.clone_from(&self.config.revision));
         self.problem("config", None);
+        self.checks.send_if_modified(|checked| {
+            let is_news = *checked != self.config;
+            checked.clone_from(&self.config);
+            is_news
+        });
         let kept = last_good::keep(&self.config.host.state_dir, &self.config);
         self.problem("last good configuration", kept.err().map(|error| Failure::from_error(&error)));
     }

@@ -4,6 +4,7 @@
 //! Results go to stdout, everything else to stderr.
 
 mod client;
+mod doctor;
 mod fetch;
 mod host;
 mod hosts;
@@ -37,7 +38,7 @@ enum CtlError {
     /// It may work another time: exit code 75.
     #[error("{0}")]
     TryAgain(String),
-    /// A configuration or an image is not good as it is: exit code 78.
+    /// A configuration, an image or the host is not good as it is: exit code 78.
     #[error("{0}")]
     Unfit(String),
 }
@@ -59,7 +60,7 @@ Exit codes:
   64  the command line is wrong, or names an enclave that there is not
   70  a defect of enclavectl or enclaved
   75  not now: enclaved does not answer, or not everything is ready; try again
-  78  a configuration or an image is not good as it is; the message says why
+  78  a configuration, an image or this host (doctor) is not good as it is; the message says why
 
 Files:
   /etc/enclaved/enclaved.toml   the configuration, with conf.d/*.toml beside it
@@ -69,7 +70,8 @@ Examples:
   enclavectl check /etc/enclaved/enclaved.toml && enclavectl reload
   enclavectl wait --timeout 5m          in user data, after systemctl start enclaved
   enclavectl --config next.toml fetch   before an update: its images are there when it comes
-  enclavectl status signer              why it is not ready, and what to do";
+  enclavectl status signer              why it is not ready, and what to do
+  enclavectl doctor                     whether this host would launch, and what is in the way";
 
 /// Shows and steers the Nitro Enclaves that enclaved runs on this host.
 #[derive(Debug, Parser)]
@@ -138,6 +140,13 @@ enum Command {
         #[arg(long, value_name = "DIR", default_value = "/")]
         root: PathBuf,
         /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check everything that a launch needs, and say what is in its way and what to do. Changes nothing; needs no daemon. Exits with 0
+    /// only if this host would launch its enclaves, with 75 if that could not be found out, with 78 if it would not.
+    Doctor {
+        /// Print JSON: the verdict, and what every check found.
         #[arg(long)]
         json: bool,
     },
@@ -215,7 +224,12 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let done = match runtime {
-        Ok(runtime) => runtime.block_on(run(cli)),
+        Ok(runtime) => {
+            let done = runtime.block_on(run(cli));
+            // A name that is still being looked up, or a disk that hangs, is not waited for.
+            runtime.shutdown_background();
+            done
+        }
         Err(error) => Err(CtlError::TryAgain(format!("starting: {error}"))),
     };
     match done {
@@ -284,6 +298,7 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
             }
         }
         Command::Host { root, json } => print(&host::host(&cli.config, &root, json).await?),
+        Command::Doctor { json } => doctor::doctor(&cli.config, &client(), json).await,
         Command::Schema { of } => print(&format!(
             "{:#}\n",
             match of {

@@ -6,6 +6,7 @@ use crate::host::Outcome;
 use crate::jobs::Done;
 use crate::metrics::Metrics;
 use enclaved_core::desired::ImageRequest;
+use enclaved_core::diagnosis::Finding;
 use enclaved_core::failure::Failure;
 use enclaved_core::ledger::{Change, Ledger};
 use enclaved_core::observed::JobKey;
@@ -70,6 +71,16 @@ pub enum Event<'a> {
         /// Why.
         reason: &'a str,
     },
+    /// A check of the host fails that did not before.
+    CheckFailed {
+        /// What it found.
+        finding: &'a Finding,
+    },
+    /// A check of the host does not fail any more.
+    CheckPassed {
+        /// Which, and about what.
+        name: &'a str,
+    },
     /// A status report was taken by the control plane, or was not.
     ControlPlane {
         /// Why not.
@@ -112,6 +123,8 @@ impl Events {
                 self.metrics.reload(false);
                 error!("the configuration is refused, the last good one stays in force: {reason}");
             }
+            Event::CheckFailed { finding } => error!("{}", finding.to_failure()),
+            Event::CheckPassed { name } => info!("the check {name} does not fail any more"),
             Event::ControlPlane { failure, same_as_before } => {
                 self.metrics.control_plane(failure.is_none());
                 match failure {

@@ -10,6 +10,7 @@ pub mod config;
 pub mod control_plane;
 pub mod ctl;
 pub mod describe;
+pub mod doctor;
 pub mod events;
 pub mod host;
 pub mod imds;

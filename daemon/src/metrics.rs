@@ -5,6 +5,7 @@
 //! does not.
 
 use crate::reconciler::Report;
+use enclaved_core::diagnosis::Check;
 use enclaved_core::routes::{Direction, ListenerKey, ProxyReport, TrafficReport};
 use enclaved_core::status::{EnclaveState, EnclaveStatus, Health, Status};
 use prometheus::core::Collector;
@@ -41,6 +42,7 @@ struct Inner {
 struct StateSeries {
     ready: IntGauge,
     problems: IntGauge,
+    check_failed: IntGaugeVec,
     start_time: Gauge,
     pool_cpus: IntGaugeVec,
     pool_memory: IntGaugeVec,
@@ -106,6 +108,11 @@ impl Metrics {
         let state = StateSeries {
             ready: gauge("enclaved_ready", "1 if every wanted enclave serves and nothing is degraded.")?,
             problems: gauge("enclaved_problems", "Problems that `enclavectl status` lists.")?,
+            check_failed: gauges(
+                "enclaved_check_failed",
+                "1 if a check of `enclavectl doctor` fails; none until the control process has made them.",
+                &["check"],
+            )?,
             start_time: add(&r, Gauge::new("enclaved_start_time_seconds", "When the control process started."))?,
             pool_cpus: gauges("enclaved_pool_cpus", "CPUs in the driver's enclave pool, used or not.", &[])?,
             pool_memory: gauges("enclaved_pool_memory_bytes", "Hugepage memory for enclaves.", &["state"])?,
@@ -277,6 +284,12 @@ impl StateSeries {
         self.problems.set(int(status.problems.len()));
         self.start_time.set(seconds(status.host.started_at));
         self.reset();
+        if status.host.checked_at.is_some() {
+            for check in Check::ALL {
+                let failed = status.host.failed_checks.contains(check);
+                self.check_failed.with_label_values(&[check.as_str()]).set(i64::from(failed));
+            }
+        }
         if let Some(cpus) = status.host.pool_cpus {
             self.pool_cpus.with_label_values::<&str>(&[]).set(i64::from(cpus));
         }
@@ -303,6 +316,7 @@ impl StateSeries {
 
     fn reset(&self) {
         let gauges = [
+            &self.check_failed,
             &self.pool_cpus,
             &self.pool_memory,
             &self.enclave_state,

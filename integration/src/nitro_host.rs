@@ -79,6 +79,12 @@ impl NitroHost {
             let file = format!("devices/system/node/node0/hugepages/hugepages-2048kB/{name}");
             write(file, shape.hugepages.to_string())?;
         }
+        write("devices/system/node/node0/hugepages/hugepages-2048kB/surplus_hugepages".to_owned(), "0".to_owned())?;
+        // Twice the pages, and 4 GiB, so that what is set aside leaves the parent its own.
+        let kib = (shape.hugepages * 2048 * 2).saturating_add(4 << 20);
+        let meminfo = format!("Node 0 MemTotal: {kib} kB\nNode 0 MemFree: {kib} kB");
+        write("devices/system/node/node0/meminfo".to_owned(), meminfo)?;
+        write("devices/system/clocksource/clocksource0/current_clocksource".to_owned(), "tsc".to_owned())?;
         let last = shape.cpus.saturating_sub(1);
         // What is in the pool is offline: the node's list leaves it out, but every CPU keeps the link to its node.
         let offline = |cpu: &u32| shape.cores.iter().flatten().any(|other| other == cpu);
@@ -88,6 +94,11 @@ impl NitroHost {
         write("devices/system/cpu/present".to_owned(), format!("0-{last}"))?;
         for cpu in 0..shape.cpus {
             fs::create_dir_all(self.path().join(format!("sys/devices/system/cpu/cpu{cpu}/node0")))?;
+        }
+        let half = (shape.cpus / 2).max(1);
+        for cpu in (0..shape.cpus).filter(|cpu| !offline(cpu)) {
+            let file = format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+            write(file, format!("{},{}", cpu % half, cpu % half + half))?;
         }
         for [a, b] in &shape.cores {
             for cpu in [a, b] {

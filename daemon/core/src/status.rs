@@ -6,6 +6,7 @@ mod make;
 pub use make::status;
 
 use crate::desired::ImageRequest;
+use crate::diagnosis::Check;
 use crate::failure::Failure;
 use crate::id::{BootId, Cid, EifDigest, EnclaveName, Generation, MemoryMib, Pcr, Timestamp};
 use schemars::JsonSchema;
@@ -80,6 +81,12 @@ pub struct HostStatus {
     /// Bytes of images in the cache, unfinished downloads included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_cache_bytes: Option<u64>,
+    /// When the checks of `enclavectl doctor` were made last by the control process, all or those that failed; absent until then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checked_at: Option<Timestamp>,
+    /// The checks that fail.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed_checks: Vec<Check>,
 }
 
 /// The proxy process.
@@ -106,7 +113,7 @@ pub struct ProxyStatus {
 /// Something that an operator should know.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Problem {
-    /// What it concerns: `config`, `host`, `proxy`, `ledger`, or an enclave's name.
+    /// What it concerns: `config`, `host`, `proxy`, `ledger`, `doctor`, or an enclave's name.
     pub about: String,
     /// What is wrong and what can be done.
     #[serde(flatten)]

@@ -43,7 +43,7 @@ impl HostAddresses {
     }
 }
 
-fn read() -> Result<Vec<IpAddr>, Unknown> {
+pub(crate) fn read() -> Result<Vec<IpAddr>, Unknown> {
     let mut addresses: Vec<IpAddr> = match std::fs::read_to_string(FIB_TRIE) {
         Ok(text) => parse_fib_trie(&text).map(IpAddr::from).collect(),
         Err(source) => return Err(Unknown { file: FIB_TRIE, source }),

@@ -37,6 +37,7 @@ use plane::Plane;
 use shared::Shared;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,6 +48,14 @@ use vsock::Transport;
 
 /// How long connections have to end once they were cut.
 const CUT: Duration = Duration::from_secs(2);
+
+/// The addresses of this host's interfaces, which the egress policy refuses.
+///
+/// # Errors
+/// The kernel's tables could not be read.
+pub fn own_addresses() -> io::Result<Vec<IpAddr>> {
+    host_addresses::read().map_err(io::Error::other)
+}
 
 /// Where a proxy keeps its state and is reached.
 #[derive(Debug, Clone)]
