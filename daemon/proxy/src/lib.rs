@@ -19,6 +19,7 @@ mod link;
 mod listening;
 mod plane;
 mod relay;
+mod resolver;
 mod shared;
 mod store;
 mod tcp;
