@@ -123,9 +123,19 @@ impl Plane {
     pub(crate) async fn close(&self) {
         self.https.upstreams.keep_none();
         let mut state = self.state.lock().await;
-        for (_, open) in std::mem::take(&mut state.slots) {
-            open.listening.close().await;
-        }
+        close_all(std::mem::take(&mut state.slots)).await;
+    }
+
+    /// Waits until it could be looked at: it is not stuck.
+    pub(crate) async fn turns(&self) {
+        drop(self.state.lock().await);
+    }
+
+    /// How many listeners there are, and where those should listen that do not.
+    pub(crate) async fn listening(&self) -> (usize, Vec<String>) {
+        let state = self.state.lock().await;
+        let reports = state.slots.values().map(|open| open.listening.report());
+        (state.slots.len(), reports.filter_map(|(address, error)| error.map(|_| address)).collect())
     }
 
     pub(crate) async fn report(&self) -> ProxyReport {
@@ -218,9 +228,7 @@ impl Plane {
         let (kept, closed): (BTreeMap<_, _>, BTreeMap<_, _>) =
             std::mem::take(&mut state.slots).into_iter().partition(|(slot, _)| stays(slot));
         state.slots = kept;
-        for (_, open) in closed {
-            open.listening.close().await;
-        }
+        close_all(closed).await;
 
         self.apply_egress(state, &routes, &transport);
         self.apply_tcp(state, &routes, &transport);
@@ -241,6 +249,8 @@ impl Plane {
         for open in state.slots.values_mut() {
             open.listening.settled().await;
         }
+        // Every listener had its chance to take what was kept for it.
+        self.shared.manager.forget_rest().await;
         let revision = routes.revision();
         state.served = Some((routes, revision));
         self.shared.counters.changed();
@@ -320,6 +330,14 @@ impl Plane {
         let port = Arc::new(HttpsPort { listen: https.listen, https: self.https.clone() });
         let listening = Listening::start(port, self.shared.clone());
         state.slots.insert(slot, Open { listening, service: Service::Https });
+    }
+}
+
+/// All at once: each may have to wait for the service manager.
+async fn close_all(slots: BTreeMap<Slot, Open>) {
+    slots.values().for_each(|open| open.listening.stop());
+    for (_, open) in slots {
+        open.listening.close().await;
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::counters::Counters;
 use crate::host_addresses::HostAddresses;
 use crate::limits::Limits;
+use crate::manager::Manager;
 use crate::resolver::Resolver;
 use std::future::Future;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use tokio_util::task::TaskTracker;
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) limits: Limits,
+    pub(crate) manager: Manager,
     pub(crate) counters: Arc<Counters>,
     pub(crate) own_addresses: HostAddresses,
     /// The names of upstreams.
@@ -26,9 +28,15 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    #[cfg(test)]
     pub(crate) fn new(limits: Limits) -> Self {
+        Self::under(Manager::none(), limits)
+    }
+
+    pub(crate) fn under(manager: Manager, limits: Limits) -> Self {
         Self {
             limits,
+            manager,
             counters: Arc::new(Counters::new()),
             own_addresses: HostAddresses::default(),
             resolver: Resolver::of_the_system(),
