@@ -81,7 +81,11 @@ fn doubt(launched: &Launched, enclave: &Described) -> Option<Failure> {
         }
     }
     (!differences.is_empty()).then(|| {
-        Failure::new(format!("nitro-cli describes {} otherwise than it was launched: {}", launched.key, differences.join(", ")))
+        Failure::new(format!(
+            "nitro-cli describes {} otherwise than it was launched: {}",
+            launched.key,
+            differences.join(", ")
+        ))
     })
 }
 

@@ -179,7 +179,10 @@ impl Events {
             Change::Held(name) => info!(enclave = %name, "held stopped by an operator"),
             Change::Released(name) => info!(enclave = %name, "released by an operator"),
             Change::Described { doubt: None, .. }
-            | Change::Endpoints { .. } | Change::ImageForgotten(_) | Change::Forgotten(_) | Change::Removed(_) => {
+            | Change::Endpoints { .. }
+            | Change::ImageForgotten(_)
+            | Change::Forgotten(_)
+            | Change::Removed(_) => {
                 debug!("{change}")
             }
         }

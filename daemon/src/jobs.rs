@@ -169,8 +169,10 @@ impl Jobs {
             // Without a deadline, as all of nitro-cli: to cut the first answer off can end an enclave.
             Step::Describe(launched) => self.spawn(JobKey::Describe, async move {
                 let said = host.supervisor().describe(&launched).await?;
-                let process = |key: &EnclaveKey| launched.iter().find(|one| one.key == *key).map(|one| one.launch.process);
-                let said = said.into_iter().filter_map(|(key, doubt)| process(&key).map(|process| (key, (process, doubt))));
+                let process =
+                    |key: &EnclaveKey| launched.iter().find(|one| one.key == *key).map(|one| one.launch.process);
+                let said =
+                    said.into_iter().filter_map(|(key, doubt)| process(&key).map(|process| (key, (process, doubt))));
                 Ok(Done::Described(said.collect()))
             }),
             Step::Probe { key, cid, check } => self.spawn(JobKey::Probe(key), async move {

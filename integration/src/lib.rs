@@ -20,6 +20,7 @@ pub mod nitro_host;
 pub mod processes;
 pub mod s3;
 pub mod second_opinion;
+pub mod service_manager;
 pub mod signing;
 pub mod sim;
 pub mod upstream;

@@ -490,7 +490,8 @@ impl Supervisor for World {
 
     async fn describe(&self, launched: &[plan::Launched]) -> Outcome<BTreeMap<EnclaveKey, Option<Failure>>> {
         self.effect(Effect::SupervisorDescribe, |state| {
-            let youngest = state.launched.values().filter(|launched| !launched.is_over()).map(|launched| launched.up_at).max();
+            let youngest =
+                state.launched.values().filter(|launched| !launched.is_over()).map(|launched| launched.up_at).max();
             if youngest.is_some_and(|up| up.elapsed() < Duration::from_secs(30)) {
                 state.violations.push("nitro-cli is asked while an enclave is young".to_owned());
             }

@@ -513,7 +513,8 @@ fn what_nitro_cli_describes_otherwise_than_it_was_launched_is_held_as_it_is_unti
         let before = harness.world.alive();
         harness.world.describe_otherwise(name("signer"));
         harness.pass(Duration::from_secs(70)).await;
-        let told = harness.status().unwrap().problems.into_iter().find(|problem| problem.about == "signer").unwrap().failure;
+        let told =
+            harness.status().unwrap().problems.into_iter().find(|problem| problem.about == "signer").unwrap().failure;
         assert!(told.message.contains("debug instead of no debug"), "{told}");
         assert!(told.remedy.unwrap().contains("enclavectl adopt signer"));
         // Neither an update nor a restart of enclaved ends it, nor is nitro-cli asked again.

@@ -272,9 +272,12 @@ impl EnclaveRecord {
     pub fn doubt(&self) -> Option<(Generation, &Failure)> {
         let doubtful = |(generation, verdict): (&Generation, &Verdict)| {
             let current = |record: &GenerationRecord| record.is_current() && record.launch().is_some();
-            self.generations.get(generation).is_some_and(current) && verdict.doubt.is_some() && verdict.accepted.is_none()
+            self.generations.get(generation).is_some_and(current)
+                && verdict.doubt.is_some()
+                && verdict.accepted.is_none()
         };
-        let (generation, verdict) = self.verdicts.iter().find(|(generation, verdict)| doubtful((generation, verdict)))?;
+        let (generation, verdict) =
+            self.verdicts.iter().find(|(generation, verdict)| doubtful((generation, verdict)))?;
         verdict.doubt.as_ref().map(|doubt| (*generation, doubt))
     }
 }
@@ -543,7 +546,8 @@ impl Ledger {
                 }
             }
             Change::Accepted(name) => {
-                let verdicts = self.enclaves.get_mut(&name).into_iter().flat_map(|enclave| enclave.verdicts.values_mut());
+                let verdicts =
+                    self.enclaves.get_mut(&name).into_iter().flat_map(|enclave| enclave.verdicts.values_mut());
                 for verdict in verdicts.filter(|verdict| verdict.doubt.is_some()) {
                     verdict.accepted.get_or_insert(now);
                 }

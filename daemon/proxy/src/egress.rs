@@ -3,8 +3,9 @@
 
 use crate::counters::{Failure, Open, Refused, Traffic};
 use crate::current::Current;
-use crate::dial::{self, dial};
+use crate::dial::Upstream;
 use crate::error_text::chain;
+use crate::inherited::Unusable;
 use crate::listening::{Service, Socket};
 use crate::relay::{Broken, relay};
 use crate::shared::Shared;
@@ -13,11 +14,11 @@ use crate::throttle::Throttle;
 use crate::vsock::{ListenError, ListenPoint, Listener, Stream, Transport};
 use enclaved_core::id::Cid;
 use enclaved_core::routes::EgressRoute;
+use rustix::fd::{BorrowedFd, OwnedFd};
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 /// What an operator lets an enclave reach. Connections live on for as long as the routes contain it, on whatever vsock port.
@@ -44,13 +45,15 @@ pub(crate) struct Endpoint {
     /// Ends every connection of its [`Grant`]: that of another CID, or of a changed endpoint, is another.
     pub(crate) cut: CancellationToken,
     traffic: Arc<Traffic>,
-    lookups: Arc<Semaphore>,
+    upstream: Upstream,
     failures: Throttle,
 }
 
 impl Endpoint {
-    pub(crate) fn new(route: EgressRoute, cut: CancellationToken, traffic: Arc<Traffic>) -> Self {
-        Self { route, cut, traffic, lookups: Arc::new(Semaphore::new(dial::LOOKUPS)), failures: Throttle::new() }
+    /// Begins to resolve its name, so that it is known when the enclave comes.
+    pub(crate) fn new(route: EgressRoute, cut: CancellationToken, traffic: Arc<Traffic>, shared: &Shared) -> Self {
+        let upstream = Upstream::new(&route, &shared.resolver);
+        Self { route, cut, traffic, upstream, failures: Throttle::new() }
     }
 
     async fn carry(&self, mut enclave: Stream, shared: &Shared) {
@@ -68,8 +71,9 @@ impl Endpoint {
     }
 
     async fn dial_and_relay(&self, enclave: &mut Stream, shared: &Shared) -> Result<(), (Failure, Option<String>)> {
-        let upstream =
-            dial(&self.route, &self.lookups, shared).await.map_err(|error| (error.failure(), Some(chain(&error))))?;
+        // On the heap: what dialling needs is not kept for as long as the relay lives.
+        let dialling = Box::pin(self.upstream.dial(&self.traffic.connects, shared));
+        let upstream = dialling.await.map_err(|error| (error.failure(), Some(chain(&error))))?;
         let mut upstream = ResetOnDrop::new(upstream);
         let ended = relay(enclave, &mut *upstream, &self.traffic, &shared.limits).await;
         if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
@@ -125,6 +129,22 @@ impl Socket for Listener {
     fn address(&self) -> String {
         Self::address(self)
     }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        Self::descriptor(self)
+    }
+
+    fn mark(&self) -> String {
+        Self::mark(self)
+    }
+
+    fn kept(&mut self) {
+        Self::kept(self);
+    }
+
+    fn discard(self) {
+        Self::discard(self);
+    }
 }
 
 impl Service for EgressPort {
@@ -133,6 +153,17 @@ impl Service for EgressPort {
 
     fn address(&self) -> String {
         self.transport.address(self.point)
+    }
+
+    fn name(&self) -> String {
+        match self.point.cid {
+            Some(cid) => format!("egress-{cid}-{}", self.point.port),
+            None => format!("egress-any-{}", self.point.port),
+        }
+    }
+
+    fn adopt(&self, socket: OwnedFd, mark: &str) -> Result<Listener, Unusable> {
+        self.transport.adopt(self.point, socket, mark)
     }
 
     async fn open(&self) -> Result<Listener, ListenError> {
@@ -185,7 +216,7 @@ mod tests {
             allow_addresses: vec![address.ip()],
         };
         let key = TrafficKey { enclave: route.enclave.clone(), direction: Direction::Egress, endpoint: "x".into() };
-        let endpoint = Arc::new(Endpoint::new(route, CancellationToken::new(), shared.counters.traffic(key)));
+        let endpoint = Arc::new(Endpoint::new(route, CancellationToken::new(), shared.counters.traffic(key), &shared));
         let point = ListenPoint { cid: None, port: 8000 };
         let endpoints = HashMap::from([(Cid::FIRST, endpoint)]);
         (Arc::new(EgressPort::new(Transport::AfVsock, point, endpoints, shared)), upstream)

@@ -14,21 +14,27 @@ mod egress;
 mod error_text;
 mod host_addresses;
 mod ingress;
+mod inherited;
 mod limits;
 mod link;
 mod listening;
+mod manager;
 mod plane;
 mod relay;
+mod resolver;
 mod shared;
 mod store;
 mod tcp;
+mod telling;
 mod throttle;
 mod unix_socket;
 pub mod vsock;
 
 pub use limits::Limits;
+pub use manager::Manager;
 
 use certificates::internal_ca::InternalCa;
+use enclaved_core::egress_policy::OwnRange;
 use ingress::https::Https;
 use ingress::tls;
 use ingress::upstream::Upstreams;
@@ -37,7 +43,7 @@ use plane::Plane;
 use shared::Shared;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
-use std::net::IpAddr;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,11 +55,11 @@ use vsock::Transport;
 /// How long connections have to end once they were cut.
 const CUT: Duration = Duration::from_secs(2);
 
-/// The addresses of this host's interfaces, which the egress policy refuses.
+/// The addresses of this host, and ranges that it routes to itself, which the egress policy refuses.
 ///
 /// # Errors
 /// The kernel's tables could not be read.
-pub fn own_addresses() -> io::Result<Vec<IpAddr>> {
+pub fn own_addresses() -> io::Result<Vec<OwnRange>> {
     host_addresses::read().map_err(io::Error::other)
 }
 
@@ -97,15 +103,20 @@ pub enum ProxyError {
 
 /// Runs the data plane until it is told to stop; then lets requests in flight finish for a short while.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<(), ProxyError> {
-    run_with(options, Limits::default(), shutdown).await
+    run_under(Manager::none(), options, Limits::default(), shutdown).await
 }
 
-/// As [`run`], with bounds of one's own.
-pub async fn run_with(options: Options, limits: Limits, shutdown: CancellationToken) -> Result<(), ProxyError> {
+/// As [`run`], under a service manager that keeps listening sockets for a successor, and with bounds of one's own.
+pub async fn run_under(
+    manager: Manager,
+    options: Options,
+    limits: Limits,
+    shutdown: CancellationToken,
+) -> Result<(), ProxyError> {
     let _lock = lock(&options.state_dir)?;
     raise_descriptor_limit();
 
-    let shared = Arc::new(Shared::new(limits));
+    let shared = Arc::new(Shared::under(manager, limits));
     // However this function ends, also by being dropped: no connection outlives it.
     let _cut = shared.cut.clone().drop_guard();
     let provider = tls::provider();
@@ -115,9 +126,11 @@ pub async fn run_with(options: Options, limits: Limits, shutdown: CancellationTo
     let store = Store::new(options.state_dir.join("routes.json"));
     let plane = Arc::new(Plane::new(shared.clone(), Arc::new(https), store));
 
+    // Before the routes are served: they take what is theirs, and the rest is closed.
+    let kept_link = shared.manager.take(link::NAME);
     // Traffic before anything else: it needs nobody's word.
     let serving = plane.restore().await;
-    let link = match Link::open(&options.link).await {
+    let link = match Link::open(&options.link, &shared.manager, kept_link).await {
         Ok(link) => Some(link),
         Err(error) if !serving => return Err(ProxyError::Link(error)),
         Err(error) => {
@@ -129,16 +142,21 @@ pub async fn run_with(options: Options, limits: Limits, shutdown: CancellationTo
             None
         }
     };
+    // Every listener is open, or failed and is tried again.
+    shared.manager.tell("READY=1\n").await;
     tokio::select! {
         // Cancel-safe: a token stays cancelled.
         () = shutdown.cancelled() => {}
-        // Neither returns; dropping them closes the link and ends maintenance between two rounds or within one, none of
+        // None returns; dropping them closes the link and ends maintenance between two rounds or within one, none of
         // which leaves anything half done on disk.
         () = link::run(link, &options.link, plane.clone(), shared.clone()) => {}
         () = maintain(&plane, shared.limits.maintenance) => {}
+        () = telling::tell(&plane, &shared) => {}
     }
 
+    // New connections wait in the sockets that the service manager keeps, if there is one, for the next proxy.
     tracing::info!("ending: no new connections; requests in flight may finish");
+    shared.manager.tell("STOPPING=1\nSTATUS=ending: requests in flight may finish\n").await;
     shared.closing.cancel();
     plane.close().await;
     shared.tasks.close();

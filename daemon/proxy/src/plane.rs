@@ -112,6 +112,7 @@ impl Plane {
     /// What has to be done from time to time: certificates, idle connections, a snapshot that is not on disk yet.
     pub(crate) async fn maintain(&self) {
         self.https.upstreams.reap();
+        self.shared.resolver.look();
         if !self.https.sites.get().domains().is_empty() {
             self.maintain_certificates().await;
         }
@@ -122,9 +123,19 @@ impl Plane {
     pub(crate) async fn close(&self) {
         self.https.upstreams.keep_none();
         let mut state = self.state.lock().await;
-        for (_, open) in std::mem::take(&mut state.slots) {
-            open.listening.close().await;
-        }
+        close_all(std::mem::take(&mut state.slots)).await;
+    }
+
+    /// Waits until it could be looked at: it is not stuck.
+    pub(crate) async fn turns(&self) {
+        drop(self.state.lock().await);
+    }
+
+    /// How many listeners there are, and where those should listen that do not.
+    pub(crate) async fn listening(&self) -> (usize, Vec<String>) {
+        let state = self.state.lock().await;
+        let reports = state.slots.values().map(|open| open.listening.report());
+        (state.slots.len(), reports.filter_map(|(address, error)| error.map(|_| address)).collect())
     }
 
     pub(crate) async fn report(&self) -> ProxyReport {
@@ -147,6 +158,7 @@ impl Plane {
             accept_errors: counters.accept_errors.load(Relaxed),
             refused: counters.refused.report(),
             panics: counters.panics.load(Relaxed),
+            names: self.shared.resolver.report(),
         }
     }
 
@@ -219,12 +231,12 @@ impl Plane {
         // use, so it is closed before others are opened.
         let (later, at_once): (BTreeMap<_, _>, BTreeMap<_, _>) =
             closed.into_iter().partition(|(slot, _)| same_transport && matches!(slot, Slot::Egress(_)));
-        close(at_once).await;
+        close_all(at_once).await;
         self.apply_egress(state, &routes, &transport);
         for open in state.slots.values_mut() {
             open.listening.settled().await;
         }
-        close(later).await;
+        close_all(later).await;
 
         self.apply_tcp(state, &routes, &transport);
         self.apply_https(state, &routes, &transport).await;
@@ -244,6 +256,8 @@ impl Plane {
         for open in state.slots.values_mut() {
             open.listening.settled().await;
         }
+        // Every listener had its chance to take what was kept for it.
+        self.shared.manager.forget_rest().await;
         let revision = routes.revision();
         state.served = Some((routes, revision));
         self.shared.counters.changed();
@@ -258,7 +272,7 @@ impl Plane {
             let endpoint = endpoint.unwrap_or_else(|| {
                 let name = format!("{}:{}", route.hostname, route.port);
                 let traffic = self.shared.counters.traffic(key(&route.enclave, Direction::Egress, name));
-                Arc::new(Endpoint::new(route.clone(), cut.clone(), traffic))
+                Arc::new(Endpoint::new(route.clone(), cut.clone(), traffic, &self.shared))
             });
             points.entry(point).or_default().insert(route.cid, endpoint);
         }
@@ -326,7 +340,9 @@ impl Plane {
     }
 }
 
-async fn close(slots: BTreeMap<Slot, Open>) {
+/// All at once: each may have to wait for the service manager.
+async fn close_all(slots: BTreeMap<Slot, Open>) {
+    slots.values().for_each(|open| open.listening.stop());
     for (_, open) in slots {
         open.listening.close().await;
     }

@@ -1,7 +1,7 @@
 //! Names of endpoints, judged as the proxy judges them, and the ports that enclaved listens on.
 
 use super::{Check, Finding, Outcome};
-use crate::egress_policy;
+use crate::egress_policy::{self, OwnRange};
 use crate::observed::Observation::{self, Known, Unknown};
 use std::net::{IpAddr, SocketAddr};
 
@@ -19,7 +19,7 @@ pub struct EndpointSeen {
 }
 
 /// The endpoints, given this host's own addresses.
-pub fn egress_dns(endpoints: &[EndpointSeen], own: &Observation<Vec<IpAddr>>) -> Vec<Finding> {
+pub fn egress_dns(endpoints: &[EndpointSeen], own: &Observation<Vec<OwnRange>>) -> Vec<Finding> {
     let check = Check::EgressDns;
     if endpoints.is_empty() {
         return vec![Finding::not_needed(check, "no enclave has egress endpoints")];
@@ -38,7 +38,7 @@ pub fn egress_dns(endpoints: &[EndpointSeen], own: &Observation<Vec<IpAddr>>) ->
     told
 }
 
-fn of_endpoint(endpoint: &EndpointSeen, own: &[IpAddr]) -> Finding {
+fn of_endpoint(endpoint: &EndpointSeen, own: &[OwnRange]) -> Finding {
     let check = Check::EgressDns;
     let whose = endpoint.enclaves.join(", ");
     let finding = match &endpoint.addresses {
@@ -220,7 +220,7 @@ mod tests {
     }
 
     fn outcome(endpoint: EndpointSeen) -> Outcome {
-        let own = Known(vec!["10.0.0.5".parse().unwrap()]);
+        let own = Known(vec!["10.0.0.5".parse::<IpAddr>().unwrap().into()]);
         egress_dns(&[endpoint], &own)[0].outcome
     }
 

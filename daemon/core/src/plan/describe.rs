@@ -25,7 +25,8 @@ impl Planner<'_> {
         let mut unknown = Vec::new();
         for (key, record) in self.ledger.generations() {
             let (Some(launch), Some(launched)) = (record.launch(), self.launched(&key, record)) else { continue };
-            let runs = |state: &InstanceState| matches!(state, InstanceState::Running(seen) if seen.process == launch.process);
+            let runs =
+                |state: &InstanceState| matches!(state, InstanceState::Running(seen) if seen.process == launch.process);
             if !instances.get(&key).is_some_and(|instance| runs(&instance.state)) {
                 continue;
             }

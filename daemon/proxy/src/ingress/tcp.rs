@@ -3,12 +3,15 @@
 use crate::counters::{Failure, Live, Open, Traffic};
 use crate::current::Current;
 use crate::error_text::chain;
+use crate::inherited::Unusable;
 use crate::listening::Service;
+use crate::manager::ingress_name;
 use crate::relay::{Broken, relay};
 use crate::shared::Shared;
 use crate::tcp::{self, ListenError, ResetOnDrop};
 use crate::throttle::Throttle;
 use crate::vsock::{ConnectError, Transport};
+use rustix::fd::OwnedFd;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::net::{TcpListener, TcpStream};
@@ -95,6 +98,14 @@ impl Service for TcpPort {
         self.listen.to_string()
     }
 
+    fn name(&self) -> String {
+        ingress_name(self.listen)
+    }
+
+    fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {
+        tcp::adopt(self.listen, socket)
+    }
+
     async fn open(&self) -> Result<TcpListener, ListenError> {
         tcp::listen(self.listen)
     }
@@ -109,7 +120,6 @@ impl Service for TcpPort {
         if backend.traffic.open_now() > limit as u64 {
             return self.fail(&backend, Failure::Limit, Some(&format!("the port has {limit} connections already")));
         }
-        tcp::prepare(&client);
         let port = self.clone();
         self.shared.spawn(async move {
             port.carry(client, &backend, &target).await;
