@@ -166,7 +166,7 @@ fn a_change_waits_while_an_enclave_runs_or_may_run() {
     let wanted = || wanted(PoolPolicy::All, &host, &[recreate("a", 2, 1024)]).unwrap();
     assert_eq!(change(wanted(), &pool(6, 28_672), &Observation::Known(1)), PoolChange::Nothing);
     assert_eq!(change(None, &pool(0, 0), &NONE_RUNS), PoolChange::Nothing);
-    assert!(matches!(change(wanted(), &pool(2, 512), &NONE_RUNS), PoolChange::Due(_)));
+    assert!(matches!(change(wanted(), &pool(2, 512), &NONE_RUNS), PoolChange::Due { urgent: true, .. }));
     let PoolChange::Waits { urgent, why, .. } = change(wanted(), &pool(2, 512), &Observation::Known(2)) else {
         panic!()
     };
