@@ -24,7 +24,8 @@ use enclaved_core::inventory::Inventory;
 use enclaved_core::observed::Observation;
 use enclaved_core::sizing::pool::{PoolNow, kernel_arguments, left_behind, node_of, within};
 use enclaved_core::sizing::{Capacity, Reserve};
-use service::{RestartError, StockService};
+use crate::systemd_bus::{JobError, SystemdBus};
+use service::StockService;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -79,7 +80,7 @@ pub async fn run(config: &Path, request: Option<PathBuf>, report: PathBuf) -> Re
         sysfs: roots.sysfs.clone(),
     };
     let host = HostInventory::new(roots, "nitro-cli");
-    let done = allocate(&places, reserve, &host, &service::Systemd, now).await;
+    let done = allocate(&places, reserve, &host, &service::Systemd(SystemdBus::new()), now).await;
     publish(&done, &report)?;
     Ok(Ended::Tried(done))
 }
@@ -256,14 +257,14 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         self.write(reservation)?;
         self.report.after = None;
         let restarted = self.service.restart().await;
-        if !matches!(restarted, Err(RestartError::NotRun(_))) {
+        if !matches!(restarted, Err(JobError::NotRun(_))) {
             self.report.restarts += 1;
         }
         self.report.service_failure = match restarted {
             Ok(()) => None,
-            Err(RestartError::Failed(failure)) => Some(failure),
+            Err(JobError::Failed(failure)) => Some(failure),
             // Neither more free memory nor another file helps where it does not run.
-            Err(RestartError::NotRun(failure)) => {
+            Err(JobError::NotRun(failure)) => {
                 self.report.service_failure = Some(failure.clone());
                 return Err(Failure {
                     message: format!("the stock allocator did not run: {}", failure.message),
@@ -273,7 +274,7 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
                     code: None,
                 });
             }
-            Err(RestartError::Unknown(failure)) => {
+            Err(JobError::Unknown(failure)) => {
                 self.report.service_failure = Some(failure.clone());
                 return Err(Failure {
                     message: format!("what became of the pool is not known: {}", failure.message),

@@ -161,9 +161,11 @@ impl Events {
             }
             Change::Held(name) => info!(enclave = %name, "held stopped by an operator"),
             Change::Released(name) => info!(enclave = %name, "released by an operator"),
-            Change::Endpoints { .. } | Change::ImageForgotten(_) | Change::Forgotten(_) | Change::Removed(_) => {
-                debug!("{change}")
-            }
+            Change::PoolTried { .. }
+            | Change::Endpoints { .. }
+            | Change::ImageForgotten(_)
+            | Change::Forgotten(_)
+            | Change::Removed(_) => debug!("{change}"),
         }
     }
 
@@ -195,6 +197,9 @@ impl Events {
             JobKey::Probe(key) => ("probe", key.to_string()),
         };
         self.metrics.job(name, outcome.is_ok());
+        if *job == JobKey::Reserve {
+            self.metrics.allocator_run(outcome.is_ok());
+        }
         match outcome {
             Ok(Done::Spoilt(_, failure)) => {
                 warn!(enclave = about, "not launched, its image is fetched again: {failure}");

@@ -169,6 +169,8 @@ pub trait Host: Send + Sync + 'static {
     type Images: ImageStore;
     /// Has resources.
     type Allocator: Allocator;
+    /// Looks at what the host is made of.
+    type Surveyor: Surveyor;
     /// The proxy process.
     type Proxy: ProxyLink;
     /// Asks enclaves.
@@ -184,6 +186,8 @@ pub trait Host: Send + Sync + 'static {
     fn images(&self) -> &Self::Images;
     /// Has resources.
     fn allocator(&self) -> &Self::Allocator;
+    /// Looks at what the host is made of.
+    fn surveyor(&self) -> &Self::Surveyor;
     /// The proxy process.
     fn proxy(&self) -> &Self::Proxy;
     /// Asks enclaves.

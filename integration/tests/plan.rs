@@ -16,7 +16,7 @@ use enclaved_core::observed::{
 };
 use enclaved_core::plan::{Plan, Step, plan, routing};
 use enclaved_core::routes::ProxyReport;
-use enclaved_integration::sim::{desired, image};
+use enclaved_integration::sim::{World, desired, image};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -110,7 +110,9 @@ fn world(seeds: &[Seed], pool: (u32, u64)) -> (Ledger, Observed) {
             cpus: pool.0,
             memory: MemoryMib(pool.1),
             memory_free: MemoryMib(pool.1),
+            changing: false,
         }),
+        inventory: Observation::Known(Some(World::new(pool, (6, 8192)).inventory())),
         proxy: Observation::Known(ProxyReport::default()),
         images: BTreeMap::new(),
         cache: Observation::Known(ImageCache::default()),
@@ -121,6 +123,7 @@ fn world(seeds: &[Seed], pool: (u32, u64)) -> (Ledger, Observed) {
         running: BTreeSet::new(),
         failed: BTreeMap::new(),
         succeeded: BTreeMap::new(),
+        reserve_ended: None,
     };
     (ledger, observed)
 }

@@ -78,6 +78,7 @@ impl Scenario {
             ImageStoreObserve,
             ImageStoreProve,
             AllocatorObserve,
+            SurveyorObserve,
             ProxyLinkObserve,
             ProxyLinkPublish,
             ProxyLinkChanged,

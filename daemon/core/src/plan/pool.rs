@@ -16,6 +16,10 @@ use crate::sizing::pool::{PoolChange, PoolNow, StrayPages, WantedPool, change, s
 use crate::sizing::{Admission, Capacity, Demand, Refusal, Reserve, admit};
 use std::collections::BTreeMap;
 
+/// So often the allocator is asked for room that some enclave lacks before those that have room are launched, after which it can be
+/// asked only once all have ended.
+const PATIENT_TRIES: u32 = 3;
+
 /// What became of the pool in a plan, for status and metrics.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PoolPlan {
@@ -240,8 +244,9 @@ impl Planner<'_> {
             plan.waits = Some("the allocator is at work".to_owned());
             return;
         }
-        // A ledger of another boot, or one that is about to learn of the last try, says nothing of this one.
+        // A ledger of another boot, or one that is about to learn of the last try, says nothing of this one; the next pass does.
         if recorded || self.ledger.boot_id.as_ref() != Some(&self.observed.boot_id) {
+            self.pool_changes = true;
             return;
         }
         match self.ledger.pool.as_ref().filter(|tried| tried.wish == to.wish) {
@@ -253,6 +258,8 @@ impl Planner<'_> {
                 let pause = restart::RESERVE.after(tried.tries);
                 if let Some(again) = restart::pause_end(tried.at, pause, self.now) {
                     plan.waits = Some(format!("it could not be had; it is tried again at {again}"));
+                    // Launching what has room would keep the others waiting until it ends.
+                    self.pool_changes |= tried.tries < PATIENT_TRIES;
                     return self.wake(again);
                 }
             }

@@ -4,10 +4,10 @@
 //! Never writes the stock allocator's file, nor sysfs: this process may do neither.
 
 use super::{Outcome, SysfsAllocator};
-use crate::allocate::service::RestartError;
 use crate::allocate::{ALLOCATE_UNIT, Did, FORMAT, Report, Request, at_work_file};
 use crate::atomic_file;
 use crate::host::Allocator;
+use crate::systemd_bus::{JobError, SystemdBus, Verb};
 use enclaved_core::allocator_file::Reservation;
 use enclaved_core::failure::Failure;
 use enclaved_core::observed::Pool;
@@ -16,6 +16,8 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+/// The stock service has ten minutes for each of four restarts at the most.
+const PATIENCE: Duration = Duration::from_mins(42);
 /// A report with the longest journal and CPU lists is shorter.
 const MAX_REPORT: u64 = 1 << 20;
 /// How soon the unit is at work once it was asked for. If it is not, systemd does not answer, or waits for something else.
@@ -29,7 +31,17 @@ const LINE: usize = 200;
 /// Starts the unit that changes the pool.
 pub trait AllocatorUnit: Send + Sync + 'static {
     /// Starts it, and waits until it has ended.
-    fn run(&self) -> impl Future<Output = Result<(), RestartError>> + Send;
+    fn run(&self) -> impl Future<Output = Result<(), JobError>> + Send;
+}
+
+/// The unit under systemd.
+#[derive(Debug, Clone)]
+pub struct SystemdUnit(pub SystemdBus);
+
+impl AllocatorUnit for SystemdUnit {
+    async fn run(&self) -> Result<(), JobError> {
+        self.0.run_job(Verb::Start, ALLOCATE_UNIT, PATIENCE).await
+    }
 }
 
 /// Where request and report are.
@@ -103,7 +115,7 @@ impl<U: AllocatorUnit> Allocator for ManagedAllocator<U> {
             biased;
             // What is dropped here goes on at systemd; whether it does is to be seen by its lock.
             ran = self.unit.run() => ran,
-            () = self.never_began(&request) => Err(RestartError::Unknown(Failure::new(format!(
+            () = self.never_began(&request) => Err(JobError::Unknown(Failure::new(format!(
                 "{ALLOCATE_UNIT} did not begin within {} s of being started", BEGIN.as_secs()
             )))),
         };
@@ -112,13 +124,13 @@ impl<U: AllocatorUnit> Allocator for ManagedAllocator<U> {
             Failure { message: format!("the enclave pool is not changed: {}", failure.message), remedy, ..failure }
         };
         match ran {
-            Err(RestartError::NotRun(failure)) => Err(not_done(failure)),
-            Err(RestartError::Unknown(failure)) => match self.answer(&request) {
+            Err(JobError::NotRun(failure)) => Err(not_done(failure)),
+            Err(JobError::Unknown(failure)) => match self.answer(&request) {
                 Ok(report) => judge(report, &request),
                 Err(_) => Err(not_done(failure)),
             },
             // It fails, too, where it says why.
-            Ok(()) | Err(RestartError::Failed(_)) => match self.answer(&request) {
+            Ok(()) | Err(JobError::Failed(_)) => match self.answer(&request) {
                 Ok(report) => judge(report, &request),
                 Err(none) => {
                     let failed = ran.err().map_or_else(String::new, |error| format!(" ({error})"));
@@ -150,8 +162,8 @@ fn judge(report: Report, request: &Request) -> Outcome<()> {
                 .map(|line| format!("\n  {}", line.chars().take(LINE).filter(|c| !c.is_control()).collect::<String>()))
                 .collect();
             let said = if lines.is_empty() { lines } else { format!("; nitro-enclaves-allocator said last:{lines}") };
-            let cut = Failure::new(format!("{}{kept}{said}", failure.message));
-            Err(Failure { remedy: failure.remedy, code: failure.code, ..cut })
+            let text = Failure::new(format!("{}{kept}{said}", failure.message));
+            Err(Failure { remedy: failure.remedy, code: failure.code, ..text })
         }
     }
 }
