@@ -3,9 +3,11 @@
 use clap::{Parser, Subcommand};
 use enclaved::app::{self, Arguments, StartError};
 use enclaved::config::DEFAULT_PATH;
+use enclaved_proxy::{Limits, Manager};
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 /// A bug.
@@ -50,6 +52,10 @@ enum Subcommands {
         /// Leave the session of whoever started it, to outlive them.
         #[arg(long)]
         own_session: bool,
+        /// How long connections under way may go on when it is told to end; longer ones are cut. No connection is refused
+        /// meanwhile under systemd: new ones wait for the next proxy, so that a long time is a long wait for them.
+        #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
+        drain: Duration,
     },
     /// Reserve CPUs and memory for enclaves, once, as root; started as enclaved-allocator.service.
     ///
@@ -84,6 +90,11 @@ fn main() -> ExitCode {
         }
     };
     log();
+    // Before anything else has descriptors.
+    let manager = match cli.command {
+        Some(Subcommands::Proxy { .. }) => Manager::from_environment(),
+        _ => Manager::none(),
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -93,8 +104,11 @@ fn main() -> ExitCode {
     };
     let code = match cli.command {
         None => runtime.block_on(control(Arguments { config: cli.config, state_dir: cli.state_dir })),
-        Some(Subcommands::Proxy { state_dir, link, own_session }) => {
-            runtime.block_on(proxy(enclaved_proxy::Options { state_dir, link }, own_session))
+        Some(Subcommands::Proxy { state_dir, link, own_session, drain }) => {
+            let options = enclaved_proxy::Options { state_dir, link };
+            let mut limits = Limits::default();
+            limits.drain = drain;
+            runtime.block_on(proxy(manager, options, limits, own_session))
         }
         Some(Subcommands::Allocate { config, request, report }) => {
             runtime.block_on(allocate(&config, request, report))
@@ -182,7 +196,7 @@ async fn allocate(config: &std::path::Path, request: Option<PathBuf>, report: Pa
     }
 }
 
-async fn proxy(options: enclaved_proxy::Options, own_session: bool) -> ExitCode {
+async fn proxy(manager: Manager, options: enclaved_proxy::Options, limits: Limits, own_session: bool) -> ExitCode {
     if own_session && let Err(error) = rustix::process::setsid() {
         // A leader of a session already: started by hand.
         tracing::debug!("no session of its own: {error}");
@@ -196,7 +210,7 @@ async fn proxy(options: enclaved_proxy::Options, own_session: bool) -> ExitCode 
         }
         asked.cancel();
     });
-    let ended = enclaved_proxy::run(options, stop).await;
+    let ended = enclaved_proxy::run_under(manager, options, limits, stop).await;
     signals.abort();
     match ended {
         Ok(()) => ExitCode::SUCCESS,

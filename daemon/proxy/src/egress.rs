@@ -5,6 +5,7 @@ use crate::counters::{Failure, Open, Refused, Traffic};
 use crate::current::Current;
 use crate::dial::{self, dial};
 use crate::error_text::chain;
+use crate::inherited::Unusable;
 use crate::listening::{Service, Socket};
 use crate::relay::{Broken, relay};
 use crate::shared::Shared;
@@ -13,6 +14,7 @@ use crate::throttle::Throttle;
 use crate::vsock::{ListenError, ListenPoint, Listener, Stream, Transport};
 use enclaved_core::id::Cid;
 use enclaved_core::routes::EgressRoute;
+use rustix::fd::{BorrowedFd, OwnedFd};
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::IpAddr;
@@ -125,6 +127,22 @@ impl Socket for Listener {
     fn address(&self) -> String {
         Self::address(self)
     }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        Self::descriptor(self)
+    }
+
+    fn mark(&self) -> String {
+        Self::mark(self)
+    }
+
+    fn kept(&mut self) {
+        Self::kept(self);
+    }
+
+    fn discard(self) {
+        Self::discard(self);
+    }
 }
 
 impl Service for EgressPort {
@@ -133,6 +151,17 @@ impl Service for EgressPort {
 
     fn address(&self) -> String {
         self.transport.address(self.point)
+    }
+
+    fn name(&self) -> String {
+        match self.point.cid {
+            Some(cid) => format!("egress-{cid}-{}", self.point.port),
+            None => format!("egress-any-{}", self.point.port),
+        }
+    }
+
+    fn adopt(&self, socket: OwnedFd, mark: &str) -> Result<Listener, Unusable> {
+        self.transport.adopt(self.point, socket, mark)
     }
 
     async fn open(&self) -> Result<Listener, ListenError> {

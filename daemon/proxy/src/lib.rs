@@ -14,19 +14,23 @@ mod egress;
 mod error_text;
 mod host_addresses;
 mod ingress;
+mod inherited;
 mod limits;
 mod link;
 mod listening;
+mod manager;
 mod plane;
 mod relay;
 mod shared;
 mod store;
 mod tcp;
+mod telling;
 mod throttle;
 mod unix_socket;
 pub mod vsock;
 
 pub use limits::Limits;
+pub use manager::Manager;
 
 use certificates::internal_ca::InternalCa;
 use ingress::https::Https;
@@ -88,15 +92,20 @@ pub enum ProxyError {
 
 /// Runs the data plane until it is told to stop; then lets requests in flight finish for a short while.
 pub async fn run(options: Options, shutdown: CancellationToken) -> Result<(), ProxyError> {
-    run_with(options, Limits::default(), shutdown).await
+    run_under(Manager::none(), options, Limits::default(), shutdown).await
 }
 
-/// As [`run`], with bounds of one's own.
-pub async fn run_with(options: Options, limits: Limits, shutdown: CancellationToken) -> Result<(), ProxyError> {
+/// As [`run`], under a service manager that keeps listening sockets for a successor, and with bounds of one's own.
+pub async fn run_under(
+    manager: Manager,
+    options: Options,
+    limits: Limits,
+    shutdown: CancellationToken,
+) -> Result<(), ProxyError> {
     let _lock = lock(&options.state_dir)?;
     raise_descriptor_limit();
 
-    let shared = Arc::new(Shared::new(limits));
+    let shared = Arc::new(Shared::under(manager, limits));
     // However this function ends, also by being dropped: no connection outlives it.
     let _cut = shared.cut.clone().drop_guard();
     let provider = tls::provider();
@@ -106,9 +115,11 @@ pub async fn run_with(options: Options, limits: Limits, shutdown: CancellationTo
     let store = Store::new(options.state_dir.join("routes.json"));
     let plane = Arc::new(Plane::new(shared.clone(), Arc::new(https), store));
 
+    // Before the routes are served: they take what is theirs, and the rest is closed.
+    let kept_link = shared.manager.take(link::NAME);
     // Traffic before anything else: it needs nobody's word.
     let serving = plane.restore().await;
-    let link = match Link::open(&options.link).await {
+    let link = match Link::open(&options.link, &shared.manager, kept_link).await {
         Ok(link) => Some(link),
         Err(error) if !serving => return Err(ProxyError::Link(error)),
         Err(error) => {
@@ -120,16 +131,21 @@ pub async fn run_with(options: Options, limits: Limits, shutdown: CancellationTo
             None
         }
     };
+    // Every listener is open, or failed and is tried again.
+    shared.manager.tell("READY=1\n").await;
     tokio::select! {
         // Cancel-safe: a token stays cancelled.
         () = shutdown.cancelled() => {}
-        // Neither returns; dropping them closes the link and ends maintenance between two rounds or within one, none of
+        // None returns; dropping them closes the link and ends maintenance between two rounds or within one, none of
         // which leaves anything half done on disk.
         () = link::run(link, &options.link, plane.clone(), shared.clone()) => {}
         () = maintain(&plane, shared.limits.maintenance) => {}
+        () = telling::tell(&plane, &shared) => {}
     }
 
+    // New connections wait in the sockets that the service manager keeps, if there is one, for the next proxy.
     tracing::info!("ending: no new connections; requests in flight may finish");
+    shared.manager.tell("STOPPING=1\nSTATUS=ending: requests in flight may finish\n").await;
     shared.closing.cancel();
     plane.close().await;
     shared.tasks.close();

@@ -1,10 +1,13 @@
 //! The link: how the control process hands snapshots over and asks for reports. A Unix socket, a JSON document a line each
 //! way, several clients at a time. Nothing that comes in here can end the proxy.
 
+use crate::error_text::chain;
+use crate::manager::{Kept, Manager};
 use crate::plane::Plane;
 use crate::shared::Shared;
 use crate::unix_socket::{BindError, BoundSocket};
 use enclaved_core::routes::{LinkReply, LinkRequest, limits};
+use rustix::fd::AsFd;
 use rustix::fs::Mode;
 use std::io;
 use std::path::Path;
@@ -14,6 +17,9 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufR
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
+
+/// The name under which the service manager keeps the socket.
+pub(crate) const NAME: &str = "link";
 
 /// Clients at a time; more are told so.
 const CLIENTS: usize = 32;
@@ -32,17 +38,36 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    pub(crate) async fn open(path: &Path) -> Result<Self, BindError> {
-        let socket = BoundSocket::bind(path, Some(MODE)).await?;
+    /// Takes over the one that the service manager kept, or opens it.
+    pub(crate) async fn open(path: &Path, manager: &Manager, kept: Option<Kept>) -> Result<Self, BindError> {
+        let socket = Self::socket(path, manager, kept).await?;
         tracing::info!(path = %path.display(), "the link is open");
         Ok(Self { socket, clients: Arc::new(Semaphore::new(CLIENTS)) })
     }
 
+    async fn socket(path: &Path, manager: &Manager, kept: Option<Kept>) -> Result<BoundSocket, BindError> {
+        if let Some(Kept { mark, socket }) = kept {
+            match BoundSocket::adopt(path, socket, &mark) {
+                Ok(socket) => return Ok(socket),
+                Err(unusable) => {
+                    tracing::warn!(error = chain(&unusable), "the link that the service manager kept is of no use");
+                    manager.forget(NAME, &mark).await;
+                }
+            }
+        }
+        let mut socket = BoundSocket::bind(path, Some(MODE)).await?;
+        if manager.is_there() {
+            manager.store(NAME, &socket.mark(), socket.as_fd()).await;
+            socket.set_kept();
+        }
+        Ok(socket)
+    }
+
     /// As [`Self::open`], until it succeeds.
-    async fn open_eventually(path: &Path, retry: Duration) -> Self {
+    async fn open_eventually(path: &Path, shared: &Shared) -> Self {
         loop {
-            sleep(retry).await;
-            if let Ok(link) = Self::open(path).await {
+            sleep(shared.limits.retry).await;
+            if let Ok(link) = Self::open(path, &shared.manager, None).await {
                 return link;
             }
         }
@@ -173,7 +198,7 @@ async fn read_line(reader: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Line>
 pub(crate) async fn run(opened: Option<Link>, path: &Path, plane: Arc<Plane>, shared: Arc<Shared>) {
     let link = match opened {
         Some(link) => link,
-        None => Link::open_eventually(path, shared.limits.retry).await,
+        None => Link::open_eventually(path, &shared).await,
     };
     link.serve(plane, shared).await;
 }

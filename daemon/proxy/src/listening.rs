@@ -1,15 +1,18 @@
-//! Keeps a socket listening: opens it, tries again while it can't be opened, accepts, and survives shortages. What is done
-//! with a connection is its service's business.
+//! Keeps a socket listening: takes over the one that the service manager kept for it, or opens it, tries again while it can't
+//! be opened, accepts, and survives shortages. What is done with a connection is its service's business.
 
 use crate::error_text::chain;
+use crate::inherited::Unusable;
+use crate::manager::Kept;
 use crate::shared::Shared;
 use crate::throttle::Throttle;
+use rustix::fd::{BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use std::error::Error;
 use std::future::Future;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -33,6 +36,20 @@ pub(crate) trait Socket: Send + Sync + 'static {
 
     /// Where it listens.
     fn address(&self) -> String;
+
+    /// The descriptor, for the service manager to keep.
+    fn descriptor(&self) -> BorrowedFd<'_>;
+
+    /// Tells it from another socket of its service's name, where the name and its address don't.
+    fn mark(&self) -> String {
+        String::new()
+    }
+
+    /// From now on the service manager keeps it, too: what would be in a successor's way stays when this is dropped.
+    fn kept(&mut self) {}
+
+    /// Closes it for good, also where another has the descriptor.
+    fn discard(self);
 }
 
 /// What is done with the connections of a listening socket.
@@ -42,6 +59,17 @@ pub(crate) trait Service: Send + Sync + 'static {
 
     /// Where it should listen.
     fn address(&self) -> String;
+
+    /// The name under which the service manager keeps the socket: 1 to 200 visible ASCII characters, no colon, no `@`.
+    fn name(&self) -> String;
+
+    /// What must be there before a socket is of use.
+    fn prepare(&self) -> impl Future<Output = Result<(), Self::Error>> + Send {
+        std::future::ready(Ok(()))
+    }
+
+    /// Takes a socket that was kept, if it is what [`Self::open`] would open.
+    fn adopt(&self, socket: OwnedFd, mark: &str) -> Result<Self::Socket, Unusable>;
 
     /// Opens the socket.
     fn open(&self) -> impl Future<Output = Result<Self::Socket, Self::Error>> + Send;
@@ -82,6 +110,7 @@ impl Listening {
             status: sender,
             retry: retry.clone(),
             stop: stop.clone(),
+            stored: Mutex::default(),
         };
         let address = keeper.address.clone();
         Self { address, status, retry, stop, task: tokio::spawn(supervise(Arc::new(keeper))) }
@@ -107,7 +136,13 @@ impl Listening {
         self.retry.notify_one();
     }
 
-    /// Stops listening; when this returns the address is free. Accepted connections go on.
+    /// Begins to close: [`Self::close`] returns sooner.
+    pub(crate) fn stop(&self) {
+        self.stop.cancel();
+    }
+
+    /// Stops listening; when this returns the address is free, unless the whole proxy ends and the service manager keeps
+    /// the socket for its successor. Accepted connections go on.
     pub(crate) async fn close(mut self) {
         self.stop.cancel();
         // The supervisor has nothing that could panic; were it so, the socket would be closed as well.
@@ -128,6 +163,8 @@ struct Keeper<S> {
     status: watch::Sender<Status>,
     retry: Arc<Notify>,
     stop: CancellationToken,
+    /// The mark of the socket that was handed to the service manager.
+    stored: Mutex<Option<String>>,
 }
 
 /// Starts the listener again should it panic.
@@ -150,12 +187,18 @@ async fn supervise<S: Service>(keeper: Arc<Keeper<S>>) {
 impl<S: Service> Keeper<S> {
     async fn keep(&self) {
         while !self.stop.is_cancelled() {
-            match self.service.open().await {
+            match self.open().await {
                 Ok(socket) => {
                     let address = socket.address();
                     tracing::info!(%address, "listening");
                     self.set(Status::Open { address });
-                    if let Err(error) = self.accept(&socket).await {
+                    let accepted = self.accept(&socket).await;
+                    let ends = accepted.is_ok() && self.shared.closing.is_cancelled();
+                    if !ends {
+                        socket.discard();
+                        self.forget().await;
+                    }
+                    if let Err(error) = accepted {
                         self.failed(format!("accepting failed: {error}"));
                         self.pause().await;
                     }
@@ -165,6 +208,52 @@ impl<S: Service> Keeper<S> {
                     self.pause().await;
                 }
             }
+        }
+    }
+
+    /// The socket that was kept, or a new one, which is kept from now on.
+    async fn open(&self) -> Result<S::Socket, S::Error> {
+        // What a panic left behind.
+        self.forget().await;
+        self.service.prepare().await?;
+        let (manager, name) = (&self.shared.manager, self.service.name());
+        if let Some(Kept { mark, socket }) = manager.take(&name) {
+            match self.service.adopt(socket, &mark) {
+                Ok(mut socket) => {
+                    socket.kept();
+                    self.set_stored(mark);
+                    return Ok(socket);
+                }
+                Err(unusable) => {
+                    let error = chain(&unusable);
+                    tracing::warn!(
+                        name,
+                        error,
+                        "a socket that the service manager kept is of no use; opening a new one"
+                    );
+                    manager.forget(&name, &mark).await;
+                }
+            }
+        }
+        let mut socket = self.service.open().await?;
+        if manager.is_there() {
+            let mark = socket.mark();
+            manager.store(&name, &mark, socket.descriptor()).await;
+            socket.kept();
+            self.set_stored(mark);
+        }
+        Ok(socket)
+    }
+
+    fn set_stored(&self, mark: String) {
+        *self.stored.lock().unwrap_or_else(PoisonError::into_inner) = Some(mark);
+    }
+
+    /// The service manager is to keep the socket no more.
+    async fn forget(&self) {
+        let stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mark) = stored {
+            self.shared.manager.forget(&self.service.name(), &mark).await;
         }
     }
 
@@ -275,7 +364,7 @@ impl Trouble {
 mod tests {
     use super::*;
     use crate::limits::Limits;
-    use std::sync::Mutex;
+    use rustix::fd::AsFd;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use tokio::time::Instant;
 
@@ -288,7 +377,7 @@ mod tests {
         served: AtomicUsize,
         panic_at: usize,
     }
-    struct ScriptedSocket(Accepts);
+    struct ScriptedSocket(Accepts, std::fs::File);
 
     impl Socket for ScriptedSocket {
         type Connection = ();
@@ -304,6 +393,10 @@ mod tests {
         fn address(&self) -> String {
             "there".to_owned()
         }
+        fn descriptor(&self) -> BorrowedFd<'_> {
+            self.1.as_fd()
+        }
+        fn discard(self) {}
     }
 
     impl Service for Scripted {
@@ -312,9 +405,16 @@ mod tests {
         fn address(&self) -> String {
             "wanted".to_owned()
         }
+        fn name(&self) -> String {
+            "wanted".to_owned()
+        }
+        fn adopt(&self, _: OwnedFd, _: &str) -> Result<ScriptedSocket, Unusable> {
+            Err(Unusable::Silent)
+        }
         async fn open(&self) -> io::Result<ScriptedSocket> {
             let next = self.opens.lock().unwrap().pop().unwrap_or(Ok(()));
-            next.map_err(io::Error::other).map(|()| ScriptedSocket(self.accepts.clone()))
+            let file = std::fs::File::open("/dev/null")?;
+            next.map_err(io::Error::other).map(|()| ScriptedSocket(self.accepts.clone(), file))
         }
         fn serve(self: &Arc<Self>, (): ()) {
             let served = self.served.fetch_add(1, Ordering::SeqCst) + 1;

@@ -122,9 +122,19 @@ impl Plane {
     pub(crate) async fn close(&self) {
         self.https.upstreams.keep_none();
         let mut state = self.state.lock().await;
-        for (_, open) in std::mem::take(&mut state.slots) {
-            open.listening.close().await;
-        }
+        close_all(std::mem::take(&mut state.slots)).await;
+    }
+
+    /// Waits until it could be looked at: it is not stuck.
+    pub(crate) async fn turns(&self) {
+        drop(self.state.lock().await);
+    }
+
+    /// How many listeners there are, and where those should listen that do not.
+    pub(crate) async fn listening(&self) -> (usize, Vec<String>) {
+        let state = self.state.lock().await;
+        let reports = state.slots.values().map(|open| open.listening.report());
+        (state.slots.len(), reports.filter_map(|(address, error)| error.map(|_| address)).collect())
     }
 
     pub(crate) async fn report(&self) -> ProxyReport {
@@ -210,17 +220,23 @@ impl Plane {
         let ended = update_lives(&mut state.lives, &routes, &self.shared);
         let revoked = update_grants(&mut state.grants, &routes, &state.lives);
 
-        // Closed before others are opened: an address may change its use.
         let wanted = slots(&routes, &transport);
         let stays = |slot: &Slot| wanted.contains(slot) && (same_transport || !matches!(slot, Slot::Egress(_)));
         let (kept, closed): (BTreeMap<_, _>, BTreeMap<_, _>) =
             std::mem::take(&mut state.slots).into_iter().partition(|(slot, _)| stays(slot));
         state.slots = kept;
-        for (_, open) in closed {
-            open.listening.close().await;
-        }
+        // An enclave's successor is served before its own listeners go, which are nobody else's. Every other address may change its
+        // use, so it is closed before others are opened.
+        let (later, at_once): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            closed.into_iter().partition(|(slot, _)| same_transport && matches!(slot, Slot::Egress(_)));
+        close_all(at_once).await;
 
         self.apply_egress(state, &routes, &transport);
+        for open in state.slots.values_mut() {
+            open.listening.settled().await;
+        }
+        close_all(later).await;
+
         self.apply_tcp(state, &routes, &transport);
         self.apply_https(state, &routes, &transport).await;
 
@@ -239,6 +255,8 @@ impl Plane {
         for open in state.slots.values_mut() {
             open.listening.settled().await;
         }
+        // Every listener had its chance to take what was kept for it.
+        self.shared.manager.forget_rest().await;
         let revision = routes.revision();
         state.served = Some((routes, revision));
         self.shared.counters.changed();
@@ -318,6 +336,14 @@ impl Plane {
         let port = Arc::new(HttpsPort { listen: https.listen, https: self.https.clone() });
         let listening = Listening::start(port, self.shared.clone());
         state.slots.insert(slot, Open { listening, service: Service::Https });
+    }
+}
+
+/// All at once: each may have to wait for the service manager.
+async fn close_all(slots: BTreeMap<Slot, Open>) {
+    slots.values().for_each(|open| open.listening.stop());
+    for (_, open) in slots {
+        open.listening.close().await;
     }
 }
 

@@ -4,6 +4,7 @@ use crate::counters::Counters;
 use crate::dial;
 use crate::host_addresses::HostAddresses;
 use crate::limits::Limits;
+use crate::manager::Manager;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -14,6 +15,7 @@ use tokio_util::task::TaskTracker;
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) limits: Limits,
+    pub(crate) manager: Manager,
     pub(crate) counters: Arc<Counters>,
     pub(crate) own_addresses: HostAddresses,
     /// Lookups of all endpoints.
@@ -27,9 +29,15 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    #[cfg(test)]
     pub(crate) fn new(limits: Limits) -> Self {
+        Self::under(Manager::none(), limits)
+    }
+
+    pub(crate) fn under(manager: Manager, limits: Limits) -> Self {
         Self {
             limits,
+            manager,
             counters: Arc::new(Counters::new()),
             own_addresses: HostAddresses::default(),
             lookups: Arc::new(Semaphore::new(dial::LOOKUPS_IN_ALL)),

@@ -1,8 +1,10 @@
 //! TCP sockets as the data plane wants them: how they listen, and what is set on each connection. What flows over them is
 //! nobody's business here.
 
+use crate::inherited::{Expected, Unusable};
 use crate::listening::Socket;
-use rustix::net::sockopt;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::net::{Shutdown, sockopt};
 use std::io;
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
@@ -39,6 +41,13 @@ pub(crate) fn listen(address: SocketAddr) -> Result<TcpListener, ListenError> {
     open().map_err(|source| ListenError { address, source })
 }
 
+/// Takes a socket that listens on that address already.
+pub(crate) fn adopt(address: SocketAddr, socket: OwnedFd) -> Result<TcpListener, Unusable> {
+    Expected::Tcp(address).check(&socket)?;
+    let socket = std::net::TcpListener::from(socket);
+    socket.set_nonblocking(true).and_then(|()| TcpListener::from_std(socket)).map_err(Unusable::Io)
+}
+
 impl Socket for TcpListener {
     type Connection = (TcpStream, SocketAddr);
 
@@ -48,6 +57,17 @@ impl Socket for TcpListener {
 
     fn address(&self) -> String {
         self.local_addr().map_or_else(|error| format!("unknown: {error}"), |address| address.to_string())
+    }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.as_fd()
+    }
+
+    fn discard(self) {
+        // Whoever else has the descriptor: clients are refused from now on, and the address is free.
+        if let Err(error) = rustix::net::shutdown(&self, Shutdown::Read) {
+            tracing::debug!(%error, "could not shut a listening socket down");
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! Listening on a Unix socket by path: replaces what a dead process left behind, never what a live one serves, and leaves
-//! nothing behind itself. Who may connect, and what is spoken, is not decided here.
+//! nothing behind itself, unless the service manager keeps the socket. Who may connect, and what is spoken, is not decided here.
 
+use crate::inherited::{Expected, Unusable};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::io;
@@ -62,8 +64,14 @@ pub(crate) struct BoundSocket {
     listener: UnixListener,
     path: PathBuf,
     /// Device and inode of the file, so that another's of the same name is left alone.
-    identity: Option<(u64, u64)>,
+    identity: Option<Identity>,
+    /// The service manager has the socket, too: the file stays.
+    kept: bool,
 }
+
+/// Device, inode and time of making (in nanoseconds) of a socket's file. A number of an inode is given out again, and the
+/// time of making changes with neither owner nor mode.
+type Identity = (u64, u64, i128);
 
 impl BoundSocket {
     /// Opens the socket. With a `mode`, the file has it before anyone can connect; without, the umask decides.
@@ -81,7 +89,34 @@ impl BoundSocket {
         }
         rustix::net::listen(&socket, BACKLOG).map_err(|error| failed("listen on", error.into()))?;
         let listener = UnixListener::from_std(StdListener::from(socket)).map_err(|error| failed("watch", error))?;
-        Ok(Self { listener, path: path.to_owned(), identity: identity(path) })
+        Ok(Self { listener, path: path.to_owned(), identity: identity(path), kept: false })
+    }
+
+    /// Takes a socket that listens there already; its file must be the one that the mark is of.
+    pub(crate) fn adopt(path: &Path, socket: OwnedFd, mark: &str) -> Result<Self, Unusable> {
+        Expected::Unix(path).check(&socket)?;
+        let identity = identity(path).filter(|identity| mark_of(*identity) == mark);
+        if identity.is_none() {
+            return Err(Unusable::File(path.to_owned()));
+        }
+        let socket = StdListener::from(socket);
+        let listener = socket.set_nonblocking(true).and_then(|()| UnixListener::from_std(socket));
+        Ok(Self { listener: listener.map_err(Unusable::Io)?, path: path.to_owned(), identity, kept: true })
+    }
+
+    /// Tells its file from another that came to have its path.
+    pub(crate) fn mark(&self) -> String {
+        self.identity.map(mark_of).unwrap_or_default()
+    }
+
+    /// From now on the file stays when this is dropped.
+    pub(crate) fn set_kept(&mut self) {
+        self.kept = true;
+    }
+
+    /// Closes it, and removes its file.
+    pub(crate) fn discard(mut self) {
+        self.kept = false;
     }
 
     /// The next connection. Cancel-safe.
@@ -95,9 +130,15 @@ impl BoundSocket {
     }
 }
 
+impl AsFd for BoundSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
 impl Drop for BoundSocket {
     fn drop(&mut self) {
-        if self.identity.is_some() && identity(&self.path) == self.identity {
+        if !self.kept && self.identity.is_some() && identity(&self.path) == self.identity {
             // Nothing can be done about a file that stays; the next to listen here replaces it.
             drop(std::fs::remove_file(&self.path));
         }
@@ -129,8 +170,14 @@ async fn remove_stale(path: &Path) -> Result<(), BindError> {
     }
 }
 
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    std::fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+fn identity(path: &Path) -> Option<Identity> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    let made = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
+    Some((metadata.dev(), metadata.ino(), made))
+}
+
+fn mark_of((device, inode, made): Identity) -> String {
+    format!("{device:x}.{inode:x}.{made:x}")
 }
 
 #[cfg(test)]
@@ -162,6 +209,26 @@ mod tests {
         let _new = BoundSocket::bind(&path, None).await.unwrap();
         drop(old);
         UnixStream::connect(&path).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_is_kept_leaves_its_file_and_is_taken_over_only_while_the_file_is_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let mut old = BoundSocket::bind(&path, None).await.unwrap();
+        old.set_kept();
+        let (kept, mark) = (old.as_fd().try_clone_to_owned().unwrap(), old.mark());
+        drop(old);
+        let again = kept.try_clone().unwrap();
+        let new = BoundSocket::adopt(&path, kept, &mark).unwrap();
+        let client = UnixStream::connect(&path);
+        let (accepted, connected) = tokio::join!(new.accept(), client);
+        drop((accepted.unwrap(), connected.unwrap()));
+        std::fs::remove_file(&path).unwrap();
+        let other = BoundSocket::bind(&path, None).await.unwrap();
+        assert!(matches!(BoundSocket::adopt(&path, again, &mark), Err(Unusable::File(_))));
+        new.discard();
+        UnixStream::connect(other.path()).await.unwrap();
     }
 
     #[tokio::test]

@@ -7,10 +7,12 @@
 mod hybrid;
 mod kernel;
 
+use crate::inherited::Unusable;
 pub use crate::unix_socket::BindError;
 use crate::unix_socket::BoundSocket;
 use enclaved_core::id::Cid;
 use enclaved_core::routes::VsockTransport;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -72,6 +74,18 @@ impl Transport {
                 socket: BoundSocket::bind(&hybrid::host_path(dir, cid, point.port), None).await?,
             }),
             (Self::AfVsock, Some(_)) | (Self::Hybrid(_), None) => Err(ListenError::WrongPoint(point)),
+        }
+    }
+
+    /// Takes a socket that listens there already.
+    pub(crate) fn adopt(&self, point: ListenPoint, socket: OwnedFd, mark: &str) -> Result<Listener, Unusable> {
+        match (self, point.cid) {
+            (Self::AfVsock, None) => kernel::adopt(point.port, socket).map(Listener::Kernel),
+            (Self::Hybrid(dir), Some(cid)) => {
+                let socket = BoundSocket::adopt(&hybrid::host_path(dir, cid, point.port), socket, mark)?;
+                Ok(Listener::Hybrid { cid, socket })
+            }
+            (Self::AfVsock, Some(_)) | (Self::Hybrid(_), None) => Err(Unusable::Elsewhere(point.to_string())),
         }
     }
 
@@ -275,6 +289,36 @@ impl Listener {
                 Err(error) => format!("vsock: {error}"),
             },
             Self::Hybrid { socket, .. } => socket.path().display().to_string(),
+        }
+    }
+
+    /// See [`crate::listening::Socket`], also for the rest.
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Kernel(listener) => listener.as_fd(),
+            Self::Hybrid { socket, .. } => socket.as_fd(),
+        }
+    }
+
+    pub(crate) fn mark(&self) -> String {
+        match self {
+            Self::Kernel(_) => String::new(),
+            Self::Hybrid { socket, .. } => socket.mark(),
+        }
+    }
+
+    pub(crate) fn kept(&mut self) {
+        match self {
+            Self::Kernel(_) => {}
+            Self::Hybrid { socket, .. } => socket.set_kept(),
+        }
+    }
+
+    pub(crate) fn discard(self) {
+        match self {
+            // shutdown(2) does nothing to such a listener: the port is free when the last descriptor is closed.
+            Self::Kernel(listener) => drop(listener),
+            Self::Hybrid { socket, .. } => socket.discard(),
         }
     }
 }

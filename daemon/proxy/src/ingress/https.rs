@@ -9,7 +9,9 @@ use super::upstream::Upstreams;
 use crate::certificates::{CertificateError, CertificateSource};
 use crate::counters::Refused;
 use crate::current::Current;
+use crate::inherited::Unusable;
 use crate::listening::Service;
+use crate::manager::ingress_name;
 use crate::shared::Shared;
 use crate::tcp;
 use crate::throttle::Throttle;
@@ -19,6 +21,7 @@ use hyper::body::{Body, Frame, SizeHint};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::fd::OwnedFd;
 use rustls::crypto::CryptoProvider;
 use std::convert::Infallible;
 use std::future::Future;
@@ -225,8 +228,19 @@ impl Service for HttpsPort {
         self.listen.to_string()
     }
 
+    fn name(&self) -> String {
+        ingress_name(self.listen)
+    }
+
+    async fn prepare(&self) -> Result<(), OpenError> {
+        Ok(self.https.maintain_certificates().await?)
+    }
+
+    fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {
+        tcp::adopt(self.listen, socket)
+    }
+
     async fn open(&self) -> Result<TcpListener, OpenError> {
-        self.https.maintain_certificates().await?;
         Ok(tcp::listen(self.listen)?)
     }
 

@@ -3,12 +3,15 @@
 use crate::counters::{Failure, Live, Open, Traffic};
 use crate::current::Current;
 use crate::error_text::chain;
+use crate::inherited::Unusable;
 use crate::listening::Service;
+use crate::manager::ingress_name;
 use crate::relay::{Broken, relay};
 use crate::shared::Shared;
 use crate::tcp::{self, ListenError, ResetOnDrop};
 use crate::throttle::Throttle;
 use crate::vsock::{ConnectError, Transport};
+use rustix::fd::OwnedFd;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::net::{TcpListener, TcpStream};
@@ -93,6 +96,14 @@ impl Service for TcpPort {
 
     fn address(&self) -> String {
         self.listen.to_string()
+    }
+
+    fn name(&self) -> String {
+        ingress_name(self.listen)
+    }
+
+    fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {
+        tcp::adopt(self.listen, socket)
     }
 
     async fn open(&self) -> Result<TcpListener, ListenError> {

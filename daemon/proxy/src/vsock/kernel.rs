@@ -1,7 +1,9 @@
 //! vsock by the kernel's AF_VSOCK: what a Nitro host has. The only file that opens such sockets.
 
 use super::{ConnectError, ListenError};
+use crate::inherited::{Expected, Unusable};
 use enclaved_core::id::Cid;
+use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use std::future::poll_fn;
 use std::io;
@@ -24,6 +26,16 @@ fn classify(cid: Cid, port: u32, source: io::Error) -> ConnectError {
 
 pub(super) fn listen(port: u32) -> Result<VsockListener, ListenError> {
     VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)).map_err(|source| ListenError::Kernel { port, source })
+}
+
+/// Takes a socket that listens on that port already.
+pub(super) fn adopt(port: u32, socket: OwnedFd) -> Result<VsockListener, Unusable> {
+    Expected::Vsock.check(&socket)?;
+    // Panics if the runtime can't watch it (no memory); as every panic of a listener, that is caught, and it is opened anew.
+    let listener = VsockListener::from(socket);
+    let bound = listener.local_addr().map_err(Unusable::Io)?;
+    let same = bound.port() == port && bound.cid() == VMADDR_CID_ANY;
+    if same { Ok(listener) } else { Err(Unusable::Elsewhere(bound.to_string())) }
 }
 
 /// The next connection and its peer's CID. Cancel-safe: a connection is taken off the queue and returned in one poll.

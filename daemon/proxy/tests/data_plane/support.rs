@@ -6,7 +6,7 @@ use enclaved_core::routes::{
     Direction, EgressRoute, HttpsListener, LinkReply, LinkRequest, ListenerKey, PathRoute, ProxyReport, ROUTES_FORMAT,
     Routes, Site, TcpRoute, TrafficReport, VsockTransport,
 };
-use enclaved_proxy::{Limits, Options, ProxyError, run_with};
+use enclaved_proxy::{Limits, Manager, Options, ProxyError, run_under};
 use http::{Request, Response};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
@@ -101,7 +101,7 @@ impl Host {
     /// Starts the proxy.
     pub(crate) fn launch(&mut self) {
         let stop = CancellationToken::new();
-        let task = tokio::spawn(run_with(self.options(), self.limits.clone(), stop.clone()));
+        let task = tokio::spawn(run_under(Manager::none(), self.options(), self.limits.clone(), stop.clone()));
         self.proxy = Some(Running { task, stop });
     }
 

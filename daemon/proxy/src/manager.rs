@@ -1,0 +1,219 @@
+//! The service manager (systemd, or whoever set `NOTIFY_SOCKET`): it keeps listening sockets while no proxy runs, and is
+//! told how this one does. Without one nothing happens. Which sockets there are, and when a proxy is ready, is decided
+//! elsewhere.
+//!
+//! A socket is kept under a name. Where the name does not say which socket it is, a mark follows it: the file of a Unix
+//! socket can have been replaced.
+
+use crate::inherited;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::pipe::{PipeFlags, pipe_with};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::net::unix::pipe;
+use tokio::time::timeout;
+
+/// How long the service manager may take to have read what it was sent. It answers within milliseconds, unless it is busy
+/// reading its own configuration.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Between a name and its mark.
+const MARK: char = '@';
+
+/// The service manager, or none.
+#[derive(Debug, Default)]
+pub struct Manager {
+    socket: Option<Arc<UnixDatagram>>,
+    watchdog: Option<Duration>,
+    /// What it passed and nobody has taken yet, by name.
+    passed: Mutex<BTreeMap<String, Kept>>,
+}
+
+/// A socket that the service manager kept.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) mark: String,
+    pub(crate) socket: OwnedFd,
+}
+
+impl Manager {
+    /// No service manager.
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// The one that started this process, if one did: `NOTIFY_SOCKET`, `LISTEN_FDS`, `LISTEN_FDNAMES`, `LISTEN_PID`,
+    /// `WATCHDOG_USEC` and `WATCHDOG_PID` say so. The first call takes the descriptors that were passed; it belongs before
+    /// anything that opens descriptors.
+    pub fn from_environment() -> Self {
+        let passed = inherited::take().unwrap_or_else(|error| {
+            tracing::error!(%error, "could not take over the sockets that the service manager kept; opening them anew");
+            Vec::new()
+        });
+        let socket = std::env::var_os("NOTIFY_SOCKET").and_then(|address| match connect(&address) {
+            Ok(socket) => Some(Arc::new(socket)),
+            Err(error) => {
+                tracing::error!(?address, %error, "could not reach the service manager: it will not learn that this proxy runs, and keep no sockets");
+                None
+            }
+        });
+        let manager = Self { socket, watchdog: sd_notify::watchdog_enabled(), passed: Mutex::default() };
+        let mut kept = manager.passed();
+        for (full, socket) in passed {
+            let (name, mark) = full.split_once(MARK).unwrap_or((&full, ""));
+            kept.insert(name.to_owned(), Kept { mark: mark.to_owned(), socket });
+        }
+        drop(kept);
+        manager
+    }
+
+    /// Whether there is one.
+    pub(crate) fn is_there(&self) -> bool {
+        self.socket.is_some()
+    }
+
+    /// How often it wants a sign of life.
+    pub(crate) fn watchdog(&self) -> Option<Duration> {
+        self.watchdog.filter(|_| self.is_there())
+    }
+
+    /// What it kept under that name.
+    pub(crate) fn take(&self, name: &str) -> Option<Kept> {
+        self.passed().remove(name)
+    }
+
+    /// Hands it a socket to keep. Whether it does, it does not say: the room for them is `FileDescriptorStoreMax=`.
+    pub(crate) async fn store(&self, name: &str, mark: &str, socket: BorrowedFd<'_>) {
+        if self.is_there() {
+            // FDPOLL=0: it must not judge by poll(2) whether a socket is of use.
+            let text = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={}\n", full_name(name, mark));
+            self.tell_about(&text, socket.try_clone_to_owned().map(Some)).await;
+        }
+    }
+
+    /// Has it close a socket that it keeps. When this returns it has, unless it is not well.
+    pub(crate) async fn forget(&self, name: &str, mark: &str) {
+        if self.is_there() {
+            self.remove(name, mark).await;
+            self.barrier().await;
+        }
+    }
+
+    async fn remove(&self, name: &str, mark: &str) {
+        self.tell(&format!("FDSTOREREMOVE=1\nFDNAME={}\n", full_name(name, mark))).await;
+    }
+
+    /// Has it close what it passed and nobody took.
+    pub(crate) async fn forget_rest(&self) {
+        let rest = std::mem::take(&mut *self.passed());
+        if rest.is_empty() {
+            return;
+        }
+        for (name, Kept { mark, socket }) in rest {
+            tracing::info!(name, "closing a socket of a former proxy: no route has it any more");
+            drop(socket);
+            self.remove(&name, &mark).await;
+        }
+        self.barrier().await;
+    }
+
+    /// Tells it something: lines of `NAME=value`.
+    pub(crate) async fn tell(&self, text: &str) {
+        self.tell_about(text, Ok(None)).await;
+    }
+
+    async fn tell_about(&self, text: &str, descriptor: io::Result<Option<OwnedFd>>) {
+        let told = match descriptor {
+            Ok(descriptor) => self.send(text.to_owned(), descriptor).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = told {
+            tracing::warn!(%error, text = text.trim_end().replace('\n', " "), "could not tell the service manager");
+        }
+    }
+
+    /// Waits until it has read all that was sent before: it closes the descriptor that comes with this.
+    async fn barrier(&self) {
+        let wait = async {
+            let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
+            self.send("BARRIER=1".to_owned(), Some(theirs)).await?;
+            pipe::Receiver::from_owned_fd(ours)?.readable().await
+        };
+        match timeout(PATIENCE, wait).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "could not wait for the service manager"),
+            Err(_) => tracing::warn!("the service manager did not answer within {PATIENCE:?}"),
+        }
+    }
+
+    /// Sends it one message. Waits for room in its queue, on a thread of its own, for [`PATIENCE`] at most.
+    async fn send(&self, text: String, descriptor: Option<OwnedFd>) -> io::Result<()> {
+        let Some(socket) = self.socket.clone() else { return Ok(()) };
+        let sent = tokio::task::spawn_blocking(move || {
+            let descriptors: Vec<_> = descriptor.iter().map(AsFd::as_fd).collect();
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+                return Err(io::Error::other("no room for a descriptor"));
+            }
+            let text = [IoSlice::new(text.as_bytes())];
+            rustix::net::sendmsg(&*socket, &text, &mut control, SendFlags::NOSIGNAL)?;
+            Ok(())
+        });
+        sent.await.unwrap_or_else(|error| Err(io::Error::other(error)))
+    }
+
+    fn passed(&self) -> MutexGuard<'_, BTreeMap<String, Kept>> {
+        self.passed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn connect(address: &OsString) -> io::Result<UnixDatagram> {
+    let address = match address.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(address)?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.set_write_timeout(Some(PATIENCE))?;
+    socket.connect_addr(&address)?;
+    Ok(socket)
+}
+
+fn full_name(name: &str, mark: &str) -> String {
+    if mark.is_empty() { name.to_owned() } else { format!("{name}{MARK}{mark}") }
+}
+
+/// The name of a socket on that address: names have no colons, for the service manager joins them with colons.
+pub(crate) fn ingress_name(address: std::net::SocketAddr) -> String {
+    format!("ingress-{}-{}", address.ip().to_string().replace(':', "_"), address.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_says_which_address_it_is_without_a_colon() {
+        let name = |address: &str| ingress_name(address.parse().unwrap());
+        assert_eq!(name("127.0.0.1:9000"), "ingress-127.0.0.1-9000");
+        assert_eq!(name("[::]:443"), "ingress-__-443");
+        assert_eq!(name("[2001:db8::1]:443"), "ingress-2001_db8__1-443");
+    }
+
+    #[tokio::test]
+    async fn without_a_service_manager_nothing_is_kept_and_nothing_waits() {
+        let manager = Manager::none();
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        manager.store("x", "", socket.as_fd()).await;
+        manager.forget("x", "").await;
+        assert!(manager.take("x").is_none() && manager.watchdog().is_none());
+    }
+}
