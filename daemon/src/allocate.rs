@@ -15,12 +15,13 @@ pub use request::{FORMAT, Request};
 
 use crate::atomic_file;
 use crate::config::DEFAULT_RUN_DIR;
-use crate::host::inventory::{ALLOCATOR_UNIT, HostInventory, InventorySource, Roots};
+use crate::host::inventory::{ALLOCATOR_UNIT, HostInventory, InventorySource, MAX_SOCKETS, Roots};
 use enclaved_core::allocator_file::{CpuRequest, Reservation};
 use enclaved_core::desired::AllocatorMode;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{MemoryMib, Timestamp};
 use enclaved_core::inventory::Inventory;
+use enclaved_core::inventory::parse::shows_the_hosts_sockets;
 use enclaved_core::observed::Observation;
 use enclaved_core::sizing::pool::{PoolNow, kernel_arguments, left_behind, node_of, within};
 use enclaved_core::sizing::{Capacity, Reserve};
@@ -79,10 +80,30 @@ pub async fn run(config: &Path, request: Option<PathBuf>, report: PathBuf) -> Re
         compact_memory: roots.procfs.join("sys/vm/compact_memory"),
         sysfs: roots.sysfs.clone(),
     };
-    let host = HostInventory::new(roots, "nitro-cli");
+    let host = OfTheHost { sockets: roots.procfs.join("net/unix"), host: HostInventory::new(roots, "nitro-cli") };
     let done = allocate(&places, reserve, &host, &service::Systemd(SystemdBus::new()), now).await;
     publish(&done, &report)?;
     Ok(Ended::Tried(done))
+}
+
+/// The host's inventory, in which no enclave is taken for not running because this process can't see the host's sockets.
+struct OfTheHost {
+    sockets: PathBuf,
+    host: HostInventory,
+}
+
+impl InventorySource for OfTheHost {
+    async fn read(&self) -> Inventory {
+        let mut inventory = self.host.read().await;
+        let shown = atomic_file::read(&self.sockets, MAX_SOCKETS).ok().flatten();
+        if !shown.is_some_and(|text| shows_the_hosts_sockets(&String::from_utf8_lossy(&text))) {
+            inventory.enclaves = Observation::Unknown(Failure::new(format!(
+                "{} does not show systemd's sockets: this process does not see those of the host",
+                self.sockets.display()
+            )));
+        }
+        inventory
+    }
 }
 
 /// What the configuration says of this command.

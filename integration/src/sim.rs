@@ -123,6 +123,8 @@ struct State {
     effectless: bool,
     /// What the allocator was asked for, each time.
     reserves: Vec<(u32, u64)>,
+    /// The last inventory, and of what: pool and enclaves that run.
+    surveyed: Option<(((u32, u64), usize), Arc<Inventory>)>,
     /// What the sources have.
     images: BTreeMap<ImageRequest, VerifiedImage>,
     images_away: bool,
@@ -224,7 +226,19 @@ impl State {
     }
 
     /// The host as its inventory: one memory node, two threads a core, the pool's cores from above.
-    fn inventory(&self) -> Inventory {
+    fn inventory(&mut self) -> Arc<Inventory> {
+        let of = (self.pool, self.alive().count());
+        match &self.surveyed {
+            Some((last, inventory)) if *last == of => Arc::clone(inventory),
+            _ => {
+                let inventory = Arc::new(self.survey());
+                self.surveyed = Some((of, Arc::clone(&inventory)));
+                inventory
+            }
+        }
+    }
+
+    fn survey(&self) -> Inventory {
         let cores = (self.most.0 + 2) / 2;
         let core = |number: u32| CpuSet::new([number % cores, number % cores + cores]).unwrap_or_default();
         let in_pool = |number: u32| number % cores >= cores - self.pool.0 / 2;
@@ -333,6 +347,7 @@ impl World {
             in_one_piece: u64::MAX,
             effectless: false,
             reserves: Vec::new(),
+            surveyed: None,
             images: BTreeMap::new(),
             images_away: false,
             index: BTreeMap::new(),
@@ -507,7 +522,7 @@ impl World {
 
     /// What it is made of.
     pub fn inventory(&self) -> Arc<Inventory> {
-        Arc::new(self.lock().inventory())
+        self.lock().inventory()
     }
 
     /// The pool: CPUs and memory (MiB).
@@ -741,7 +756,7 @@ impl Allocator for World {
 
 impl Surveyor for World {
     async fn observe(&self) -> Outcome<Option<Arc<Inventory>>> {
-        self.effect(Effect::SurveyorObserve, |state| Ok(Some(Arc::new(state.inventory())))).await
+        self.effect(Effect::SurveyorObserve, |state| Ok(Some(state.inventory()))).await
     }
 }
 

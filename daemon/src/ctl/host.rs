@@ -260,7 +260,7 @@ fn as_text(findings: &Findings) -> String {
     }
     if !findings.verdict.refused.is_empty() {
         let names: Vec<_> = findings.verdict.refused.keys().map(ToString::to_string).collect();
-        pairs.push(("no room for", names.join(", ")));
+        pairs.push(("configured", format!("{} can't be launched", names.join(", "))));
     }
     if let Some(wanted) = findings.verdict.wanted.as_ref().filter(|_| findings.mode == AllocatorMode::Manage) {
         pairs.push(("to reserve", wanted.wish.to_string()));

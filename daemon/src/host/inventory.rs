@@ -23,7 +23,7 @@ use tokio::io::AsyncReadExt;
 /// sysfs files are a page long at most, except lists of many CPUs.
 const MAX_FILE: u64 = 64 * 1024;
 /// A line for every Unix socket of the host.
-const MAX_SOCKETS: u64 = 64 << 20;
+pub(crate) const MAX_SOCKETS: u64 = 64 << 20;
 /// More entries than any folder here has.
 const MAX_ENTRIES: usize = 65_536;
 /// How long `nitro-cli --version` may take: it prints one line.

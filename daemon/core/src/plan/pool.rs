@@ -244,6 +244,12 @@ impl Planner<'_> {
             plan.waits = Some("the allocator is at work".to_owned());
             return;
         }
+        // Nobody knows whether the allocator is at work already.
+        if self.observed.pool.known().is_none() {
+            plan.waits = Some("the enclave pool can't be seen".to_owned());
+            self.pool_changes = true;
+            return;
+        }
         // A ledger of another boot, or one that is about to learn of the last try, says nothing of this one; the next pass does.
         if recorded || self.ledger.boot_id.as_ref() != Some(&self.observed.boot_id) {
             self.pool_changes = true;
