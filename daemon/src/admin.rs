@@ -238,11 +238,14 @@ fn state(path: &str, source: &Source) -> Response<Full<Bytes>> {
     };
     let status = &report.status;
     if path == "/v1/plan" {
-        let waits: serde_json::Map<_, _> = status
+        let mut waits: serde_json::Map<_, _> = status
             .enclaves
             .iter()
             .filter_map(|enclave| Some((enclave.name.to_string(), enclave.waiting_for.clone()?.into())))
             .collect();
+        // No enclave's name has a space in it.
+        let pool = status.host.pool.as_ref().and_then(|pool| pool.waiting_for.clone());
+        waits.extend(pool.map(|why| ("the enclave pool".to_owned(), why.into())));
         return json(StatusCode::OK, &json!({ "steps": status.steps, "waits": waits }));
     }
     match serde_json::to_vec(status) {

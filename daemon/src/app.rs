@@ -1,12 +1,15 @@
 //! The control process put together: the only place that names the concrete effects. Its life is [`run`], on one page.
 
 use crate::admin::{self, Reload, Source};
-use crate::config::{self, AllocatorMode, Config, OnStop};
+use crate::allocate;
+use crate::config::{self, Config, OnStop};
 use crate::control_plane::Reporter;
 use crate::events::{Event, Events};
+use crate::host::allocator::managed::{ManagedAllocator, ManagedSettings, SystemdUnit};
 use crate::host::allocator::{ExternalAllocator, SysfsAllocator};
 use crate::host::direct::{Direct, DirectSettings, HelperCommand};
 use crate::host::image_store::Store;
+use crate::host::inventory::{Roots, Survey};
 use crate::host::ledger_file::LedgerFile;
 use crate::host::proxy_link::{Link, LinkSettings};
 use crate::host::vsock_prober::VsockProber;
@@ -14,10 +17,13 @@ use crate::host::{Allocator, Clock, Host, Outcome, instance_metadata};
 use crate::last_good;
 use crate::metrics::Metrics;
 use crate::reconciler::{self, Command, Inputs, Report};
+use crate::systemd_bus::SystemdBus;
 use crate::{doctor, procfs, service_manager};
 use anyhow::Context;
+use enclaved_core::allocator_file::Reservation;
+use enclaved_core::desired::AllocatorMode;
 use enclaved_core::failure::Failure;
-use enclaved_core::id::{MemoryMib, Timestamp};
+use enclaved_core::id::Timestamp;
 use enclaved_core::observed::Pool;
 use enclaved_core::plan::restart::Backoff;
 use enclaved_core::status::{Facts, HostStatus, Problem};
@@ -385,7 +391,7 @@ impl Keeper {
     fn with_what_cannot_change(&self, new: Config) -> Config {
         let old = &self.config;
         let mut waiting = Vec::new();
-        if new.host != old.host {
+        if new.host != old.host || new.desired.host.allocator != old.desired.host.allocator {
             waiting.push("[host] folders, supervisor, allocator or on_stop");
         }
         if new.nitro_cli != old.nitro_cli {
@@ -409,6 +415,7 @@ impl Keeper {
         );
         let mut desired = new.desired;
         desired.vsock = old.desired.vsock.clone();
+        desired.host.allocator = old.desired.host.allocator;
         Config {
             host: old.host.clone(),
             nitro_cli: old.nitro_cli.clone(),
@@ -455,6 +462,7 @@ struct RealHost {
     supervisor: Direct,
     images: Store,
     allocator: AnyAllocator,
+    surveyor: Survey,
     proxy: Link,
     prober: VsockProber,
     ledger: LedgerFile,
@@ -477,14 +485,25 @@ impl RealHost {
             socket: host.run_dir.join("proxy.sock"),
             state_dir: host.proxy_state_dir.clone(),
         });
-        let allocator = match host.allocator {
-            AllocatorMode::Verify => AnyAllocator::Sysfs(SysfsAllocator::new(&host.sysfs)),
-            AllocatorMode::External => AnyAllocator::External(ExternalAllocator),
+        let surveyor = Survey::new(Roots { sysfs: host.sysfs.clone(), ..Roots::default() });
+        let (allocator, surveyor) = match config.desired.host.allocator {
+            AllocatorMode::Manage => {
+                let settings = ManagedSettings {
+                    sysfs: host.sysfs.clone(),
+                    request: host.run_dir.join(allocate::REQUEST),
+                    report: allocate::REPORT.into(),
+                };
+                let unit = SystemdUnit(SystemdBus::new());
+                (AnyAllocator::Managed(ManagedAllocator::new(settings, unit)), surveyor)
+            }
+            AllocatorMode::Verify => (AnyAllocator::Sysfs(SysfsAllocator::new(&host.sysfs)), surveyor),
+            AllocatorMode::External => (AnyAllocator::External(ExternalAllocator), Survey::blind()),
         };
         Ok(Self {
             supervisor,
             images: Store::new(&images_dir)?,
             allocator,
+            surveyor,
             proxy,
             prober: VsockProber::new(config.desired.vsock.clone()),
             ledger: LedgerFile::new(host.state_dir.join("ledger.json")),
@@ -504,6 +523,7 @@ fn own_program() -> Outcome<PathBuf> {
 }
 
 enum AnyAllocator {
+    Managed(ManagedAllocator<SystemdUnit>),
     Sysfs(SysfsAllocator),
     External(ExternalAllocator),
 }
@@ -511,15 +531,17 @@ enum AnyAllocator {
 impl Allocator for AnyAllocator {
     async fn observe(&self) -> Outcome<Pool> {
         match self {
+            Self::Managed(allocator) => allocator.observe().await,
             Self::Sysfs(allocator) => allocator.observe().await,
             Self::External(allocator) => allocator.observe().await,
         }
     }
 
-    async fn reserve(&self, cpus: u32, memory: MemoryMib) -> Outcome<()> {
+    async fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> Outcome<()> {
         match self {
-            Self::Sysfs(allocator) => allocator.reserve(cpus, memory).await,
-            Self::External(allocator) => allocator.reserve(cpus, memory).await,
+            Self::Managed(allocator) => allocator.reserve(wish, least).await,
+            Self::Sysfs(allocator) => allocator.reserve(wish, least).await,
+            Self::External(allocator) => allocator.reserve(wish, least).await,
         }
     }
 }
@@ -537,6 +559,7 @@ impl Host for RealHost {
     type Supervisor = Direct;
     type Images = Store;
     type Allocator = AnyAllocator;
+    type Surveyor = Survey;
     type Proxy = Link;
     type Prober = VsockProber;
     type Ledger = LedgerFile;
@@ -550,6 +573,9 @@ impl Host for RealHost {
     }
     fn allocator(&self) -> &AnyAllocator {
         &self.allocator
+    }
+    fn surveyor(&self) -> &Survey {
+        &self.surveyor
     }
     fn proxy(&self) -> &Link {
         &self.proxy

@@ -62,8 +62,6 @@ pub struct Config {
 pub struct HostSettings {
     /// What supervises the enclaves.
     pub supervisor: SupervisorKind,
-    /// Who sets resources aside.
-    pub allocator: AllocatorMode,
     /// What becomes of the enclaves when the daemon stops.
     pub on_stop: OnStop,
     /// Images, ledger, last good configuration.
@@ -93,18 +91,6 @@ pub enum SupervisorKind {
     /// The daemon itself: it starts enclaves and proxy as processes of their own and watches them. They outlive it.
     #[default]
     Direct,
-}
-
-/// Who sets the enclaves' CPUs and memory aside.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum AllocatorMode {
-    /// The host's administrator (`/etc/nitro_enclaves/allocator.yaml`); the daemon looks into sysfs and says what is
-    /// missing, with numbers.
-    #[default]
-    Verify,
-    /// Somebody else, such as a Kubernetes device plugin; the daemon neither sets nor checks anything.
-    External,
 }
 
 /// What becomes of the enclaves when the daemon is asked to stop.

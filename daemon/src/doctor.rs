@@ -22,10 +22,10 @@ mod watch;
 
 pub use watch::watch;
 
-use crate::config::{AllocatorMode, Config, SupervisorKind};
+use crate::config::{Config, SupervisorKind};
 use crate::host::image_store::{self, Glance};
 use crate::host::inventory::{HostInventory, InventorySource, Roots};
-use enclaved_core::desired::{ImageRequest, ImageSource};
+use enclaved_core::desired::{AllocatorMode, ImageRequest, ImageSource};
 use enclaved_core::diagnosis::access::{Account, PathSeen, READ};
 use enclaved_core::diagnosis::cloud::{self, ImageSeen, MetadataSeen};
 use enclaved_core::diagnosis::network::{EndpointSeen, Holder, ListenSeen};
@@ -320,7 +320,8 @@ impl Doctor {
         Wanted {
             demands: enclaves.map(|(name, spec)| Demand::of(name, spec, size(&spec.image))).collect(),
             reserve: (&self.config.desired.host).into(),
-            by: match self.config.host.allocator {
+            by: match self.config.desired.host.allocator {
+                AllocatorMode::Manage => SetAsideBy::Enclaved,
                 AllocatorMode::Verify => SetAsideBy::Administrator,
                 AllocatorMode::External => SetAsideBy::Others,
             },
@@ -329,9 +330,13 @@ impl Doctor {
 
     /// What the daemon has to be allowed by polkit: nothing, unless systemd runs its enclaves or its allocator.
     fn rights(&self) -> Vec<Right> {
-        match self.config.host.supervisor {
+        let mut rights = match self.config.host.supervisor {
             SupervisorKind::Direct => Vec::new(),
+        };
+        if self.config.desired.host.allocator == AllocatorMode::Manage {
+            rights.push(Right { verb: "start", unit: crate::allocate::ALLOCATE_UNIT });
         }
+        rights
     }
 
     /// Whether enclaves are the driver's; if not, why.

@@ -178,13 +178,12 @@ impl Events {
             Change::Accepted(name) => info!(enclave = %name, "taken as it is by an operator"),
             Change::Held(name) => info!(enclave = %name, "held stopped by an operator"),
             Change::Released(name) => info!(enclave = %name, "released by an operator"),
-            Change::Described { doubt: None, .. }
+            Change::PoolTried { .. }
+            | Change::Described { doubt: None, .. }
             | Change::Endpoints { .. }
             | Change::ImageForgotten(_)
             | Change::Forgotten(_)
-            | Change::Removed(_) => {
-                debug!("{change}")
-            }
+            | Change::Removed(_) => debug!("{change}"),
         }
     }
 
@@ -218,6 +217,9 @@ impl Events {
             JobKey::Describe => ("describe", String::new()),
         };
         self.metrics.job(name, outcome.is_ok());
+        if *job == JobKey::Reserve {
+            self.metrics.allocator_run(outcome.is_ok());
+        }
         match outcome {
             Ok(Done::Spoilt(_, failure)) => {
                 warn!(enclave = about, "not launched, its image is fetched again: {failure}");

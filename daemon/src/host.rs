@@ -14,10 +14,12 @@ pub mod ledger_file;
 pub mod proxy_link;
 pub mod vsock_prober;
 
+use enclaved_core::allocator_file::Reservation;
 use enclaved_core::desired::{HealthCheck, ImageRequest};
 use enclaved_core::failure::Failure;
-use enclaved_core::id::{Cid, EifDigest, EnclaveKey, MemoryMib, Timestamp};
+use enclaved_core::id::{Cid, EifDigest, EnclaveKey, Timestamp};
 use enclaved_core::image::VerifiedImage;
+use enclaved_core::inventory::Inventory;
 use enclaved_core::ledger::{LaunchRecord, Ledger};
 use enclaved_core::observed::{CacheItem, ImageCache, Instance, Pool};
 use enclaved_core::plan::{Launch, Launched, Prefer};
@@ -109,8 +111,15 @@ pub trait Allocator: Send + Sync + 'static {
     /// The resources as they are.
     fn observe(&self) -> impl Future<Output = Outcome<Pool>> + Send;
 
-    /// Makes room for that much in all, as far as the configuration allows it to.
-    fn reserve(&self, cpus: u32, memory: MemoryMib) -> impl Future<Output = Outcome<()>> + Send;
+    /// Has the pool changed to the wish, or at the least to that; returns when that is over. Refused while an enclave runs. What
+    /// came of it is to be looked at: a success whose answer was lost is a success.
+    fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> impl Future<Output = Outcome<()>> + Send;
+}
+
+/// Looks at what the host is made of.
+pub trait Surveyor: Send + Sync + 'static {
+    /// All of it, as far as sizing needs it; `None`: it is not to be looked at.
+    fn observe(&self) -> impl Future<Output = Outcome<Option<Arc<Inventory>>>> + Send;
 }
 
 /// The proxy process.
@@ -167,6 +176,8 @@ pub trait Host: Send + Sync + 'static {
     type Images: ImageStore;
     /// Has resources.
     type Allocator: Allocator;
+    /// Looks at what the host is made of.
+    type Surveyor: Surveyor;
     /// The proxy process.
     type Proxy: ProxyLink;
     /// Asks enclaves.
@@ -182,6 +193,8 @@ pub trait Host: Send + Sync + 'static {
     fn images(&self) -> &Self::Images;
     /// Has resources.
     fn allocator(&self) -> &Self::Allocator;
+    /// Looks at what the host is made of.
+    fn surveyor(&self) -> &Self::Surveyor;
     /// The proxy process.
     fn proxy(&self) -> &Self::Proxy;
     /// Asks enclaves.
@@ -266,6 +279,7 @@ pub enum Effect {
     ImageStoreRemove,
     AllocatorObserve,
     AllocatorReserve,
+    SurveyorObserve,
     ProxyLinkObserve,
     ProxyLinkStart,
     ProxyLinkPublish,
@@ -277,7 +291,7 @@ pub enum Effect {
 
 impl Effect {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::SupervisorObserve,
         Self::SupervisorLaunch,
         Self::SupervisorStop,
@@ -291,6 +305,7 @@ impl Effect {
         Self::ImageStoreRemove,
         Self::AllocatorObserve,
         Self::AllocatorReserve,
+        Self::SurveyorObserve,
         Self::ProxyLinkObserve,
         Self::ProxyLinkStart,
         Self::ProxyLinkPublish,

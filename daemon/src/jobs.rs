@@ -21,8 +21,8 @@ use tokio::time::Instant;
 
 /// A local step: starting a process, a socket round trip, a few files.
 const LOCAL: Duration = Duration::from_secs(30);
-/// The allocator may compact memory and restart the stock service.
-const RESERVE: Duration = Duration::from_secs(600);
+/// `enclaved allocate` may compact memory and restart the stock service four times, which has ten minutes each time.
+const RESERVE: Duration = Duration::from_mins(45);
 /// A download that brings no byte for this long is given up (and tried again). Hashing a cached image of many GiB
 /// reports progress too.
 const FETCH_STALL: Duration = Duration::from_secs(120);
@@ -148,8 +148,9 @@ impl Jobs {
             Step::RemoveCached(item) => self.spawn(JobKey::RemoveCached(item.clone()), async move {
                 within(LOCAL, "removing an image from the cache", host.images().remove(&item)).await
             }),
-            Step::Reserve { cpus, memory } => self.spawn(JobKey::Reserve, async move {
-                within(RESERVE, "asking the allocator for resources", host.allocator().reserve(cpus, memory)).await
+            Step::Reserve { wish, least } => self.spawn(JobKey::Reserve, async move {
+                within(RESERVE, "having the enclave pool changed", host.allocator().reserve(&wish, least.as_ref()))
+                    .await
             }),
             Step::StartProxy => self.spawn(JobKey::StartProxy, async move {
                 within(LOCAL, "starting the proxy process", host.proxy().start()).await

@@ -25,5 +25,6 @@ pub mod pidfd;
 pub mod procfs;
 pub mod reconciler;
 pub mod service_manager;
+pub mod systemd_bus;
 #[cfg(test)]
 mod test_support;

@@ -37,6 +37,7 @@ struct Inner {
     reloads: IntCounterVec,
     config_ok: IntGauge,
     control_plane: IntCounterVec,
+    allocator_runs: IntCounterVec,
     state: StateSeries,
 }
 
@@ -49,6 +50,7 @@ struct StateSeries {
     start_time: Gauge,
     pool_cpus: IntGaugeVec,
     pool_memory: IntGaugeVec,
+    pool_settled: IntGaugeVec,
     enclave_state: IntGaugeVec,
     enclave_ready: IntGaugeVec,
     enclave_since: GaugeVec,
@@ -124,8 +126,21 @@ impl Metrics {
                 &["check"],
             )?,
             start_time: add(&r, Gauge::new("enclaved_start_time_seconds", "When the control process started."))?,
-            pool_cpus: gauges("enclaved_pool_cpus", "CPUs in the driver's enclave pool, used or not.", &[])?,
-            pool_memory: gauges("enclaved_pool_memory_bytes", "Hugepage memory for enclaves.", &["state"])?,
+            pool_cpus: gauges(
+                "enclaved_pool_cpus",
+                "CPUs for enclaves: total and free of what is set aside, and what is wanted of it where enclaved manages it.",
+                &["state"],
+            )?,
+            pool_memory: gauges(
+                "enclaved_pool_memory_bytes",
+                "Hugepage memory for enclaves: total and free of what is set aside, and what is wanted of it.",
+                &["state"],
+            )?,
+            pool_settled: gauges(
+                "enclaved_pool_settled",
+                "1 if what is set aside for enclaves is what is wanted; only where enclaved manages it.",
+                &[],
+            )?,
             enclave_state: gauges(
                 "enclaved_enclave_state",
                 "1 for the state an enclave is in.",
@@ -251,6 +266,11 @@ impl Metrics {
                 "1 if the last configuration read is in force.",
             )?,
             control_plane: counters("enclaved_control_plane_reports_total", "Status reports sent.", &["outcome"])?,
+            allocator_runs: counters(
+                "enclaved_allocator_runs_total",
+                "Runs of the allocator that enclaved asked for.",
+                &["outcome"],
+            )?,
             state,
             registry: r,
         };
@@ -258,6 +278,7 @@ impl Metrics {
         for outcome in ["ok", "failed"] {
             inner.reloads.with_label_values(&[outcome]).inc_by(0);
             inner.control_plane.with_label_values(&[outcome]).inc_by(0);
+            inner.allocator_runs.with_label_values(&[outcome]).inc_by(0);
         }
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -282,6 +303,10 @@ impl Metrics {
     pub(crate) fn reload(&self, ok: bool) {
         self.inner.reloads.with_label_values(&[outcome(ok)]).inc();
         self.inner.config_ok.set(i64::from(ok));
+    }
+
+    pub(crate) fn allocator_run(&self, ok: bool) {
+        self.inner.allocator_runs.with_label_values(&[outcome(ok)]).inc();
     }
 
     pub(crate) fn control_plane(&self, ok: bool) {
@@ -328,13 +353,22 @@ impl StateSeries {
                 self.check_failed.with_label_values(&[check.as_str()]).set(i64::from(failed));
             }
         }
-        if let Some(cpus) = status.host.pool_cpus {
-            self.pool_cpus.with_label_values::<&str>(&[]).set(i64::from(cpus));
-        }
-        for (state, memory) in [("total", status.host.pool_memory_mib), ("free", status.host.pool_memory_free_mib)] {
+        let host = &status.host;
+        let wanted = host.pool.as_ref();
+        for (state, cpus, memory) in [
+            ("total", host.pool_cpus, host.pool_memory_mib),
+            ("free", host.pool_cpus_free, host.pool_memory_free_mib),
+            ("wanted", wanted.and_then(|pool| pool.wanted_cpus), wanted.and_then(|pool| pool.wanted_memory_mib)),
+        ] {
+            if let Some(cpus) = cpus {
+                self.pool_cpus.with_label_values(&[state]).set(i64::from(cpus));
+            }
             if let Some(memory) = memory {
                 self.pool_memory.with_label_values(&[state]).set(int(memory.0 << 20));
             }
+        }
+        if let Some(pool) = wanted {
+            self.pool_settled.with_label_values::<&str>(&[]).set(i64::from(pool.settled));
         }
         if let Some(bytes) = status.host.image_cache_bytes {
             self.cache_bytes.with_label_values::<&str>(&[]).set(int(bytes));
@@ -357,6 +391,7 @@ impl StateSeries {
             &self.check_failed,
             &self.pool_cpus,
             &self.pool_memory,
+            &self.pool_settled,
             &self.enclave_state,
             &self.enclave_ready,
             &self.enclave_generation,

@@ -3,14 +3,15 @@
 
 use crate::asked::{Asked, FetchAnswer};
 use crate::events::{Event, Events};
-use crate::host::{Allocator, Clock, Host, ImageStore, LedgerStore, Outcome, ProxyLink, Supervisor};
+use crate::host::{Allocator, Clock, Host, ImageStore, LedgerStore, Outcome, ProxyLink, Supervisor, Surveyor};
 use crate::jobs::{Done, Jobs};
+use enclaved_core::allocator_file::Reservation;
 use enclaved_core::desired::{Desired, ImageRequest};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, EnclaveKey, EnclaveName, Timestamp};
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::ledger::{Change, ImageOutcome, Ledger, ProcessIdentity};
-use enclaved_core::observed::{HealthReport, JobFailure, JobKey, Observation, Observed};
+use enclaved_core::observed::{HealthReport, JobFailure, JobKey, Observation, Observed, ReserveEnded};
 use enclaved_core::plan::{Plan, Step, plan, restart};
 use enclaved_core::routes::ProxyReport;
 use enclaved_core::status::{Facts, Problem, Status, status};
@@ -143,6 +144,8 @@ pub async fn run<H: Host>(host: Arc<H>, inputs: Inputs, stop: CancellationToken)
         described: BTreeMap::new(),
         failed: BTreeMap::new(),
         succeeded: BTreeMap::new(),
+        reserving: None,
+        reserve_ended: None,
         unsaved: None,
         terminating: None,
     };
@@ -199,6 +202,7 @@ fn blind<H: Host>(host: &H, inputs: &Inputs, failure: &Failure) -> Report {
         boot_id: inputs.boot_id.clone(),
         instances: Observation::Unknown(failure.clone()),
         pool: Observation::Unknown(failure.clone()),
+        inventory: Observation::Unknown(failure.clone()),
         proxy: Observation::Unknown(failure.clone()),
         cache: Observation::Unknown(failure.clone()),
         refreshed: BTreeMap::new(),
@@ -210,6 +214,7 @@ fn blind<H: Host>(host: &H, inputs: &Inputs, failure: &Failure) -> Report {
         running: BTreeSet::new(),
         failed: BTreeMap::new(),
         succeeded: BTreeMap::new(),
+        reserve_ended: None,
     };
     let facts = inputs.facts.borrow().clone();
     let (ledger, plan, now) = (Ledger::default(), Plan::default(), host.clock().now());
@@ -241,6 +246,10 @@ struct Loop<H: Host> {
     described: BTreeMap<EnclaveKey, (ProcessIdentity, Option<Failure>)>,
     failed: BTreeMap<JobKey, JobFailure>,
     succeeded: BTreeMap<JobKey, Timestamp>,
+    /// What the allocator is being asked for.
+    reserving: Option<Reservation>,
+    /// The last time that it was asked, once that is over.
+    reserve_ended: Option<ReserveEnded>,
     /// The ledger in memory is not on disk: when that was noticed, how often it failed, why.
     unsaved: Option<JobFailure>,
     /// Every enclave is to end, and the loop with them, at this time at the latest.
@@ -284,9 +293,10 @@ impl<H: Host> Loop<H> {
     async fn observe(&self) -> Observed {
         let known =
             self.ledger.generations().filter_map(|(key, record)| Some((key, record.launch()?.clone()))).collect();
-        let (instances, pool, proxy, cache) = tokio::join!(
+        let (instances, pool, inventory, proxy, cache) = tokio::join!(
             look("looking at the host's enclaves", self.host.supervisor().observe(&known)),
             look("looking at the host's enclave resources", self.host.allocator().observe()),
+            look("looking at what the host is made of", self.host.surveyor().observe()),
             look("asking the proxy process", self.host.proxy().observe()),
             look("looking at the image cache", self.host.images().observe()),
         );
@@ -294,6 +304,7 @@ impl<H: Host> Loop<H> {
             boot_id: self.boot_id.clone(),
             instances,
             pool,
+            inventory,
             proxy,
             cache,
             refreshed: self.refreshed.clone(),
@@ -305,6 +316,7 @@ impl<H: Host> Loop<H> {
             running: self.jobs.running().clone(),
             failed: self.failed.clone(),
             succeeded: self.succeeded.clone(),
+            reserve_ended: self.reserve_ended.clone(),
         }
     }
 
@@ -326,6 +338,11 @@ impl<H: Host> Loop<H> {
         }
         for step in &plan.steps {
             self.events.emit(&Event::Step { step });
+            if let Step::Reserve { wish, .. } = step
+                && !self.jobs.running().contains(&JobKey::Reserve)
+            {
+                self.reserving = Some(wish.clone());
+            }
             self.jobs.start(&self.host, step);
         }
         changed
@@ -418,6 +435,9 @@ impl<H: Host> Loop<H> {
     fn job_ended(&mut self, key: JobKey, outcome: Outcome<Done>) {
         let at = self.now();
         self.events.emit(&Event::JobEnded { job: &key, outcome: &outcome });
+        if key == JobKey::Reserve {
+            self.reserve_ended = self.reserving.take().map(|wish| ReserveEnded { wish, at });
+        }
         match outcome {
             Ok(done) => {
                 self.failed.remove(&key);

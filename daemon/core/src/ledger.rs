@@ -5,6 +5,7 @@
 
 pub use crate::image_record::{ImageFacts, ImageOutcome, ImageRecord};
 
+use crate::allocator_file::Reservation;
 use crate::desired::{EgressSpec, ImageRequest};
 use crate::failure::Failure;
 use crate::id::{BootId, Cid, EifDigest, EnclaveKey, EnclaveName, Generation, Measurements, MemoryMib, Timestamp};
@@ -33,6 +34,21 @@ pub struct Ledger {
     pub enclaves: BTreeMap<EnclaveName, EnclaveRecord>,
     /// What image requests came to.
     pub images: Vec<ImageRecord>,
+    /// What the allocator was last asked for in this boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<PoolTried>,
+}
+
+/// The allocator's tries for one pool, in this boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PoolTried {
+    /// What it was asked for.
+    pub wish: Reservation,
+    /// How often, with success or without.
+    pub tries: u32,
+    /// When the last try was over.
+    pub at: Timestamp,
 }
 
 impl Default for Ledger {
@@ -43,6 +59,7 @@ impl Default for Ledger {
             next_cid: Cid::FIRST,
             enclaves: BTreeMap::new(),
             images: Vec::new(),
+            pool: None,
         }
     }
 }
@@ -323,6 +340,13 @@ impl GenerationRecord {
 pub enum Change {
     /// The host was booted.
     Booted(BootId),
+    /// The allocator was asked for a pool, and that is over, with success or without.
+    PoolTried {
+        /// What it was asked for.
+        wish: Reservation,
+        /// When it was over.
+        at: Timestamp,
+    },
     /// An image was verified.
     ImageVerified {
         /// What was asked for.
@@ -431,6 +455,7 @@ impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Booted(id) => write!(f, "note that the host was booted ({id})"),
+            Self::PoolTried { wish, .. } => write!(f, "note that {wish} was tried in this boot"),
             Self::ImageVerified { request, digest, .. } => {
                 write!(f, "note that {} is verified (sha256 {})", request.source, digest.short())
             }
@@ -489,7 +514,16 @@ impl Ledger {
     /// Applies one change, at time `now`. A change that no longer fits (its generation is gone) changes nothing.
     pub fn apply(&mut self, change: Change, now: Timestamp) {
         match change {
-            Change::Booted(id) => self.boot_id = Some(id),
+            Change::Booted(id) => {
+                self.boot_id = Some(id);
+                // Memory is in one piece again.
+                self.pool = None;
+            }
+            Change::PoolTried { wish, at } => {
+                let before = self.pool.take().filter(|tried| tried.wish == wish);
+                let tries = before.map_or(0, |tried| tried.tries).saturating_add(1);
+                self.pool = Some(PoolTried { wish, tries, at });
+            }
             Change::ImageVerified { request, digest, measurements, facts } => {
                 let facts = Some(facts);
                 self.set_image(request, ImageOutcome::Verified { at: now, digest, measurements, facts });

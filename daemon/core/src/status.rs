@@ -5,7 +5,7 @@ mod make;
 
 pub use make::status;
 
-use crate::desired::ImageRequest;
+use crate::desired::{ImageRequest, PoolPolicy};
 use crate::diagnosis::Check;
 use crate::failure::Failure;
 use crate::id::{BootId, Cid, EifDigest, EnclaveName, Generation, MemoryMib, Pcr, Timestamp};
@@ -75,6 +75,12 @@ pub struct HostStatus {
     /// Enclave memory that nobody uses.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool_memory_free_mib: Option<MemoryMib>,
+    /// Enclave CPUs that no enclave uses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_cpus_free: Option<u32>,
+    /// What is to be set aside, where that is enclaved's to decide (`allocator = "manage"`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<PoolStatus>,
     /// Whole images in the cache; absent where it can't be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_cache_images: Option<usize>,
@@ -87,6 +93,24 @@ pub struct HostStatus {
     /// The checks that fail.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed_checks: Vec<Check>,
+}
+
+/// What is to be set aside for enclaves.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PoolStatus {
+    /// Everything beyond the reserve, or what the enclaves need.
+    pub policy: PoolPolicy,
+    /// CPUs to be set aside; absent where nothing is, or the host can't be sized up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wanted_cpus: Option<u32>,
+    /// Memory to be set aside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wanted_memory_mib: Option<MemoryMib>,
+    /// The pool is what is wanted, or near enough to it.
+    pub settled: bool,
+    /// Why it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting_for: Option<String>,
 }
 
 /// The proxy process.

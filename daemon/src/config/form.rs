@@ -4,7 +4,8 @@
 //!
 //! No judgement of values beyond type and range: that is [`meaning`](super::meaning)'s.
 
-use super::{AllocatorMode, OnStop, SupervisorKind};
+use super::{OnStop, SupervisorKind};
+use enclaved_core::desired::{AllocatorMode, PoolPolicy};
 use enclaved_core::desired::{OnUnhealthy, RestartPolicy, UpdatePolicy};
 use enclaved_core::id::{EifDigest, EnclaveName, Pcr};
 use enclaved_core::routes::VsockTransport;
@@ -51,6 +52,8 @@ pub(super) struct HostForm {
     pub reserve_memory_mib: u64,
     /// Who sets the enclaves' CPUs and memory aside.
     pub allocator: AllocatorMode,
+    /// How much of them is set aside, where enclaved does that (`allocator = "manage"`).
+    pub pool: PoolPolicy,
     /// What supervises the enclaves.
     pub supervisor: SupervisorKind,
     /// What becomes of the enclaves when the daemon is asked to stop.
@@ -78,6 +81,7 @@ impl Default for HostForm {
             reserve_memory_mib: 2048,
             image_cache_mib: enclaved_core::desired::IMAGE_CACHE >> 20,
             allocator: AllocatorMode::default(),
+            pool: PoolPolicy::default(),
             supervisor: SupervisorKind::default(),
             on_stop: OnStop::default(),
             drain: "30s".into(),

@@ -86,6 +86,8 @@ impl Judge<'_> {
         let policy = HostPolicy {
             reserve_cpus: form.reserve_cpus,
             reserve_memory: MemoryMib(form.reserve_memory_mib),
+            allocator: form.allocator,
+            pool: form.pool,
             drain: drain.unwrap_or_default(),
             image_cache: form.image_cache_mib.saturating_mul(1 << 20),
         };
@@ -103,8 +105,8 @@ impl Judge<'_> {
             }
         }
         self.socket_dir(&form.run_dir, &path.key("run_dir"));
-        let HostForm { allocator, supervisor, on_stop, state_dir, run_dir, proxy_state_dir, sysfs, .. } = form;
-        (policy, HostSettings { supervisor, allocator, on_stop, state_dir, run_dir, proxy_state_dir, sysfs })
+        let HostForm { supervisor, on_stop, state_dir, run_dir, proxy_state_dir, sysfs, .. } = form;
+        (policy, HostSettings { supervisor, on_stop, state_dir, run_dir, proxy_state_dir, sysfs })
     }
 
     fn program(&mut self, program: PathBuf, path: &Path) -> PathBuf {

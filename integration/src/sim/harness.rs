@@ -8,8 +8,8 @@ use enclaved::events::Events;
 use enclaved::metrics::Metrics;
 use enclaved::reconciler::{Command, Inputs, LoopError, Report, run};
 use enclaved_core::desired::{
-    Desired, EgressSpec, EnclaveSpec, HealthCheck, HostPolicy, ImageRequest, ImageSource, IngressSpec, OnUnhealthy,
-    Probe, RestartPolicy, TcpPort, UpdatePolicy,
+    AllocatorMode, Desired, EgressSpec, EnclaveSpec, HealthCheck, HostPolicy, ImageRequest, ImageSource, IngressSpec,
+    OnUnhealthy, Probe, RestartPolicy, TcpPort, UpdatePolicy,
 };
 use enclaved_core::id::{EnclaveKey, EnclaveName, MemoryMib};
 use enclaved_core::image::{ExpectedImage, Limits, Measurer, VerifiedImage, verify};
@@ -79,7 +79,8 @@ pub fn desired(enclaves: &[(&str, &ImageRequest, u32, u64)]) -> Desired {
         };
         all.insert(name.parse::<EnclaveName>().expect("a name"), spec);
     }
-    Desired { host: HostPolicy::default(), enclaves: all, ..Desired::default() }
+    let host = HostPolicy { allocator: AllocatorMode::Manage, ..HostPolicy::default() };
+    Desired { host, enclaves: all, ..Desired::default() }
 }
 
 /// The control process on a simulated host.
