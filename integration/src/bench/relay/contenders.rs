@@ -108,7 +108,8 @@ impl Contender {
                     enclave: enclave.clone(),
                     cid: Cid::FIRST,
                     vsock_port: 8000 + u32::try_from(number)?,
-                    hostname: backend.tcp.ip().to_string(),
+                    // An upstream takes as many as a port, so the two are known by different names.
+                    hostname: if number == 0 { backend.tcp.ip().to_string() } else { "localhost".to_owned() },
                     port: backend.tcp.port(),
                     allow_addresses: vec![backend.tcp.ip()],
                 }),
