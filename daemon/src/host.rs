@@ -14,9 +14,9 @@ pub mod ledger_file;
 pub mod proxy_link;
 pub mod vsock_prober;
 
+use enclaved_core::allocator_file::Reservation;
 use enclaved_core::desired::{HealthCheck, ImageRequest};
 use enclaved_core::failure::Failure;
-use enclaved_core::allocator_file::Reservation;
 use enclaved_core::id::{Cid, EifDigest, EnclaveKey, Timestamp};
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::inventory::Inventory;

@@ -146,7 +146,8 @@ impl Jobs {
                 within(LOCAL, "removing an image from the cache", host.images().remove(&item)).await
             }),
             Step::Reserve { wish, least } => self.spawn(JobKey::Reserve, async move {
-                within(RESERVE, "having the enclave pool changed", host.allocator().reserve(&wish, least.as_ref())).await
+                within(RESERVE, "having the enclave pool changed", host.allocator().reserve(&wish, least.as_ref()))
+                    .await
             }),
             Step::StartProxy => self.spawn(JobKey::StartProxy, async move {
                 within(LOCAL, "starting the proxy process", host.proxy().start()).await

@@ -110,9 +110,7 @@ fn main() -> ExitCode {
             limits.drain = drain;
             runtime.block_on(proxy(manager, options, limits, own_session))
         }
-        Some(Subcommands::Allocate { config, request, report }) => {
-            runtime.block_on(allocate(&config, request, report))
-        }
+        Some(Subcommands::Allocate { config, request, report }) => runtime.block_on(allocate(&config, request, report)),
         Some(Subcommands::Launch { trace_dir }) => runtime.block_on(enclaved::launch::run(&trace_dir)),
     };
     // What still runs on a thread of its own (a hash, a name being resolved) is not waited for.

@@ -208,8 +208,7 @@ impl State {
 
     /// What the allocator comes to, once its time is over: the wish, or the least, or the pool as it was.
     fn change(&mut self) {
-        let Some(Changing { wish, least, .. }) =
-            self.changing.take_if(|changing| changing.until <= Instant::now())
+        let Some(Changing { wish, least, .. }) = self.changing.take_if(|changing| changing.until <= Instant::now())
         else {
             return;
         };
@@ -247,8 +246,7 @@ impl State {
             (number, cpu)
         };
         let pages = |total: u64| Hugepages { total, free: total, surplus: 0 };
-        let hugepages =
-            BTreeMap::from([(1 << 20, pages(self.pool.1 / 1024)), (2048, pages(self.pool.1 % 1024 / 2))]);
+        let hugepages = BTreeMap::from([(1 << 20, pages(self.pool.1 / 1024)), (2048, pages(self.pool.1 % 1024 / 2))]);
         let total_kib = Known((self.most.1 + HostPolicy::default().reserve_memory.0) * 1024);
         let node = Node { total_kib, free_kib: Known(0), hugepages: Known(hugepages) };
         fn unseen<T>() -> Observation<T> {

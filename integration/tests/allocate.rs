@@ -3,9 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
 use enclaved::allocate::service::StockService;
-use enclaved::systemd_bus::JobError;
 use enclaved::allocate::{Did, FORMAT, Places, Report, Request, allocate, publish};
 use enclaved::host::inventory::{HostInventory, InventorySource, Roots};
+use enclaved::systemd_bus::JobError;
 use enclaved_core::allocator_file::{self, CpuRequest, Reservation};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{MemoryMib, Timestamp};
@@ -146,11 +146,7 @@ impl StockService for Host {
         self.set_pages(node, 2048, (memory % 1024).div_ceil(2));
         let none = CpuRequest::Pool(CpuSet::default());
         self.set_pool(if had && !self.faults.no_cpus { &wanted.cpus } else { &none });
-        if self.faults.says.unwrap_or(had) {
-            Ok(())
-        } else {
-            Err(JobError::Failed(Failure::new("restarting: failed")))
-        }
+        if self.faults.says.unwrap_or(had) { Ok(()) } else { Err(JobError::Failed(Failure::new("restarting: failed"))) }
     }
 
     async fn journal(&self, lines: u32) -> Result<Vec<String>, Failure> {
@@ -442,7 +438,10 @@ async fn a_move_gives_the_pages_of_the_former_node_back_unless_somebody_uses_the
     let folder = "sys/devices/system/node/node0/hugepages/hugepages-1048576kB";
     host.tree.write(&format!("{folder}/free_hugepages"), "3\n").unwrap();
     let failure = why(&host.allocate(wish.clone(), None).await);
-    assert!(failure.contains("of the 4096 MiB in hugepages on node 0 only 3072 MiB are free: somebody uses"), "{failure}");
+    assert!(
+        failure.contains("of the 4096 MiB in hugepages on node 0 only 3072 MiB are free: somebody uses"),
+        "{failure}"
+    );
     assert_eq!(host.restarts(), 0);
     host.set_pages(0, 1_048_576, 4);
     assert_eq!(host.allocate(wish.clone(), None).await.did, Did::Reserved(wish));

@@ -51,7 +51,10 @@ fn a_host_shows_what_it_has_what_enclaves_may_have_and_what_to_do() {
 fn enclaves_that_do_not_fit_are_refused_with_both_ways_out() {
     let text = enclavectl(&configured("m5.xlarge", 4, 4096), false);
     assert_holds(&text, "configured: signer can't be launched\n");
-    assert_holds(&text, "- signer can't be launched: the enclaves do not fit this host: 4 CPUs are needed, 2 can be had");
+    assert_holds(
+        &text,
+        "- signer can't be launched: the enclaves do not fit this host: 4 CPUs are needed, 2 can be had",
+    );
     assert_holds(&text, "m5.2xlarge is the smallest m5 with room");
 }
 

@@ -5,9 +5,7 @@
 
 use enclaved::asked::FetchAnswer;
 use enclaved::host::Effect;
-use enclaved_core::desired::{
-    Desired, HostPolicy, ImageRequest, OnUnhealthy, PoolPolicy, RestartPolicy, UpdatePolicy,
-};
+use enclaved_core::desired::{Desired, HostPolicy, ImageRequest, OnUnhealthy, PoolPolicy, RestartPolicy, UpdatePolicy};
 use enclaved_core::id::{EnclaveName, MemoryMib};
 use enclaved_integration::sim::{Fault, Harness, World, desired, image};
 use std::collections::{BTreeMap, BTreeSet};
@@ -284,7 +282,11 @@ fn sweep(scenario: Scenario, setup: Setup) {
         }
     }
     let effects: BTreeSet<_> = swept.iter().map(|(effect, _)| *effect).collect();
-    println!("swept {} effects x {} fault modes in {runs} runs of {scenario:?}, {setup:?}", effects.len(), Fault::ALL.len());
+    println!(
+        "swept {} effects x {} fault modes in {runs} runs of {scenario:?}, {setup:?}",
+        effects.len(),
+        Fault::ALL.len()
+    );
     let shown = failed[..failed.len().min(12)].join("\n");
     assert!(failed.is_empty(), "{} of {runs} runs failed:\n{shown}", failed.len());
     assert_eq!(swept.len(), effects.len() * Fault::ALL.len(), "an effect was not swept in every way");
@@ -643,7 +645,9 @@ fn an_enclave_without_room_waits_until_none_runs_and_says_so_and_gets_it_then() 
         harness.configure(of(&[("signer", 2, 1024), ("vault", 2, 2048)], PoolPolicy::Exact)).await;
         harness.pass(PATIENCE).await;
         assert_eq!(running(&harness), ["signer"]);
-        assert!(pool_waits(&harness).contains("1 enclave runs, and the allocator changes the pool only when none does"));
+        assert!(
+            pool_waits(&harness).contains("1 enclave runs, and the allocator changes the pool only when none does")
+        );
         let status = harness.status().unwrap();
         let vault = status.enclaves.iter().find(|enclave| enclave.name == name("vault")).unwrap();
         let why = vault.waiting_for.clone().unwrap();

@@ -232,10 +232,7 @@ impl Planner<'_> {
         {
             return self.wake(again);
         }
-        let slow = matches!(
-            job,
-            JobKey::Stop(_) | JobKey::Forget(_) | JobKey::Launch(_) | JobKey::StartProxy
-        );
+        let slow = matches!(job, JobKey::Stop(_) | JobKey::Forget(_) | JobKey::Launch(_) | JobKey::StartProxy);
         if slow
             && let Some(last) = self.observed.succeeded.get(job)
             && let Some(again) = restart::pause_end(*last, restart::AGAIN, self.now)

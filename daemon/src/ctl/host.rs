@@ -141,7 +141,9 @@ fn about_the_pool(inventory: &Inventory, mode: AllocatorMode, verdict: &Verdict,
     };
     let all = if to.least.as_ref() == Some(&to.wish) { "that" } else { "all that enclaves may have" };
     let what = match &to.least {
-        Some(least) if !now.has(least) => format!("the configured enclaves need {least}, which is not reserved; {all} "),
+        Some(least) if !now.has(least) => {
+            format!("the configured enclaves need {least}, which is not reserved; {all} ")
+        }
         Some(_) => format!("{all} "),
         None => format!("nothing is configured; {all} "),
     };

@@ -37,7 +37,9 @@ impl Allocator for SysfsAllocator {
     }
 
     async fn reserve(&self, wish: &Reservation, _least: Option<&Reservation>) -> Outcome<()> {
-        Err(Failure::new(format!("{wish} are not reserved: host.allocator is \"verify\", the pool is the administrator's")))
+        Err(Failure::new(format!(
+            "{wish} are not reserved: host.allocator is \"verify\", the pool is the administrator's"
+        )))
     }
 }
 
@@ -51,7 +53,9 @@ impl Allocator for ExternalAllocator {
     }
 
     async fn reserve(&self, wish: &Reservation, _least: Option<&Reservation>) -> Outcome<()> {
-        Err(Failure::new(format!("{wish} are not reserved: host.allocator is \"external\", the pool is somebody else's")))
+        Err(Failure::new(format!(
+            "{wish} are not reserved: host.allocator is \"external\", the pool is somebody else's"
+        )))
     }
 }
 
@@ -196,7 +200,8 @@ mod tests {
         let expected = Pool::Sized { cpus: 2, memory: MemoryMib(3072), memory_free: MemoryMib(1224), changing: false };
         assert_eq!(allocator.observe().await.unwrap(), expected);
         let (_folder, allocator) = sysfs(Some("\n"), nodes);
-        let expected = Pool::Sized { cpus: 0, memory: MemoryMib(23_072), memory_free: MemoryMib(21_224), changing: false };
+        let expected =
+            Pool::Sized { cpus: 0, memory: MemoryMib(23_072), memory_free: MemoryMib(21_224), changing: false };
         assert_eq!(allocator.observe().await.unwrap(), expected);
     }
 

@@ -8,8 +8,8 @@ use enclaved::events::Events;
 use enclaved::metrics::Metrics;
 use enclaved::reconciler::{Command, Inputs, LoopError, Report, run};
 use enclaved_core::desired::{
-    AllocatorMode, Desired, EgressSpec, EnclaveSpec, HealthCheck, HostPolicy, ImageRequest, ImageSource, IngressSpec, OnUnhealthy,
-    Probe, RestartPolicy, TcpPort, UpdatePolicy,
+    AllocatorMode, Desired, EgressSpec, EnclaveSpec, HealthCheck, HostPolicy, ImageRequest, ImageSource, IngressSpec,
+    OnUnhealthy, Probe, RestartPolicy, TcpPort, UpdatePolicy,
 };
 use enclaved_core::id::{EnclaveKey, EnclaveName, MemoryMib};
 use enclaved_core::image::{ExpectedImage, Limits, Measurer, VerifiedImage, verify};

@@ -55,7 +55,11 @@ fn host() -> Parent {
         .file("/opt/nitro/allocator", 0o755, STOCK)
         .file("/usr/lib/systemd/system/nitro-enclaves-allocator.service", 0o644, UNIT)
         .file(FILE, 0o644, "---\nmemory_mib: 2048\ncpu_count: 6\n")
-        .file("/opt/nitro/sys/devices/system/node/node0/meminfo", 0o644, "Node 0 MemTotal: 4194304 kB\nNode 0 MemFree: 1 kB\n")
+        .file(
+            "/opt/nitro/sys/devices/system/node/node0/meminfo",
+            0o644,
+            "Node 0 MemTotal: 4194304 kB\nNode 0 MemFree: 1 kB\n",
+        )
         .file("/opt/nitro/sys/devices/system/node/node0/hugepages/hugepages-2048kB/surplus_hugepages", 0o644, "0\n");
     for cpu in [0, 4] {
         let file = format!("/opt/nitro/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
@@ -103,7 +107,8 @@ fn everything_beyond_the_reserve_is_set_aside_by_a_daemon_that_may_do_nothing_it
     start(&parent);
     let settled = |status: &Status| {
         let pool = status.host.pool.as_ref();
-        pool.is_some_and(|pool| pool.settled && pool.wanted_cpus == Some(6)) && status.host.pool_memory_mib.is_some_and(|m| m.0 == 4032)
+        pool.is_some_and(|pool| pool.settled && pool.wanted_cpus == Some(6))
+            && status.host.pool_memory_mib.is_some_and(|m| m.0 == 4032)
     };
     let status = parent.until("the pool is set aside", settled);
     let status = status.unwrap_or_else(|error| panic!("{error:#}\n{}", parent.journal("enclaved-allocator").unwrap()));
@@ -124,17 +129,23 @@ fn memory_in_pieces_is_said_with_the_numbers_the_remedy_and_the_stock_services_o
     start(&parent);
     until_it_says(
         &parent,
-        &["asked for 6 CPUs and 4032 MiB", "kept the former pool of", "Insufficient memory: 4032 MiB requested, 3000 MiB", "reboot"],
+        &[
+            "asked for 6 CPUs and 4032 MiB",
+            "kept the former pool of",
+            "Insufficient memory: 4032 MiB requested, 3000 MiB",
+            "reboot",
+        ],
     );
     let status = parent.status().unwrap().unwrap();
     assert_eq!(status.host.pool_memory_mib.map(|memory| memory.0), Some(2048), "the former pool");
     let runs = || parent.journal("enclaved-allocator").unwrap().matches("Starting").count();
     parent.run_ok(&["systemctl", "restart", "enclaved"]).unwrap();
-    parent.until("it waits for the next boot", |status| {
-        let pool = status.host.pool.as_ref();
-        pool.and_then(|pool| pool.waiting_for.as_ref()).is_some_and(|why| why.contains("after the next"))
-    })
-    .unwrap();
+    parent
+        .until("it waits for the next boot", |status| {
+            let pool = status.host.pool.as_ref();
+            pool.and_then(|pool| pool.waiting_for.as_ref()).is_some_and(|why| why.contains("after the next"))
+        })
+        .unwrap();
     assert_eq!(runs(), 1, "once in a boot");
 }
 
@@ -166,7 +177,9 @@ fn root_keeps_the_bounds_of_its_own_configuration_whatever_the_daemon_asks_for()
     assert!(report.contains("there are 6 CPUs and 4032 MiB"), "{report}");
     // A configuration that can't be used has no bounds, and one that says otherwise has no pool.
     let config = parent.read("/etc/enclaved/enclaved.toml").unwrap();
-    for (text, why) in [(format!("{config}\n[nonsense]\n"), "can't be used"), (config.replace("manage", "verify"), "administrator")] {
+    for (text, why) in
+        [(format!("{config}\n[nonsense]\n"), "can't be used"), (config.replace("manage", "verify"), "administrator")]
+    {
         parent.write("/etc/enclaved/enclaved.toml", text).unwrap();
         let report = ask(&parent, r#"{"cpus":{"count":6},"memory_mib":512}"#);
         assert!(report.contains(why) && report.contains("\"id\": 7"), "{report}");
@@ -177,7 +190,9 @@ fn root_keeps_the_bounds_of_its_own_configuration_whatever_the_daemon_asks_for()
 #[test]
 fn nothing_is_changed_while_an_enclave_runs_that_only_its_socket_tells_of() {
     let parent = host();
-    parent.write("/run/systemd/system/stranger.socket", "[Socket]\nListenStream=/run/nitro_enclaves/0123.sock\n").unwrap();
+    parent
+        .write("/run/systemd/system/stranger.socket", "[Socket]\nListenStream=/run/nitro_enclaves/0123.sock\n")
+        .unwrap();
     parent.write("/run/systemd/system/stranger.service", "[Service]\nExecStart=sleep infinity\n").unwrap();
     parent.run_ok(&["systemctl", "daemon-reload"]).unwrap();
     parent.run_ok(&["systemctl", "start", "stranger.socket"]).unwrap();
@@ -185,15 +200,17 @@ fn nothing_is_changed_while_an_enclave_runs_that_only_its_socket_tells_of() {
     let report = ask(&parent, r#"{"cpus":{"count":6},"memory_mib":512}"#);
     assert!(report.contains("1 enclave runs"), "{report}");
     start(&parent);
-    parent.until("it waits", |status| {
-        let pool = status.host.pool.as_ref();
-        pool.and_then(|pool| pool.waiting_for.as_ref()).is_some_and(|why| why.contains("1 enclave runs"))
-    })
-    .unwrap();
+    parent
+        .until("it waits", |status| {
+            let pool = status.host.pool.as_ref();
+            pool.and_then(|pool| pool.waiting_for.as_ref()).is_some_and(|why| why.contains("1 enclave runs"))
+        })
+        .unwrap();
     assert_untouched(&parent);
     parent.run_ok(&["systemctl", "stop", "stranger.socket"]).unwrap();
-    parent.wait_until("it is changed once none runs", DEADLINE, || {
-        Ok(parent.read(FILE)?.contains("memory_mib: 4032").then_some(()))
-    })
-    .unwrap();
+    parent
+        .wait_until("it is changed once none runs", DEADLINE, || {
+            Ok(parent.read(FILE)?.contains("memory_mib: 4032").then_some(()))
+        })
+        .unwrap();
 }

@@ -255,10 +255,7 @@ impl Planner<'_> {
             && (of.identity != target || !launched)
         {
             // What runs goes on; what was only planned is taken back.
-            self.wait(
-                name,
-                format!("{} can't be launched: {unfit}", if launched { "its update" } else { "it" }),
-            );
+            self.wait(name, format!("{} can't be launched: {unfit}", if launched { "its update" } else { "it" }));
             return if launched {
                 self.watch(&key(newest), of, spec);
             } else {

@@ -257,7 +257,8 @@ impl Planner<'_> {
         }
         match self.ledger.pool.as_ref().filter(|tried| tried.wish == to.wish) {
             Some(_) if !urgent => {
-                plan.waits = Some("not all of it could be had in this boot; it is tried again after the next".to_owned());
+                plan.waits =
+                    Some("not all of it could be had in this boot; it is tried again after the next".to_owned());
                 return;
             }
             Some(tried) => {
@@ -302,7 +303,9 @@ impl Planner<'_> {
     }
 
     fn why_no_room(&self, name: &EnclaveName) -> Option<Failure> {
-        let Observation::Known(Pool::Sized { cpus, memory, memory_free, .. }) = &self.observed.pool else { return None };
+        let Observation::Known(Pool::Sized { cpus, memory, memory_free, .. }) = &self.observed.pool else {
+            return None;
+        };
         let verdict = self.verdict.as_ref();
         if let Some(refusal) = verdict.and_then(|verdict| verdict.refused.get(name)) {
             return Some(refusal.failure());
@@ -336,9 +339,9 @@ impl Planner<'_> {
                 }
             });
             let remedy = match verdict.map(|verdict| &verdict.change) {
-                Some(PoolChange::Waits { .. }) => {
-                    Some("`enclavectl stop` the enclaves that run, and `enclavectl start` them once the pool is changed")
-                }
+                Some(PoolChange::Waits { .. }) => Some(
+                    "`enclavectl stop` the enclaves that run, and `enclavectl start` them once the pool is changed",
+                ),
                 _ => None,
             };
             let failure = Failure::new(why.map_or_else(|| message.clone(), |why| format!("{message}; {why}")));

@@ -135,7 +135,9 @@ impl<U: AllocatorUnit> Allocator for ManagedAllocator<U> {
                 Err(none) => {
                     let failed = ran.err().map_or_else(String::new, |error| format!(" ({error})"));
                     let message = format!("{ALLOCATE_UNIT} left no answer{failed}: {}", none.message);
-                    Err(not_done(Failure::new(message).with_remedy(format!("`journalctl -u {ALLOCATE_UNIT}` says why"))))
+                    Err(not_done(
+                        Failure::new(message).with_remedy(format!("`journalctl -u {ALLOCATE_UNIT}` says why")),
+                    ))
                 }
             },
         }
@@ -184,7 +186,6 @@ fn new_id() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::allocate;
     use enclaved_core::allocator_file::CpuRequest;
     use enclaved_core::id::MemoryMib;
     use std::fs;
@@ -269,7 +270,11 @@ mod tests {
     async fn a_report_that_answers_another_request_is_not_believed() {
         let act: Act = Box::new(|request, report| {
             answer(request, report, r#""did":"nothing","failure":null,"journal":[]"#);
-            let old = fs::read_to_string(report).unwrap().replacen("\"id\":", "\"id\":1", 1).replacen("\"id\": ", "\"id\": 1", 1);
+            let old = fs::read_to_string(report).unwrap().replacen("\"id\":", "\"id\":1", 1).replacen(
+                "\"id\": ",
+                "\"id\": 1",
+                1,
+            );
             fs::write(report, old).unwrap();
             Ok(())
         });
@@ -307,7 +312,7 @@ mod tests {
         assert!(failure.message.contains("did not begin within 60 s"), "{failure}");
 
         let (folder, allocator) = host(None);
-        let lock = File::create(allocate::at_work_file(&folder.path().join("report.json"))).unwrap();
+        let lock = File::create(at_work_file(&folder.path().join("report.json"))).unwrap();
         lock.lock().unwrap();
         let patience = Duration::from_secs(1800);
         let wish = wish(64);
