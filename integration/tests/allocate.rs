@@ -4,12 +4,12 @@
 
 use enclaved::allocate::service::StockService;
 use enclaved::allocate::{Did, FORMAT, Places, Report, Request, allocate, publish};
-use enclaved::host::inventory::{HostInventory, Roots};
+use enclaved::host::inventory::{HostInventory, InventorySource, Roots};
 use enclaved::systemd_bus::JobError;
 use enclaved_core::allocator_file::{self, CpuRequest, Reservation};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{MemoryMib, Timestamp};
-use enclaved_core::inventory::CpuSet;
+use enclaved_core::inventory::{CpuSet, Inventory};
 use enclaved_core::sizing::Reserve;
 use enclaved_integration::host_tree::HostTree;
 use std::fs;
@@ -71,7 +71,7 @@ impl Host {
             sysfs: self.path("sys"),
         };
         let inventory = HostInventory::new(Roots::below(self.tree.path()), self.path("usr/bin/nitro-cli"));
-        allocate(&places, Reserve::default(), &inventory, self, Timestamp::from_millis(1)).await
+        allocate(&places, Reserve::default(), &Kernel { host: self, inventory }, self, Timestamp::from_millis(1)).await
     }
 
     async fn allocate(&self, wish: Reservation, least: Option<Reservation>) -> Report {
@@ -104,6 +104,27 @@ impl Host {
     fn cpus(&self) -> u32 {
         let present = fs::read_to_string(self.path("sys/devices/system/cpu/present")).unwrap();
         present.trim().strip_prefix("0-").unwrap().parse::<u32>().unwrap() + 1
+    }
+}
+
+/// The tree as a kernel would show it: pages that are given back are not free any more.
+struct Kernel<'a> {
+    host: &'a Host,
+    inventory: HostInventory,
+}
+
+impl InventorySource for Kernel<'_> {
+    async fn read(&self) -> Inventory {
+        for pages in ["node0", "node1"].iter().flat_map(|node| [(node, 2048), (node, 1_048_576)]) {
+            let folder = format!("sys/devices/system/node/{}/hugepages/hugepages-{}kB", pages.0, pages.1);
+            let count = |file: &str| -> Option<u64> {
+                fs::read_to_string(self.host.path(&format!("{folder}/{file}"))).ok()?.trim().parse().ok()
+            };
+            if let (Some(all), Some(free)) = (count("nr_hugepages"), count("free_hugepages")) {
+                self.host.tree.write(&format!("{folder}/free_hugepages"), &format!("{}\n", free.min(all))).unwrap();
+            }
+        }
+        self.inventory.read().await
     }
 }
 

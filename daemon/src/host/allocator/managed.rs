@@ -182,3 +182,143 @@ fn new_id() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use enclaved_core::allocator_file::CpuRequest;
+    use enclaved_core::id::MemoryMib;
+    use std::fs;
+    use tempfile::TempDir;
+
+    fn wish(memory: u64) -> Reservation {
+        Reservation { cpus: CpuRequest::Count(2), memory_mib: MemoryMib(memory) }
+    }
+
+    /// What the unit does when it is run: it sees the request, and gives what it ends with.
+    type Act = Box<dyn Fn(&Path, &Path) -> Result<(), JobError> + Send + Sync>;
+
+    struct Unit {
+        request: PathBuf,
+        report: PathBuf,
+        act: Option<Act>,
+    }
+
+    impl AllocatorUnit for Unit {
+        async fn run(&self) -> Result<(), JobError> {
+            match &self.act {
+                Some(act) => act(&self.request, &self.report),
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn host(act: Option<Act>) -> (TempDir, ManagedAllocator<Unit>) {
+        let folder = tempfile::tempdir().unwrap();
+        let (request, report) = (folder.path().join("allocate.json"), folder.path().join("report.json"));
+        let settings =
+            ManagedSettings { sysfs: folder.path().join("sys"), request: request.clone(), report: report.clone() };
+        (folder, ManagedAllocator::new(settings, Unit { request, report, act }))
+    }
+
+    /// A report that answers the request that is there, with these fields.
+    fn answer(request: &Path, report: &Path, fields: &str) {
+        let request = fs::read_to_string(request).unwrap();
+        let text = format!(
+            r#"{{"format":1,"at":"2026-01-01T00:00:00.000Z","request":{request},"before":null,"after":null,"restarts":1,
+            "service_failure":null,"compacted":true,"backup":null,{fields}}}"#
+        );
+        fs::write(report, text).unwrap();
+    }
+
+    fn answers(fields: &'static str, ended: Result<(), JobError>) -> (TempDir, ManagedAllocator<Unit>) {
+        host(Some(Box::new(move |request, report| {
+            answer(request, report, fields);
+            ended.clone()
+        })))
+    }
+
+    fn failed() -> Result<(), JobError> {
+        Err(JobError::Failed(Failure::new("starting: failed")))
+    }
+
+    #[tokio::test]
+    async fn what_was_reserved_is_a_success_also_if_it_is_the_least_and_nothing_else_is() {
+        let wished = r#""did":{"reserved":{"cpus":{"count":2},"memory_mib":64}},"failure":null,"journal":[]"#;
+        let (_folder, allocator) = answers(wished, Ok(()));
+        allocator.reserve(&wish(64), None).await.unwrap();
+        allocator.reserve(&wish(128), Some(&wish(64))).await.unwrap();
+        let failure = allocator.reserve(&wish(128), None).await.unwrap_err();
+        assert!(failure.message.contains("which it was not asked for"), "{failure}");
+        let (_folder, allocator) = answers(r#""did":"nothing","failure":null,"journal":[]"#, Ok(()));
+        allocator.reserve(&wish(64), None).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_failure_has_the_numbers_the_remedy_and_the_last_lines_of_the_journal() {
+        let said = r#""did":{"kept_former":{"cpus":{"count":2},"memory_mib":32}},
+            "failure":{"message":"2 CPUs and 64 MiB were asked for","remedy":"reboot"},
+            "journal":["one","two","three","four","five","six \u0007"]"#;
+        let (_folder, allocator) = answers(said, failed());
+        let failure = allocator.reserve(&wish(64), None).await.unwrap_err();
+        let expected = "2 CPUs and 64 MiB were asked for; kept the former pool of 2 CPUs and 32 MiB; nitro-enclaves-allocator said \
+                        last:\n  two\n  three\n  four\n  five\n  six ";
+        assert_eq!((failure.message.as_str(), failure.remedy.as_deref()), (expected, Some("reboot")));
+    }
+
+    #[tokio::test]
+    async fn a_report_that_answers_another_request_is_not_believed() {
+        let act: Act = Box::new(|request, report| {
+            answer(request, report, r#""did":"nothing","failure":null,"journal":[]"#);
+            let old = fs::read_to_string(report).unwrap().replacen("\"id\":", "\"id\":1", 1).replacen(
+                "\"id\": ",
+                "\"id\": 1",
+                1,
+            );
+            fs::write(report, old).unwrap();
+            Ok(())
+        });
+        let (_folder, allocator) = host(Some(act));
+        let failure = allocator.reserve(&wish(64), None).await.unwrap_err();
+        assert!(failure.message.contains("left no answer") && failure.message.contains("another request"), "{failure}");
+        assert!(failure.remedy.unwrap().contains("journalctl -u enclaved-allocator.service"));
+        // Nor one that was torn, or is not there.
+        let (_folder, allocator) = host(Some(Box::new(|_, report| {
+            fs::write(report, "{\"format\"").unwrap();
+            failed()
+        })));
+        let failure = allocator.reserve(&wish(64), None).await.unwrap_err();
+        assert!(failure.message.contains("left no answer (starting: failed)"), "{failure}");
+    }
+
+    #[tokio::test]
+    async fn a_unit_that_did_not_run_leaves_the_pool_as_it_is_and_an_answer_counts_though_its_end_was_not_seen() {
+        let refused = Failure::new("access denied").with_remedy("install the polkit rule");
+        let (_folder, allocator) = host(Some(Box::new(move |_, _| Err(JobError::NotRun(refused.clone())))));
+        let failure = allocator.reserve(&wish(64), None).await.unwrap_err();
+        assert_eq!(failure.message, "the enclave pool is not changed: access denied");
+        assert_eq!(failure.remedy.as_deref(), Some("install the polkit rule"));
+        let lost = Err(JobError::Unknown(Failure::new("the bus was lost")));
+        let (_folder, allocator) = answers(r#""did":"nothing","failure":null,"journal":[]"#, lost.clone());
+        allocator.reserve(&wish(64), None).await.unwrap();
+        let (_folder, allocator) = host(Some(Box::new(move |_, _| lost.clone())));
+        assert!(allocator.reserve(&wish(64), None).await.unwrap_err().message.contains("the bus was lost"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_unit_that_does_not_begin_is_not_waited_for_and_one_that_works_is() {
+        let (_folder, allocator) = host(None);
+        let failure = allocator.reserve(&wish(64), None).await.unwrap_err();
+        assert!(failure.message.contains("did not begin within 60 s"), "{failure}");
+
+        let (folder, allocator) = host(None);
+        let lock = File::create(at_work_file(&folder.path().join("report.json"))).unwrap();
+        lock.lock().unwrap();
+        let patience = Duration::from_secs(1800);
+        let wish = wish(64);
+        assert!(tokio::time::timeout(patience, allocator.reserve(&wish, None)).await.is_err(), "it is at work");
+        assert!(at_work(&folder.path().join("report.json")));
+        drop(lock);
+        assert!(!at_work(&folder.path().join("report.json")));
+    }
+}
