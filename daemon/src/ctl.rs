@@ -16,6 +16,7 @@ mod wait;
 use crate::config;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use client::Client;
+use enclaved_core::desired::hosts_document;
 use enclaved_core::id::{EnclaveName, Timestamp};
 use enclaved_core::status::Status;
 use serde_json::{Value, json};
@@ -254,7 +255,7 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
             let config = config::load(&cli.config).map_err(|errors| CtlError::Unfit(errors.to_string()))?;
             let spec =
                 config.desired.enclaves.get(&name).ok_or_else(|| unknown(&name, config.desired.enclaves.keys()))?;
-            print(&if json { format!("{:#}\n", json!(spec.egress)) } else { hosts::lines(&name, spec) })
+            print(&if json { hosts_document(&spec.egress) } else { hosts::lines(&name, spec) })
         }
         Command::Fetch(args) => {
             let wanted = if args.images.is_empty() {

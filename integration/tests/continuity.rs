@@ -4,7 +4,7 @@
 
 use enclaved_core::id::Cid;
 use enclaved_core::routes::{
-    EgressRoute, LinkReply, LinkRequest, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute, VsockTransport,
+    EgressLimits, EgressRoute, LinkReply, LinkRequest, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute, TcpRules, VsockTransport,
 };
 use enclaved_integration::binaries;
 use enclaved_integration::service_manager::ServiceManager;
@@ -89,9 +89,11 @@ impl Host {
             hostname: self.upstream.ip().to_string(),
             port: self.upstream.port(),
             allow_addresses: vec![self.upstream.ip()],
+            sni: false,
+            limits: EgressLimits::default(),
         });
         let listen = "127.0.0.1:0".parse().unwrap();
-        routes.tcp.push(TcpRoute { enclave, listen, vsock_port: 7000, target: Some(Cid::FIRST) });
+        routes.tcp.push(TcpRoute { enclave, listen, vsock_port: 7000, target: Some(Cid::FIRST), rules: TcpRules::default() });
         routes
     }
 

@@ -169,6 +169,8 @@ mod tests {
             vsock_port: 8000,
             hostname: hostname.to_owned(),
             port,
+            sni: false,
+            limits: enclaved_core::routes::EgressLimits::default(),
             allow_addresses: allow.iter().map(|address| address.parse().unwrap()).collect(),
         }
     }

@@ -356,6 +356,8 @@ fn routes(config: &Config) -> Routes {
             hostname: endpoint.hostname.clone(),
             port: endpoint.port,
             allow_addresses: endpoint.allow_addresses.clone(),
+            sni: endpoint.sni,
+            limits: endpoint.limits,
         }));
     }
     routes
