@@ -28,8 +28,6 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-/// The loop makes a pass every few seconds; one that has not for this long does not live.
-const LIVE: Duration = Duration::from_secs(60);
 /// A client has this long for the head of its request.
 const HEAD: Duration = Duration::from_secs(10);
 /// A connection, with all that is asked on it, takes no longer than this.
@@ -202,10 +200,10 @@ fn metrics(source: &Source) -> Response<Full<Bytes>> {
 
 /// The loop turns.
 fn live(source: &Source) -> Response<Full<Bytes>> {
-    let age = source.reports.borrow().as_ref().map(|report| report.made.elapsed());
-    match age {
-        Some(age) if age < LIVE => respond(StatusCode::OK, "text/plain", "live\n"),
-        Some(age) => {
+    let turning = source.reports.borrow().as_ref().map(|report| report.turning());
+    match turning {
+        Some(Ok(())) => respond(StatusCode::OK, "text/plain", "live\n"),
+        Some(Err(age)) => {
             let age = humantime::format_duration(Duration::from_secs(age.as_secs()));
             let text = format!("the reconcile loop has not turned for {age}\n");
             respond(StatusCode::SERVICE_UNAVAILABLE, "text/plain", text)

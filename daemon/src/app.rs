@@ -98,6 +98,7 @@ pub async fn run(arguments: Arguments) -> Result<(), StartError> {
     tasks.spawn(admin::serve_socket(socket, source.clone(), stop.clone()));
     tasks.spawn(serve_metrics(config.metrics.listen, source, facts.clone(), stop.clone()));
     tasks.spawn(identify(config.clone(), facts, reports.clone(), events.clone(), stop.clone()));
+    tasks.spawn(service_manager::feed_watchdog(reports.clone(), stop.clone()));
     tasks.spawn(service_manager::tell(reports, stop.clone()));
     tasks.spawn(keeper.serve(reload_receiver, hangup, stop.clone()));
     let inputs = Inputs {

@@ -77,17 +77,12 @@ impl Jobs {
         let now = Instant::now();
         let mut fetches = BTreeMap::new();
         for (key, tracked) in &mut self.progress {
-            let (bytes, total) = tracked.progress.get();
-            let stage = tracked.progress.stage();
-            tracked.pace.note(now, stage, bytes);
-            let bytes_per_second = tracked.pace.bytes_per_second();
-            let eta_seconds = bytes_per_second.and_then(|rate| total.checked_sub(bytes)?.checked_div(rate));
-            let status = FetchStatus { stage, bytes, total, bytes_per_second, eta_seconds };
+            let status = tracked.pace.status(now, &tracked.progress);
             match key {
                 JobKey::Fetch(request) => drop(fetches.insert(request.clone(), status)),
                 // What is fetched to be launched is of more interest than what is fetched besides.
                 // A look at a source that has nothing new is none either.
-                JobKey::Refresh(request) if stage != FetchStage::Asking => {
+                JobKey::Refresh(request) if status.stage != FetchStage::Asking => {
                     fetches.entry(request.clone()).or_insert(status);
                 }
                 _ => {}

@@ -1,6 +1,7 @@
 //! How fast something gets on: the rate of the last few seconds, for people who wait. Knows no clock; it is told the time.
 
-use enclaved_core::status::FetchStage;
+use crate::host::Progress;
+use enclaved_core::status::{FetchStage, FetchStatus};
 use std::collections::VecDeque;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -20,8 +21,17 @@ pub struct Pace {
 }
 
 impl Pace {
+    /// How far it is at that time, for people.
+    pub fn status(&mut self, at: Instant, of: &Progress) -> FetchStatus {
+        let ((bytes, total), stage) = (of.get(), of.stage());
+        self.note(at, stage, bytes);
+        let bytes_per_second = self.bytes_per_second();
+        let eta_seconds = bytes_per_second.and_then(|rate| total.checked_sub(bytes)?.checked_div(rate));
+        FetchStatus { stage, bytes, total, bytes_per_second, eta_seconds }
+    }
+
     /// At that time so many bytes were done with. A new stage, or fewer bytes than before, begins anew.
-    pub fn note(&mut self, at: Instant, stage: FetchStage, bytes: u64) {
+    fn note(&mut self, at: Instant, stage: FetchStage, bytes: u64) {
         if stage != self.stage || self.points.back().is_some_and(|(_, before)| bytes < *before) {
             self.stage = stage;
             self.points.clear();
@@ -39,7 +49,7 @@ impl Pace {
     }
 
     /// The rate; `None` until it can be told.
-    pub fn bytes_per_second(&self) -> Option<u64> {
+    fn bytes_per_second(&self) -> Option<u64> {
         let ((from, first), (to, last)) = (self.points.front()?, self.points.back()?);
         let span = to.saturating_duration_since(*from);
         let millis = u64::try_from(span.as_millis()).ok().filter(|_| span >= LEAST)?;

@@ -23,6 +23,8 @@ use tokio_util::sync::CancellationToken;
 
 /// The loop looks at the host at least this often, whether or not anything woke it.
 const TICK: Duration = Duration::from_secs(5);
+/// A loop that has not made a report for so long hangs: a pass whose every part takes as long as it may is three times as fast.
+const HANGS: Duration = Duration::from_secs(60);
 /// An observation that takes longer is unknown in this pass.
 const OBSERVE: Duration = Duration::from_secs(10);
 /// A failure to remove something from the cache is forgotten when it was not repeated for so long.
@@ -63,6 +65,17 @@ pub struct Report {
     pub proxy: Option<ProxyReport>,
     /// When it was made, by the clock that never steps.
     pub made: tokio::time::Instant,
+}
+
+impl Report {
+    /// Whether the loop still turned a moment ago; if not, for how long it has not.
+    ///
+    /// # Errors
+    /// It hangs, for so long.
+    pub fn turning(&self) -> Result<(), Duration> {
+        let age = self.made.elapsed();
+        if age < HANGS { Ok(()) } else { Err(age) }
+    }
 }
 
 /// Why the loop ended though nobody asked it to. The process ends with it: enclaves and traffic go on, and the next

@@ -1,11 +1,13 @@
 //! What systemd is told: READY once the loop has looked at the host (configuration loaded, adoption decided, listeners
-//! open; never waiting for an enclave), and STATUS= that answers "what is it doing". Without systemd, nothing happens.
+//! open; never waiting for an enclave), STATUS= that answers "what is it doing", and WATCHDOG as long as the loop turns.
+//! Without systemd, nothing happens.
 
 use crate::reconciler::Report;
 use enclaved_core::status::{EnclaveState, Status};
 use sd_notify::NotifyState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
@@ -28,6 +30,35 @@ pub async fn tell(mut reports: watch::Receiver<Option<Arc<Report>>>, stop: Cance
         tokio::select! {
             // A change that is not seen now is seen by the next call.
             changed = reports.changed() => if changed.is_err() { return },
+            // A plain wait.
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+/// Feeds the watchdog of the service manager until `stop`, if it has one: only while the loop turns. One that hangs is so ended and
+/// started again, which costs no enclave and no connection.
+pub async fn feed_watchdog(reports: watch::Receiver<Option<Arc<Report>>>, stop: CancellationToken) {
+    if let Some(limit) = sd_notify::watchdog_enabled() {
+        feed(limit, &reports, || notify(&[NotifyState::Watchdog]), &stop).await;
+    }
+}
+
+/// Three times within `limit`, so that one that comes late is none that is missing.
+async fn feed(
+    limit: Duration,
+    reports: &watch::Receiver<Option<Arc<Report>>>,
+    food: impl Fn(),
+    stop: &CancellationToken,
+) {
+    loop {
+        // Before the first report there is nothing to be watched: the start has a limit of its own.
+        if reports.borrow().as_ref().is_none_or(|report| report.turning().is_ok()) {
+            food();
+        }
+        tokio::select! {
+            // A plain wait.
+            () = tokio::time::sleep(limit / 3) => {}
             // A plain wait.
             () = stop.cancelled() => return,
         }
@@ -74,4 +105,34 @@ fn line(status: &Status) -> String {
         line.push_str(&format!("; {} problems, see enclavectl status", status.problems.len()));
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU32;
+    use tokio::time::Instant;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_watchdog_is_fed_while_the_loop_turns_and_starves_when_it_hangs() {
+        let limit = Duration::from_secs(30);
+        let (told, reports) = watch::channel(None);
+        let (fed, stop) = (Arc::new(AtomicU32::new(0)), CancellationToken::new());
+        let feeding = tokio::spawn({
+            let (fed, stop) = (fed.clone(), stop.clone());
+            async move { feed(limit, &reports, || _ = fed.fetch_add(1, Ordering::Relaxed), &stop).await }
+        });
+        let fed_within = async |time| {
+            let before = fed.load(Ordering::Relaxed);
+            tokio::time::sleep(time).await;
+            fed.load(Ordering::Relaxed) - before
+        };
+        assert!(fed_within(limit).await >= 3, "before the first pass");
+        told.send_replace(Some(Arc::new(Report { status: Status::default(), proxy: None, made: Instant::now() })));
+        assert!(fed_within(limit).await >= 3);
+        fed_within(Duration::from_secs(60)).await;
+        assert_eq!(fed_within(limit).await, 0, "no pass for more than a minute");
+        stop.cancel();
+        feeding.await.unwrap();
+    }
 }

@@ -15,6 +15,7 @@ pub mod host;
 pub mod host_tree;
 pub mod http;
 pub mod imds;
+pub mod machine;
 pub mod nitro_cli;
 pub mod nitro_host;
 pub mod processes;

@@ -35,6 +35,40 @@ impl Shape {
     pub fn small() -> Self {
         Self { cores: vec![[1, 5], [2, 6], [3, 7]], hugepages: 1024, cpus: 8 }
     }
+
+    /// The files of such a host's sysfs, by their path below its root.
+    pub fn sysfs_files(&self) -> Vec<(String, String)> {
+        let mut files = Vec::new();
+        let mut write = |path: String, contents: String| files.push((path, contents + "\n"));
+        let mut pool: Vec<u32> = self.cores.iter().flatten().copied().collect();
+        pool.sort_unstable();
+        let pool: Vec<String> = pool.iter().map(u32::to_string).collect();
+        write("module/nitro_enclaves/parameters/ne_cpus".to_owned(), pool.join(","));
+        for name in ["nr_hugepages", "free_hugepages"] {
+            let file = format!("devices/system/node/node0/hugepages/hugepages-2048kB/{name}");
+            write(file, self.hugepages.to_string());
+        }
+        let last = self.cpus.saturating_sub(1);
+        // What is in the pool is offline: the node's list leaves it out, but every CPU keeps the link to its node.
+        let offline = |cpu: &u32| self.cores.iter().flatten().any(|other| other == cpu);
+        let online: Vec<String> = (0..self.cpus).filter(|cpu| !offline(cpu)).map(|cpu| cpu.to_string()).collect();
+        write("devices/system/node/node0/cpulist".to_owned(), online.join(","));
+        write("devices/system/cpu/online".to_owned(), online.join(","));
+        write("devices/system/cpu/present".to_owned(), format!("0-{last}"));
+        for [a, b] in &self.cores {
+            for cpu in [a, b] {
+                let file = format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+                write(file, format!("{a},{b}"));
+            }
+        }
+        write("devices/virtual/dmi/id/board_asset_tag".to_owned(), "i-0123456789abcdef0".to_owned());
+        files
+    }
+
+    /// The folders of such a host's sysfs that stand for links, by their path below its root.
+    pub fn sysfs_folders(&self) -> Vec<String> {
+        (0..self.cpus).map(|cpu| format!("devices/system/cpu/cpu{cpu}/node0")).collect()
+    }
 }
 
 /// The simulated host.
@@ -66,36 +100,16 @@ impl NitroHost {
     }
 
     fn write_sysfs(&self, shape: &Shape) -> io::Result<()> {
-        let write = |path: String, contents: String| {
-            let path = self.path().join("sys").join(path);
+        let root = self.sysfs();
+        for folder in shape.sysfs_folders() {
+            fs::create_dir_all(root.join(folder))?;
+        }
+        for (path, contents) in shape.sysfs_files() {
+            let path = root.join(path);
             fs::create_dir_all(path.parent().unwrap_or(&path))?;
-            fs::write(path, contents + "\n")
-        };
-        let mut pool: Vec<u32> = shape.cores.iter().flatten().copied().collect();
-        pool.sort_unstable();
-        let pool: Vec<String> = pool.iter().map(u32::to_string).collect();
-        write("module/nitro_enclaves/parameters/ne_cpus".to_owned(), pool.join(","))?;
-        for name in ["nr_hugepages", "free_hugepages"] {
-            let file = format!("devices/system/node/node0/hugepages/hugepages-2048kB/{name}");
-            write(file, shape.hugepages.to_string())?;
+            fs::write(path, contents)?;
         }
-        let last = shape.cpus.saturating_sub(1);
-        // What is in the pool is offline: the node's list leaves it out, but every CPU keeps the link to its node.
-        let offline = |cpu: &u32| shape.cores.iter().flatten().any(|other| other == cpu);
-        let online: Vec<String> = (0..shape.cpus).filter(|cpu| !offline(cpu)).map(|cpu| cpu.to_string()).collect();
-        write("devices/system/node/node0/cpulist".to_owned(), online.join(","))?;
-        write("devices/system/cpu/online".to_owned(), online.join(","))?;
-        write("devices/system/cpu/present".to_owned(), format!("0-{last}"))?;
-        for cpu in 0..shape.cpus {
-            fs::create_dir_all(self.path().join(format!("sys/devices/system/cpu/cpu{cpu}/node0")))?;
-        }
-        for [a, b] in &shape.cores {
-            for cpu in [a, b] {
-                let file = format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
-                write(file, format!("{a},{b}"))?;
-            }
-        }
-        write("devices/virtual/dmi/id/board_asset_tag".to_owned(), "i-0123456789abcdef0".to_owned())
+        Ok(())
     }
 
     /// The folder below which everything is.

@@ -9,4 +9,4 @@ mod parts;
 mod tries;
 
 pub use parts::{MAX_PARTS, Part, Parts, PartsError, part_size};
-pub use tries::{Cause, MAX_ANEW, MAX_LOOKS, MAX_TRIES, Pace, STALL, Tries, Verdict, lags, pause};
+pub use tries::{Cause, MAX_ANEW, MAX_LOOKS, MAX_TRIES, STALL, Speed, Tries, Verdict, lags, pause};

@@ -153,7 +153,8 @@ impl Cid {
 
     /// The CID of that number, if it is one that an enclave may have.
     pub const fn new(number: u32) -> Option<Self> {
-        if number >= Self::FIRST.0 && number < u32::MAX { Some(Self(number)) } else { None }
+        let loopback = cfg!(feature = "loopback-cid") && number == 1;
+        if loopback || number >= Self::FIRST.0 && number < u32::MAX { Some(Self(number)) } else { None }
     }
 
     /// The number.

@@ -123,7 +123,7 @@ impl Plane {
     pub(crate) async fn close(&self) {
         self.https.upstreams.keep_none();
         let mut state = self.state.lock().await;
-        close_all(std::mem::take(&mut state.slots)).await;
+        close(std::mem::take(&mut state.slots)).await;
     }
 
     /// Waits until it could be looked at: it is not stuck.
@@ -223,15 +223,22 @@ impl Plane {
         let ended = update_lives(&mut state.lives, &routes, &self.shared);
         let revoked = update_grants(&mut state.grants, &routes, &state.lives);
 
-        // Closed before others are opened: an address may change its use.
         let wanted = slots(&routes, &transport);
         let stays = |slot: &Slot| wanted.contains(slot) && (same_transport || !matches!(slot, Slot::Egress(_)));
         let (kept, closed): (BTreeMap<_, _>, BTreeMap<_, _>) =
             std::mem::take(&mut state.slots).into_iter().partition(|(slot, _)| stays(slot));
         state.slots = kept;
-        close_all(closed).await;
-
+        // An enclave's successor is served before its own listeners go, which are nobody else's. Every other address may change its
+        // use, so it is closed before others are opened.
+        let (later, at_once): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            closed.into_iter().partition(|(slot, _)| same_transport && matches!(slot, Slot::Egress(_)));
+        close(at_once).await;
         self.apply_egress(state, &routes, &transport);
+        for open in state.slots.values_mut() {
+            open.listening.settled().await;
+        }
+        close(later).await;
+
         self.apply_tcp(state, &routes, &transport);
         self.apply_https(state, &routes, &transport).await;
 
@@ -343,7 +350,7 @@ impl Plane {
 }
 
 /// All at once: each may have to wait for the service manager.
-async fn close_all(slots: BTreeMap<Slot, Open>) {
+async fn close(slots: BTreeMap<Slot, Open>) {
     slots.values().for_each(|open| open.listening.stop());
     for (_, open) in slots {
         open.listening.close().await;

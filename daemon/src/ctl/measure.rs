@@ -11,7 +11,7 @@ use enclaved_core::image::{
     EifReport, ExpectedImage, ImageCertificate, ImageSignature, Validity, os_image_hash, required_memory,
 };
 use enclaved_core::plan::Prefer;
-use enclaved_core::status::FetchStatus;
+
 use serde_json::{Value, json};
 use std::convert::Infallible;
 use std::ffi::OsStr;
@@ -142,12 +142,8 @@ async fn show(name: &str, of: &Progress) -> Infallible {
     let mut pace = Pace::default();
     loop {
         tokio::time::sleep(Duration::from_millis(300)).await;
-        let ((bytes, total), stage) = (of.get(), of.stage());
-        pace.note(Instant::now(), stage, bytes);
-        let bytes_per_second = pace.bytes_per_second();
-        let eta_seconds = bytes_per_second.and_then(|rate| total.checked_sub(bytes)?.checked_div(rate));
+        let status = pace.status(Instant::now(), of);
         if std::io::stderr().is_terminal() {
-            let status = FetchStatus { stage, bytes, total, bytes_per_second, eta_seconds };
             // Only for people who watch.
             drop(write!(std::io::stderr(), "\r\x1b[K{name}: {}\r", super::text::progress(&status)));
         }

@@ -149,14 +149,14 @@ pub fn pause(failed: u32, random: u16) -> Duration {
 
 /// How fast a request has been so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Pace {
+pub struct Speed {
     /// What it has brought.
     pub bytes: u64,
     /// In which time.
     pub within: Duration,
 }
 
-impl Pace {
+impl Speed {
     /// Bytes in a second.
     fn rate(self) -> u128 {
         u128::from(self.bytes) * 1000 / self.within.as_millis().max(1)
@@ -164,7 +164,7 @@ impl Pace {
 }
 
 /// Whether a request is so much slower than the others are (or were, where they have ended) that asking again does better.
-pub fn lags(own: Pace, others: &[Pace]) -> bool {
+pub fn lags(own: Speed, others: &[Speed]) -> bool {
     let mut rates: Vec<u128> = others.iter().map(|pace| pace.rate()).collect();
     rates.sort_unstable();
     let Some(median) = rates.get(rates.len() / 2) else { return false };
@@ -237,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_request_lags_that_is_eight_times_slower_than_the_median_for_a_while() {
-        let pace = |bytes, seconds| Pace { bytes, within: Duration::from_secs(seconds) };
+        let pace = |bytes, seconds| Speed { bytes, within: Duration::from_secs(seconds) };
         let others = [pace(8000, 1), pace(9000, 1), pace(1, 1)];
         assert!(lags(pace(9_990, 10), &others));
         assert!(!lags(pace(10_000, 10), &others), "an eighth");

@@ -35,6 +35,32 @@ async fn a_killed_proxy_serves_the_last_routes_again_without_being_told() {
 }
 
 #[tokio::test]
+async fn a_successors_egress_is_open_before_that_of_its_predecessor_goes() {
+    let host = Host::new().await;
+    let upstream = Upstream::echoing().await;
+    // Many, so that going from one to the other takes its time.
+    let endpoints = |cid| (8000..8200).map(|port| egress(cid, port, upstream.address)).collect();
+    let of = |cid| Routes { egress: endpoints(cid), ..host.site(&["a.test"], None) };
+    for cid in 16..20 {
+        host.publish(&of(cid)).await;
+        let (routes, next) = (of(cid + 1), std::cell::Cell::new(true));
+        let publishing = async {
+            host.publish(&routes).await;
+            next.set(false);
+        };
+        let looking = async {
+            while next.get() {
+                // If the old one has gone, the new one is there.
+                let open = host.connect_from(cid, 8000).await.is_ok() || host.connect_from(cid + 1, 8000).await.is_ok();
+                assert!(open, "neither {cid} nor {} has its egress", cid + 1);
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::join!(publishing, looking);
+    }
+}
+
+#[tokio::test]
 async fn a_torn_snapshot_is_put_aside_and_reported_until_a_new_one_is_published() {
     let mut host = Host::new().await;
     host.publish(&host.site(&["a.test"], None)).await;

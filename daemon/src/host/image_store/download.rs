@@ -12,7 +12,7 @@ use super::stamp::Object;
 use crate::host::Progress;
 use bytes::Bytes;
 use enclaved_core::failure::Failure;
-use enclaved_core::fetch::{Cause, MAX_LOOKS, Pace, Part, Parts, Tries, Verdict, lags};
+use enclaved_core::fetch::{Cause, MAX_LOOKS, Part, Parts, Speed, Tries, Verdict, lags};
 use enclaved_core::image::EifReport;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -196,7 +196,7 @@ struct Table {
     /// Of parts that are being got, how many bytes are written.
     written: BTreeMap<u64, u64>,
     /// The last request of each lane.
-    paces: Vec<Option<Pace>>,
+    paces: Vec<Option<Speed>>,
     /// When the last byte was written.
     last: Instant,
     /// Of the whole, where it is got in one piece.
@@ -391,7 +391,7 @@ impl<R: Remote> Work<R> {
                 }
                 floor = (Instant::now(), now_at);
             }
-            let pace = Pace { bytes: now_at - first, within: began.elapsed() };
+            let pace = Speed { bytes: now_at - first, within: began.elapsed() };
             if let Some(lane) = judge
                 && self.lags(lane, pace)
             {
@@ -400,10 +400,10 @@ impl<R: Remote> Work<R> {
         }
     }
 
-    fn lags(&self, lane: usize, pace: Pace) -> bool {
+    fn lags(&self, lane: usize, pace: Speed) -> bool {
         let mut table = self.table();
         table.paces[lane] = Some(pace);
-        let others: Vec<Pace> =
+        let others: Vec<Speed> =
             table.paces.iter().enumerate().filter(|(of, _)| *of != lane).filter_map(|(_, pace)| *pace).collect();
         lags(pace, &others)
     }

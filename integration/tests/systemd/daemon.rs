@@ -1,0 +1,102 @@
+//! The daemon and the proxy under their units, on a parent host that has no enclaves to run.
+
+use enclaved_integration::machine::DEADLINE;
+use enclaved_integration::machine::parent::{Parent, parent_host};
+
+fn started() -> Parent {
+    let parent = parent_host().unwrap();
+    parent.configure("").unwrap();
+    parent.run_ok(&["systemctl", "enable", "--now", "enclaved"]).unwrap();
+    parent
+}
+
+#[test]
+fn enabling_the_daemon_is_all_a_host_needs() {
+    let parent = started();
+    for unit in ["enclaved.service", "enclaved-proxy.service"] {
+        parent
+            .wait_until("it is active", DEADLINE, || {
+                Ok((parent.property(unit, "ActiveState")? == "active").then_some(()))
+            })
+            .unwrap_or_else(|error| panic!("{unit}: {error:#}\n{}", parent.journal(unit).unwrap()));
+    }
+    assert_eq!(parent.property("enclaved", "StatusText").unwrap(), "0 of 0 enclaves ready");
+    let status = parent.until("it tells its status", |status| status.ready).unwrap();
+    assert_eq!(status.host.pid, parent.main_pid("enclaved").unwrap().unwrap());
+
+    parent.reboot().unwrap();
+    parent.until("it is there again after a reboot", |status| status.ready).unwrap();
+    for unit in ["enclaved.service", "enclaved-proxy.service"] {
+        assert_eq!(parent.property(unit, "ActiveState").unwrap(), "active", "{unit}");
+        assert_eq!(parent.property(unit, "NRestarts").unwrap(), "0", "{unit}");
+    }
+    assert_eq!(parent.run_ok(&["systemctl", "is-system-running", "--wait"]).unwrap(), "running\n");
+}
+
+#[test]
+fn a_reload_of_a_wrong_file_fails_and_says_why_and_the_daemon_goes_on() {
+    let parent = started();
+    let pid = parent.main_pid("enclaved").unwrap();
+    parent.run_ok(&["systemctl", "reload", "enclaved"]).unwrap();
+
+    parent.configure("[nonsense]\n").unwrap();
+    let said = parent.run(&["systemctl", "reload", "enclaved"]).unwrap();
+    assert_eq!(said.code, Some(1), "{said:?}");
+    assert!(parent.journal("enclaved").unwrap().contains("nonsense"));
+    assert_eq!(parent.main_pid("enclaved").unwrap(), pid);
+    assert!(
+        parent
+            .run_ok(&["systemctl", "status", "enclaved"])
+            .unwrap()
+            .contains("Status: \"0 of 0 enclaves ready; 1 problem")
+    );
+
+    parent.configure("").unwrap();
+    parent.run_ok(&["systemctl", "reload", "enclaved"]).unwrap();
+    parent.until("the problem is gone", |status| status.problems.is_empty()).unwrap();
+    assert_eq!(parent.main_pid("enclaved").unwrap(), pid);
+}
+
+#[test]
+fn a_wrong_file_at_a_restart_leaves_the_daemon_on_the_last_good_one() {
+    let parent = started();
+    parent.until("it is ready", |status| status.ready).unwrap();
+    parent.configure("[nonsense]\n").unwrap();
+    parent.run_ok(&["systemctl", "restart", "enclaved"]).unwrap();
+    let status = parent.until("it says what is wrong", |status| !status.problems.is_empty()).unwrap();
+    assert!(status.problems.iter().any(|problem| problem.failure.to_string().contains("nonsense")), "{status:#?}");
+}
+
+#[test]
+fn a_daemon_that_hangs_is_killed_by_the_watchdog_and_started_again() {
+    let parent = parent_host().unwrap();
+    parent.configure("").unwrap();
+    parent.write("/run/systemd/system/enclaved.service.d/soon.conf", "[Service]\nWatchdogSec=2s\n").unwrap();
+    parent.run_ok(&["systemctl", "daemon-reload"]).unwrap();
+    parent.run_ok(&["systemctl", "start", "enclaved"]).unwrap();
+    let before = parent.main_pid("enclaved").unwrap().unwrap();
+    parent.run_ok(&["kill", "-STOP", &before.to_string()]).unwrap();
+    parent
+        .wait_until("another process is the daemon", DEADLINE, || {
+            Ok(parent.main_pid("enclaved")?.filter(|pid| *pid != before))
+        })
+        .unwrap();
+    parent.until("it is ready again", |status| status.ready).unwrap();
+    assert!(parent.journal("enclaved").unwrap().contains("watchdog"));
+}
+
+#[test]
+fn a_daemon_without_a_configuration_says_so_and_takes_one_when_it_comes() {
+    let parent = parent_host().unwrap();
+    parent.run(&["systemctl", "start", "--no-block", "enclaved"]).unwrap();
+    parent
+        .wait_until("it has tried twice", DEADLINE, || {
+            let restarts: u32 = parent.property("enclaved", "NRestarts")?.parse()?;
+            Ok((restarts >= 2).then_some(()))
+        })
+        .unwrap();
+    assert_eq!(parent.property("enclaved", "ExecMainStatus").unwrap(), "78");
+    assert!(parent.journal("enclaved").unwrap().contains("/etc/enclaved/enclaved.toml"));
+    parent.configure("").unwrap();
+    parent.until("it is ready", |status| status.ready).unwrap();
+}
