@@ -249,6 +249,44 @@ pub struct ProxyReport {
     pub refused: BTreeMap<String, u64>,
     /// Connections and listeners that ended by a defect of the proxy (a panic). Anything but zero is worth a bug report.
     pub panics: u64,
+    /// The names of upstreams, each once however many endpoints lead there.
+    pub names: Vec<NameReport>,
+}
+
+/// What is known of an upstream's name. Counters since a route first held it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NameReport {
+    /// The name.
+    pub hostname: String,
+    /// How many addresses new connections choose from.
+    pub addresses: usize,
+    /// Seconds since these were last said; none where there are none.
+    pub answer_age_seconds: Option<u64>,
+    /// Whether they are older than their TTL because the last question failed.
+    pub stale: bool,
+    /// Questions that failed, or were answered with no address.
+    pub failed: u64,
+    /// How the last question failed, if it did.
+    pub error: Option<String>,
+    /// How long questions took, answered or not.
+    pub lookups: LatencyReport,
+}
+
+/// How long something took, by [`LatencyReport::BOUNDS_MS`].
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LatencyReport {
+    /// For each bound, how many took no longer than it and longer than the one before; and at the end those that took
+    /// longer than all. Empty where nothing was measured.
+    pub counts: Vec<u64>,
+    /// The sum, in microseconds.
+    pub sum_us: u64,
+}
+
+impl LatencyReport {
+    /// The bounds, in milliseconds. From a neighbour's answer to the limits of dialling.
+    pub const BOUNDS_MS: [u32; 12] = [1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 10_000];
 }
 
 /// One listener and whether it is open.
@@ -307,6 +345,9 @@ pub struct TrafficReport {
     pub failed: BTreeMap<String, u64>,
     /// HTTPS only: answers by status class (`2xx`).
     pub status_classes: BTreeMap<String, u64>,
+    /// Egress only: how long it took to connect, name known, until the first address answered or none was left.
+    #[serde(default)]
+    pub connects: LatencyReport,
 }
 
 /// Which way traffic goes.
@@ -375,7 +416,9 @@ mod tests {
                 bytes_from_enclave: 4,
                 failed: BTreeMap::from([("no_target".into(), 5)]),
                 status_classes: BTreeMap::from([("2xx".into(), 6)]),
+                connects: LatencyReport { counts: vec![0, 7], sum_us: 8 },
             }],
+            names: vec![NameReport { hostname: "x".into(), answer_age_seconds: Some(9), ..NameReport::default() }],
             ..ProxyReport::default()
         };
         for reply in [LinkReply::Report(report), LinkReply::Refused { reason: "why".into() }] {

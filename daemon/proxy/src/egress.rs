@@ -10,10 +10,9 @@ use self::hosts::Hosts;
 use self::rate::Rate;
 use crate::counters::{Failure, Open, Refused, Traffic};
 use crate::current::Current;
-use crate::dial::{self, dial};
+use crate::dial::Upstream;
 use crate::error_text::chain;
 use crate::inherited::Unusable;
-use crate::limits::Limits;
 use crate::listening::{Service, Socket};
 use crate::relay::{Broken, relay};
 use crate::shared::Shared;
@@ -29,7 +28,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use tokio::io::AsyncWriteExt;
-use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -59,7 +57,7 @@ pub(crate) struct Endpoint {
     /// Ends every connection of its [`Grant`]: that of another CID, or of a changed endpoint, is another.
     pub(crate) cut: CancellationToken,
     traffic: Arc<Traffic>,
-    lookups: Arc<Semaphore>,
+    upstream: Upstream,
     rate: Rate,
     failures: Throttle,
 }
@@ -72,10 +70,11 @@ pub(crate) enum Offer {
 }
 
 impl Endpoint {
-    pub(crate) fn new(route: EgressRoute, cut: CancellationToken, traffic: Arc<Traffic>, limits: &Limits) -> Self {
-        let rate = Rate::new(route.limits.connections_per_second.unwrap_or(limits.egress_rate));
-        let lookups = Arc::new(Semaphore::new(dial::LOOKUPS));
-        Self { route, cut, traffic, lookups, rate, failures: Throttle::new() }
+    /// Begins to resolve its name, so that it is known when the enclave comes.
+    pub(crate) fn new(route: EgressRoute, cut: CancellationToken, traffic: Arc<Traffic>, shared: &Shared) -> Self {
+        let rate = Rate::new(route.limits.connections_per_second.unwrap_or(shared.limits.egress_rate));
+        let upstream = Upstream::new(&route, &shared.resolver);
+        Self { route, cut, traffic, upstream, rate, failures: Throttle::new() }
     }
 
     async fn carry(&self, mut enclave: Stream, turn: Instant, shared: &Shared) {
@@ -98,6 +97,26 @@ impl Endpoint {
         turn: Instant,
         shared: &Shared,
     ) -> Result<(), (Failure, Option<String>)> {
+        // On the heap: what this needs is not kept for as long as the relay lives.
+        let mut upstream = Box::pin(self.reach(enclave, turn, shared)).await?;
+        let ended = relay(enclave, &mut *upstream, &self.traffic, &shared.limits).await;
+        if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
+            upstream.ended_well();
+        }
+        // Connections end in all ways; that is counted, and no line in the log.
+        ended.map_err(|broken| {
+            tracing::debug!(endpoint = %self.traffic.key().endpoint, %broken, "a relay broke off");
+            (broken.failure(), None)
+        })
+    }
+
+    /// Connects to the upstream when it is this connection's turn, and if it is what the endpoint takes.
+    async fn reach(
+        &self,
+        enclave: &mut Stream,
+        turn: Instant,
+        shared: &Shared,
+    ) -> Result<ResetOnDrop, (Failure, Option<String>)> {
         if turn > Instant::now() {
             sleep_until(turn).await;
         }
@@ -108,23 +127,14 @@ impl Endpoint {
         } else {
             Vec::new()
         };
-        let upstream =
-            dial(&self.route, &self.lookups, shared).await.map_err(|error| (error.failure(), Some(chain(&error))))?;
-        let mut upstream = ResetOnDrop::new(upstream);
+        let dialled = self.upstream.dial(&self.traffic.connects, shared).await;
+        let mut upstream = ResetOnDrop::new(dialled.map_err(|error| (error.failure(), Some(chain(&error))))?);
         if !hello.is_empty() {
             let passed = timeout(shared.limits.dial, upstream.write_all(&hello)).await;
             passed.map_err(|_| (Failure::Idle, None))?.map_err(|_| (Failure::Reset, None))?;
             self.traffic.from_enclave.fetch_add(hello.len() as u64, Relaxed);
         }
-        let ended = relay(enclave, &mut *upstream, &self.traffic, &shared.limits).await;
-        if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
-            upstream.ended_well();
-        }
-        // Connections end in all ways; that is counted, and no line in the log.
-        ended.map_err(|broken| {
-            tracing::debug!(endpoint = %self.traffic.key().endpoint, %broken, "a relay broke off");
-            (broken.failure(), None)
-        })
+        Ok(upstream)
     }
 
     fn fail(&self, failure: Failure, text: Option<&str>) {
@@ -246,6 +256,7 @@ impl Service for EgressPort {
 mod tests {
     use super::*;
     use crate::counters::TrafficKey;
+    use crate::limits::Limits;
     use enclaved_core::routes::{Direction, EgressLimits};
     use tokio::io::AsyncReadExt;
     use tokio::net::{TcpListener, UnixStream};
@@ -266,7 +277,7 @@ mod tests {
             limits: EgressLimits::default(),
         };
         let key = TrafficKey { enclave: route.enclave.clone(), direction: Direction::Egress, endpoint: "x".into() };
-        let endpoint = Endpoint::new(route, CancellationToken::new(), shared.counters.traffic(key), &shared.limits);
+        let endpoint = Endpoint::new(route, CancellationToken::new(), shared.counters.traffic(key), &shared);
         let point = ListenPoint { cid: None, port: 8000 };
         let endpoints = HashMap::from([(Cid::FIRST, Offer::Endpoint(Arc::new(endpoint)))]);
         (Arc::new(EgressPort::new(Transport::AfVsock, point, endpoints, shared)), upstream)

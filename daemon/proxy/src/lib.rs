@@ -21,6 +21,7 @@ mod listening;
 mod manager;
 mod plane;
 mod relay;
+mod resolver;
 mod shared;
 mod store;
 mod tcp;

@@ -113,6 +113,7 @@ impl Plane {
     /// What has to be done from time to time: certificates, idle connections, a snapshot that is not on disk yet.
     pub(crate) async fn maintain(&self) {
         self.https.upstreams.reap();
+        self.shared.resolver.look();
         if !self.https.sites.get().domains().is_empty() {
             self.maintain_certificates().await;
         }
@@ -158,6 +159,7 @@ impl Plane {
             accept_errors: counters.accept_errors.load(Relaxed),
             refused: counters.refused.report(),
             panics: counters.panics.load(Relaxed),
+            names: self.shared.resolver.report(),
         }
     }
 
@@ -273,7 +275,7 @@ impl Plane {
             let endpoint = endpoint.unwrap_or_else(|| {
                 let name = format!("{}:{}", route.hostname, route.port);
                 let traffic = self.shared.counters.traffic(key(&route.enclave, Direction::Egress, name));
-                Arc::new(Endpoint::new(route.clone(), cut.clone(), traffic, &self.shared.limits))
+                Arc::new(Endpoint::new(route.clone(), cut.clone(), traffic, &self.shared))
             });
             points.entry(point).or_default().insert(route.cid, Offer::Endpoint(endpoint));
         }
