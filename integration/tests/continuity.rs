@@ -4,7 +4,8 @@
 
 use enclaved_core::id::Cid;
 use enclaved_core::routes::{
-    EgressLimits, EgressRoute, LinkReply, LinkRequest, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute, TcpRules, VsockTransport,
+    EgressLimits, EgressRoute, LinkReply, LinkRequest, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute, TcpRules,
+    VsockTransport,
 };
 use enclaved_integration::binaries;
 use enclaved_integration::service_manager::ServiceManager;
@@ -93,7 +94,13 @@ impl Host {
             limits: EgressLimits::default(),
         });
         let listen = "127.0.0.1:0".parse().unwrap();
-        routes.tcp.push(TcpRoute { enclave, listen, vsock_port: 7000, target: Some(Cid::FIRST), rules: TcpRules::default() });
+        routes.tcp.push(TcpRoute {
+            enclave,
+            listen,
+            vsock_port: 7000,
+            target: Some(Cid::FIRST),
+            rules: TcpRules::default(),
+        });
         routes
     }
 

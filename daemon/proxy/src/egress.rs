@@ -235,7 +235,8 @@ impl Service for EgressPort {
             Offer::Hosts(hosts) => return hosts.serve(enclave, &self.shared),
         };
         let open = Open::egress(&endpoint.traffic);
-        let limit = endpoint.route.limits.max_connections.map_or(self.shared.limits.egress_connections as u64, u64::from);
+        let limit =
+            endpoint.route.limits.max_connections.map_or(self.shared.limits.egress_connections as u64, u64::from);
         if endpoint.traffic.open_now() > limit {
             endpoint.fail(Failure::Limit, Some(&format!("it has {limit} connections already")));
             return;

@@ -380,8 +380,13 @@ fn update_lives(lives: &mut BTreeMap<Cid, Arc<Live>>, routes: &Routes, shared: &
         .filter_map(|site| site.target)
         .chain(routes.tcp.iter().filter_map(|route| route.target))
         .collect();
-    let named =
-        routes.egress.iter().map(|route| route.cid).chain(routes.hosts.iter().map(|route| route.cid)).chain(targets.iter().copied()).chain(routes.live.iter().copied());
+    let named = routes
+        .egress
+        .iter()
+        .map(|route| route.cid)
+        .chain(routes.hosts.iter().map(|route| route.cid))
+        .chain(targets.iter().copied())
+        .chain(routes.live.iter().copied());
     let named: BTreeSet<_> = named.collect();
     let (stay, ended) = std::mem::take(lives).into_iter().partition(|(cid, _)| named.contains(cid));
     *lives = stay;

@@ -79,7 +79,10 @@ pub fn desired(enclaves: &[(&str, &ImageRequest, u32, u64)]) -> Desired {
             health: Some(check),
             egress: vec![egress],
             hosts_port: None,
-            ingress: IngressSpec { tcp: vec![TcpPort { listen, vsock_port: 8080, rules: TcpRules::default() }], ..IngressSpec::default() },
+            ingress: IngressSpec {
+                tcp: vec![TcpPort { listen, vsock_port: 8080, rules: TcpRules::default() }],
+                ..IngressSpec::default()
+            },
         };
         all.insert(name.parse::<EnclaveName>().expect("a name"), spec);
     }

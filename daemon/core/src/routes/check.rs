@@ -72,7 +72,9 @@ impl Routes {
                 refuse!("the list of endpoints of {enclave} is on vsock port {vsock_port}, which does not exist");
             }
             if !seen.insert((*cid, *vsock_port)) {
-                refuse!("the list of endpoints of {enclave} shares vsock port {vsock_port} with something else for CID {cid}");
+                refuse!(
+                    "the list of endpoints of {enclave} shares vsock port {vsock_port} with something else for CID {cid}"
+                );
             }
         }
         Ok(())

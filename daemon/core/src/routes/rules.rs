@@ -166,7 +166,9 @@ mod tests {
 
     #[test]
     fn what_is_no_network_is_refused_and_a_mistyped_one_gets_the_right_one_named() {
-        for text in ["", "10.0.0.0/", "10.0.0.0/33", "::/129", "10.0.0/8", "10.0.0.0/+8", "10.0.0.0/8/8", "a/8", " ::/0"] {
+        for text in
+            ["", "10.0.0.0/", "10.0.0.0/33", "::/129", "10.0.0/8", "10.0.0.0/+8", "10.0.0.0/8/8", "a/8", " ::/0"]
+        {
             assert_eq!(text.parse::<IpNetwork>(), Err(BadIpNetwork::Form), "{text}");
         }
         let error = "10.1.0.0/8".parse::<IpNetwork>().unwrap_err();

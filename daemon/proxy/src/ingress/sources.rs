@@ -66,7 +66,9 @@ mod tests {
         drop(one);
         assert!(count("192.0.2.1").is_some());
         let (three, four) = (count("2001:db8::1"), count("2001:db8::ffff:2"));
-        assert!(three.is_some() && four.is_some() && count("2001:db8::3").is_none() && count("2001:db8:0:1::3").is_some());
+        assert!(
+            three.is_some() && four.is_some() && count("2001:db8::3").is_none() && count("2001:db8:0:1::3").is_some()
+        );
         drop((two, three, four));
         assert!(sources.lock().is_empty());
     }

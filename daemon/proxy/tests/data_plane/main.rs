@@ -7,5 +7,6 @@ mod egress;
 mod https;
 mod link;
 mod routes;
+mod rules;
 mod support;
 mod tcp;

@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use enclaved_core::id::Cid;
 use enclaved_core::routes::{
-    Direction, EgressLimits, EgressRoute, HttpsListener, LinkReply, LinkRequest, ListenerKey, PathRoute, ProxyReport, ROUTES_FORMAT,
-    Routes, Site, TcpRoute, TcpRules, TrafficReport, VsockTransport,
+    Direction, EgressLimits, EgressRoute, HttpsListener, LinkReply, LinkRequest, ListenerKey, PathRoute, ProxyReport,
+    ROUTES_FORMAT, Routes, Site, TcpRoute, TcpRules, TrafficReport, VsockTransport,
 };
 use enclaved_proxy::{Limits, Manager, Options, ProxyError, run_under};
 use http::{Request, Response};

@@ -182,7 +182,8 @@ impl Judge<'_> {
             if form.vsock_port == HEARTBEAT_PORT {
                 self.refuse(&port_at, heartbeat());
             } else if let Some((_, at)) = hosts.as_ref().filter(|(port, _)| *port == form.vsock_port) {
-                let message = format!("the list of endpoints has vsock port {}, at {}", form.vsock_port, self.place_of(at));
+                let message =
+                    format!("the list of endpoints has vsock port {}, at {}", form.vsock_port, self.place_of(at));
                 self.refuse(&port_at, message);
             } else if let Some(first) = vsock_ports.insert(form.vsock_port, port_at.clone()) {
                 let message = format!(

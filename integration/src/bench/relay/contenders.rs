@@ -5,7 +5,8 @@ use crate::processes::{self, Owned};
 use anyhow::{Context as _, bail, ensure};
 use enclaved_core::id::Cid;
 use enclaved_core::routes::{
-    EgressRoute, LinkReply, LinkRequest, ListenerKey, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute, VsockTransport,
+    EgressLimits, EgressRoute, LinkReply, LinkRequest, ListenerKey, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute,
+    TcpRules, VsockTransport,
 };
 use rustix::process::Signal;
 use std::ffi::OsString;
