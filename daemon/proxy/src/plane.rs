@@ -124,7 +124,7 @@ impl Plane {
     pub(crate) async fn close(&self) {
         self.https.upstreams.keep_none();
         let mut state = self.state.lock().await;
-        close(std::mem::take(&mut state.slots)).await;
+        close_all(std::mem::take(&mut state.slots)).await;
     }
 
     /// Waits until it could be looked at: it is not stuck.
@@ -234,12 +234,13 @@ impl Plane {
         // use, so it is closed before others are opened.
         let (later, at_once): (BTreeMap<_, _>, BTreeMap<_, _>) =
             closed.into_iter().partition(|(slot, _)| same_transport && matches!(slot, Slot::Egress(_)));
-        close(at_once).await;
+        close_all(at_once).await;
+
         self.apply_egress(state, &routes, &transport);
         for open in state.slots.values_mut() {
             open.listening.settled().await;
         }
-        close(later).await;
+        close_all(later).await;
 
         self.apply_tcp(state, &routes, &transport);
         self.apply_https(state, &routes, &transport).await;
@@ -352,7 +353,7 @@ impl Plane {
 }
 
 /// All at once: each may have to wait for the service manager.
-async fn close(slots: BTreeMap<Slot, Open>) {
+async fn close_all(slots: BTreeMap<Slot, Open>) {
     slots.values().for_each(|open| open.listening.stop());
     for (_, open) in slots {
         open.listening.close().await;
