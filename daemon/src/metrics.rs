@@ -4,9 +4,12 @@
 //! the last report of the loop when Prometheus asks, so that a series never says something that `enclavectl status`
 //! does not.
 
+mod latencies;
+
 use crate::reconciler::Report;
-use enclaved_core::routes::{Direction, ListenerKey, ProxyReport, TrafficReport};
+use enclaved_core::routes::{Direction, ListenerKey, NameReport, ProxyReport, TrafficReport};
 use enclaved_core::status::{EnclaveState, EnclaveStatus, Health, Status};
+use latencies::Latencies;
 use prometheus::core::Collector;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
@@ -72,6 +75,12 @@ struct StateSeries {
     bytes: IntCounterVec,
     failures: IntCounterVec,
     responses: IntCounterVec,
+    connect_seconds: Latencies,
+    name_age: IntGaugeVec,
+    name_stale: IntGaugeVec,
+    name_addresses: IntGaugeVec,
+    name_failures: IntCounterVec,
+    name_seconds: Latencies,
 }
 
 /// A metric was defined twice or with a bad name: a bug that any start of the process shows.
@@ -103,6 +112,7 @@ impl Metrics {
         let gauges = |name: &str, help: &str, labels: &[&str]| add(&r, IntGaugeVec::new(Opts::new(name, help), labels));
         let enclave = &["enclave"];
         let traffic = &["enclave", "direction", "endpoint"];
+        let name = &["hostname"];
         let state = StateSeries {
             ready: gauge("enclaved_ready", "1 if every wanted enclave serves and nothing is degraded.")?,
             problems: gauge("enclaved_problems", "Problems that `enclavectl status` lists.")?,
@@ -186,6 +196,34 @@ impl Metrics {
                 "enclaved_https_responses_total",
                 "Answers over HTTPS by status class.",
                 &["enclave", "class"],
+            )?,
+            connect_seconds: add(
+                &r,
+                Latencies::new(
+                    "enclaved_egress_connect_duration_seconds",
+                    "How long connecting to an upstream took, its name known, until an address answered or none was left.",
+                    &["enclave", "endpoint"],
+                ),
+            )?,
+            name_age: gauges("enclaved_dns_answer_age_seconds", "Age of what an upstream's name resolved to.", name)?,
+            name_stale: gauges(
+                "enclaved_dns_answer_stale",
+                "1 if new connections use addresses whose time is over, because resolving the name fails.",
+                name,
+            )?,
+            name_addresses: gauges("enclaved_dns_addresses", "Addresses known for an upstream's name.", name)?,
+            name_failures: counters(
+                "enclaved_dns_failures_total",
+                "Lookups of an upstream's name that failed or found nothing.",
+                name,
+            )?,
+            name_seconds: add(
+                &r,
+                Latencies::new(
+                    "enclaved_dns_lookup_duration_seconds",
+                    "How long a lookup of an upstream's name took. No connection waits for any but the first.",
+                    name,
+                ),
             )?,
         };
         let info = gauges("enclaved_build_info", "The running version.", &["version"])?;
@@ -323,6 +361,9 @@ impl StateSeries {
             &self.fetch_size,
             &self.listener_open,
             &self.open,
+            &self.name_age,
+            &self.name_stale,
+            &self.name_addresses,
         ];
         gauges.iter().for_each(|series| series.reset());
         self.enclave_since.reset();
@@ -334,8 +375,11 @@ impl StateSeries {
             &self.bytes,
             &self.failures,
             &self.responses,
+            &self.name_failures,
         ];
         counters.iter().for_each(|series| series.reset());
+        self.connect_seconds.reset();
+        self.name_seconds.reset();
     }
 
     fn enclave(&self, enclave: &EnclaveStatus) {
@@ -396,6 +440,20 @@ impl StateSeries {
         for traffic in &report.traffic {
             self.traffic(traffic);
         }
+        for name in &report.names {
+            self.name(name);
+        }
+    }
+
+    fn name(&self, name: &NameReport) {
+        let labels = [name.hostname.as_str()];
+        if let Some(age) = name.answer_age_seconds {
+            self.name_age.with_label_values(&labels).set(int(age));
+        }
+        self.name_stale.with_label_values(&labels).set(i64::from(name.stale));
+        self.name_addresses.with_label_values(&labels).set(int(name.addresses));
+        self.name_failures.with_label_values(&labels).inc_by(name.failed);
+        self.name_seconds.set(&labels, &name.lookups);
     }
 
     fn traffic(&self, traffic: &TrafficReport) {
@@ -417,6 +475,7 @@ impl StateSeries {
         for (class, count) in &traffic.status_classes {
             self.responses.with_label_values(&[enclave, class]).inc_by(*count);
         }
+        self.connect_seconds.set(&[enclave, endpoint], &traffic.connects);
     }
 }
 

@@ -68,6 +68,8 @@ reasons! {
         Reset = "reset",
         /// Nothing was said for too long.
         Idle = "idle",
+        /// The connection was as old as one may become.
+        Lifetime = "lifetime",
         /// The enclave's generation, or its endpoint, left the routes.
         Cut = "cut",
         /// The enclave's answer was not HTTP, or broke off.

@@ -18,6 +18,9 @@ pub struct Limits {
     pub relay_idle: Duration,
     /// A relayed connection that is closed in one direction ends when the other has been silent for this long.
     pub relay_half_closed: Duration,
+    /// A relayed connection ends when it is this old, whatever it carries. None: it may become as old as it likes, as
+    /// database pools and log streams do.
+    pub relay_lifetime: Option<Duration>,
     /// How long a connection waits for the first answer to its upstream's name. Later ones wait for none.
     pub resolve: Duration,
     /// How long one address of an upstream may take to accept a connection.
@@ -66,6 +69,7 @@ impl Default for Limits {
             drain: Duration::from_secs(5),
             relay_idle: Duration::from_secs(24 * 3600),
             relay_half_closed: Duration::from_secs(600),
+            relay_lifetime: None,
             resolve: Duration::from_secs(5),
             connect: Duration::from_secs(10),
             next_attempt: Duration::from_millis(250),

@@ -36,6 +36,9 @@ pub(super) struct Options {
     /// Idle connections to hold, several times. Each costs two descriptors in every process.
     #[arg(long, value_delimiter = ',', default_values_t = [5000_usize, 8000])]
     idle: Vec<usize>,
+    /// Connections of one process of ours, one after another, after which it must be as small as before.
+    #[arg(long, default_value_t = 100_000)]
+    endure: u32,
     /// One direction only.
     #[arg(long, value_enum)]
     only: Option<Way>,
@@ -142,6 +145,10 @@ fn direction(options: &Options, enclaved: &Path, way: Way) -> anyhow::Result<Tab
             let contender = Contender::start(kind, way, &backend, folder.path(), enclaved, options.pin)?;
             idle.push(idle_memory(&contender, connections).with_context(|| kind.name())?);
         }
+        if kind == Kind::Enclaved && options.endure > 0 {
+            let contender = Contender::start(kind, way, &backend, folder.path(), enclaved, options.pin)?;
+            endure(&contender, options.endure)?;
+        }
         rows.push(Row { what: kind.name(), median: Round::median(&rounds), idle, rounds });
     }
     let (far, near) = if way == Way::Ingress { ("Unix socket", "TCP") } else { ("TCP", "Unix socket") };
@@ -183,6 +190,20 @@ fn idle_memory(contender: &Contender, connections: usize) -> anyhow::Result<Idle
     #[expect(clippy::cast_precision_loss, reason = "thousands of connections")]
     let per_connection_kib = (pss_mib - before) * 1024.0 / connections as f64;
     Ok(Idle { connections, pss_mib, per_connection_kib })
+}
+
+/// Fails if that many connections leave memory or descriptors behind.
+fn endure(contender: &Contender, connections: u32) -> anyhow::Result<()> {
+    load::connections(contender, connections / 10)?;
+    let (memory, descriptors) = (contender.pss_mib()?, contender.descriptors()?);
+    load::connections(contender, connections)?;
+    let (memory_after, descriptors_after) = (contender.pss_mib()?, contender.descriptors()?);
+    println!(
+        "{connections} connections of one process: {memory:.1} MiB and {descriptors} descriptors before, \
+         {memory_after:.1} MiB and {descriptors_after} descriptors after"
+    );
+    anyhow::ensure!(memory_after < memory + 1.0 && descriptors_after <= descriptors + 8, "connections leave something");
+    Ok(())
 }
 
 impl Round {

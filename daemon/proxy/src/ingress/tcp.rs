@@ -148,7 +148,6 @@ impl Service for TcpPort {
             // The connection is gone already.
             (Some(ProxyProtocol::V2), Err(_)) => return self.fail(&backend, Failure::Reset, None),
         };
-        tcp::prepare(&client);
         let port = self.clone();
         self.shared.spawn(async move {
             port.carry(client, header, &backend, &target).await;

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed; helpers are tests, too")]
 
 mod egress;
+mod faults;
 mod https;
 mod link;
 mod routes;

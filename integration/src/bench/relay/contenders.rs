@@ -171,6 +171,12 @@ impl Contender {
         Ok(f64::from(ticks) / 100.0)
     }
 
+    /// Open descriptors of it and of all it started.
+    pub(super) fn descriptors(&self) -> anyhow::Result<usize> {
+        let count = |pid: u32| Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count());
+        self.pids().into_iter().map(count).sum()
+    }
+
     /// The proportional set of it and of all it started.
     pub(super) fn pss_mib(&self) -> anyhow::Result<f64> {
         let mut kib = 0_u32;
