@@ -242,7 +242,7 @@ async fn the_last_routes_are_served_before_a_restarted_proxy_is_ready() {
     // What nobody serves yet waits; nobody publishes any routes.
     let (client, enclave) = (TcpStream::connect(tcp).await.unwrap(), UnixStream::connect(unix).await.unwrap());
     host.start();
-    host.wait_until("the status says so", |lines, _| lines.iter().any(|line| line == "STATUS=2 listeners open"));
+    host.wait_until("the status says so", |lines, _| lines.iter().any(|line| line == "STATUS=2 of 2 listeners open"));
     timeout(DEADLINE, exchange(client)).await.unwrap().unwrap();
     timeout(DEADLINE, exchange(enclave)).await.unwrap().unwrap();
 }

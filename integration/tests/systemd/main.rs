@@ -6,6 +6,7 @@
 mod daemon;
 mod machine;
 mod permissions;
+mod proxy;
 mod units;
 
 use enclaved_integration::machine::DEADLINE;
