@@ -8,6 +8,7 @@ mod doctor;
 mod fetch;
 mod host;
 mod hosts;
+mod import;
 mod measure;
 mod status;
 mod table;
@@ -17,6 +18,7 @@ mod wait;
 use crate::config;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use client::Client;
+use enclaved_core::desired::hosts_document;
 use enclaved_core::id::{EnclaveName, Timestamp};
 use enclaved_core::status::Status;
 use serde_json::{Value, json};
@@ -150,6 +152,15 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Turn the configuration of another program into that of enclaved, on stdout; what to look at is said on stderr.
+    Import {
+        /// Whose configuration it is.
+        #[arg(value_enum)]
+        from: ImportFrom,
+        /// Its files: allowlists (vsock-proxy.yaml), and the systemd units and drop-ins that run it.
+        #[arg(value_name = "FILE", required = true)]
+        files: Vec<PathBuf>,
+    },
     /// Measure an enclave image: prints the [enclave.measurements] of a configuration.
     Measure {
         /// The image (EIF): a file, or an s3:// or https:// URL.
@@ -202,6 +213,12 @@ struct WaitArgs {
     /// Show progress on stderr even if that is no terminal.
     #[arg(long)]
     progress: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ImportFrom {
+    /// AWS's vsock-proxy.
+    VsockProxy,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -277,7 +294,19 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
             let config = config::load(&cli.config).map_err(|errors| CtlError::Unfit(errors.to_string()))?;
             let spec =
                 config.desired.enclaves.get(&name).ok_or_else(|| unknown(&name, config.desired.enclaves.keys()))?;
-            print(&if json { format!("{:#}\n", json!(spec.egress)) } else { hosts::lines(&name, spec) })
+            print(&if json { hosts_document(&spec.egress) } else { hosts::lines(&name, spec) })
+        }
+        Command::Import { from: ImportFrom::VsockProxy, files } => {
+            let read = |file: &PathBuf| match std::fs::read_to_string(file) {
+                Ok(text) => Ok(import::Source { name: file.display().to_string(), text }),
+                Err(error) => Err(CtlError::Usage(format!("reading {}: {error}", file.display()))),
+            };
+            let sources = files.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+            let imported = import::import(&sources).map_err(CtlError::Unfit)?;
+            for warning in imported.warnings {
+                eprintln!("{warning}");
+            }
+            print(&imported.toml)
         }
         Command::Fetch(args) => {
             let wanted = if args.images.is_empty() {

@@ -9,7 +9,7 @@ pub use source::{BadImageSource, ImageSource, Url};
 
 use crate::id::{EnclaveName, MemoryMib};
 use crate::image::ExpectedImage;
-use crate::routes::{HttpsListener, PathRoute, VsockTransport};
+use crate::routes::{EgressLimits, HttpsListener, PathRoute, TcpRules, VsockTransport};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -130,6 +130,8 @@ pub struct EnclaveSpec {
     pub health: Option<HealthCheck>,
     /// What it may reach.
     pub egress: Vec<EgressSpec>,
+    /// The parent's vsock port on which it reads the list of its endpoints; `None`: nowhere.
+    pub hosts_port: Option<u32>,
     /// What reaches it.
     pub ingress: IngressSpec,
 }
@@ -228,6 +230,18 @@ pub struct EgressSpec {
     pub loopback: Option<IpAddr>,
     /// Addresses that are served although the egress policy would refuse them.
     pub allow_addresses: Vec<IpAddr>,
+    /// Only TLS, and only with the hostname as the server's name.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sni: bool,
+    /// How much it carries.
+    #[serde(default, skip_serializing_if = "EgressLimits::is_default")]
+    pub limits: EgressLimits,
+}
+
+/// The list of endpoints as a JSON document: what `enclavectl hosts --json` prints and what an enclave reads on
+/// [`EnclaveSpec::hosts_port`].
+pub fn hosts_document(egress: &[EgressSpec]) -> String {
+    format!("{:#}\n", serde_json::json!(egress))
 }
 
 /// What reaches an enclave.
@@ -248,4 +262,6 @@ pub struct TcpPort {
     pub listen: SocketAddr,
     /// The enclave's vsock port.
     pub vsock_port: u32,
+    /// Who may use it, and how much.
+    pub rules: TcpRules,
 }

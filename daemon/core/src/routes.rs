@@ -15,8 +15,10 @@ use std::time::Duration;
 
 mod check;
 mod names;
+mod rules;
 pub use check::InvalidRoutes;
 pub use names::{is_domain, is_host};
+pub use rules::{BadIpNetwork, EgressLimits, IpNetwork, ProxyProtocol, TcpRules};
 
 /// How vsock is reached on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -47,6 +49,9 @@ pub struct Routes {
     pub sites: Vec<Site>,
     /// Raw TCP ports.
     pub tcp: Vec<TcpRoute>,
+    /// Where enclaves find the list of their own endpoints.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hosts: Vec<HostsRoute>,
     /// CIDs of enclaves that run, whether or not a route names them at present: one that drains, one that is not ready.
     /// Connections of a CID that is neither here nor in a route are cut, and so are those to an egress endpoint that is in
     /// no route of their CID any more, or with another upstream or other [`EgressRoute::allow_addresses`].
@@ -112,6 +117,26 @@ pub struct EgressRoute {
     /// itself, the metadata service): listed by the operator on purpose.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allow_addresses: Vec<IpAddr>,
+    /// Only TLS, and only with [`Self::hostname`] as the server's name.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sni: bool,
+    /// How much it carries.
+    #[serde(default, skip_serializing_if = "EgressLimits::is_default")]
+    pub limits: EgressLimits,
+}
+
+/// A vsock port of the parent on which one enclave reads the list of its endpoints: a JSON document, and the end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostsRoute {
+    /// Whose list it is.
+    pub enclave: EnclaveName,
+    /// The only peer that gets it.
+    pub cid: Cid,
+    /// Where the enclave connects to, on the parent's CID 3.
+    pub vsock_port: u32,
+    /// The JSON document.
+    pub document: String,
 }
 
 /// The one HTTPS listener.
@@ -158,6 +183,9 @@ pub struct TcpRoute {
     pub vsock_port: u32,
     /// The generation that takes new connections; while `None`, they are accepted and closed at once, counted.
     pub target: Option<Cid>,
+    /// Who may use it, and how much.
+    #[serde(default, skip_serializing_if = "TcpRules::is_default")]
+    pub rules: TcpRules,
 }
 
 /// What the control process asks the proxy over its link socket: one JSON document a line
@@ -276,7 +304,7 @@ pub struct ListenerReport {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum ListenerKey {
-    /// An egress endpoint of one enclave.
+    /// An egress endpoint of one enclave, or the list of its endpoints.
     Egress {
         /// The peer it serves.
         cid: Cid,

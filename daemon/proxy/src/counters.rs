@@ -48,6 +48,20 @@ reasons! {
         ConnectTimeout = "connect_timeout",
         /// Too many at a time.
         Limit = "limit",
+        /// Too many new ones for too long.
+        Rate = "rate",
+        /// It did not begin as TLS does, where only TLS is allowed.
+        NotTls = "not_tls",
+        /// TLS that asked for no server by name, where one is demanded.
+        NoServerName = "no_sni",
+        /// TLS that asked for another server.
+        OtherServerName = "sni_mismatch",
+        /// It did not say in time which server it wants.
+        HelloTimeout = "hello_timeout",
+        /// It came from where nobody is let in from.
+        SourceRefused = "source_refused",
+        /// Too many from one source.
+        SourceLimit = "source_limit",
         /// No generation of the enclave takes connections.
         NoTarget = "no_target",
         /// One end reset the connection.

@@ -30,9 +30,14 @@ pub struct Limits {
     pub next_attempt: Duration,
     /// How long reaching an upstream may take in all, over all its addresses.
     pub dial: Duration,
-    /// Connections of one egress endpoint at a time; more are closed at once.
+    /// Connections of one egress endpoint at a time; more are closed at once. (Where the routes say nothing else.)
     pub egress_connections: usize,
-    /// Connections of one raw TCP port at a time; more are closed at once.
+    /// New connections of one egress endpoint a second; more wait, for a second at most, and are closed at once if that is
+    /// not enough. (Where the routes say nothing else.)
+    pub egress_rate: u32,
+    /// How long an enclave may take to say which TLS server it wants, where that matters.
+    pub egress_hello: Duration,
+    /// Connections of one raw TCP port at a time; more are closed at once. (Where the routes say nothing else.)
     pub tcp_connections: usize,
     /// HTTPS connections at a time; more are closed at once.
     pub https_connections: usize,
@@ -70,6 +75,8 @@ impl Default for Limits {
             next_attempt: Duration::from_millis(250),
             dial: Duration::from_secs(15),
             egress_connections: 4096,
+            egress_rate: 1000,
+            egress_hello: Duration::from_secs(10),
             tcp_connections: 4096,
             https_connections: 8192,
             handshake: Duration::from_secs(10),

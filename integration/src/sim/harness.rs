@@ -15,6 +15,7 @@ use enclaved_core::id::{EnclaveKey, EnclaveName, MemoryMib};
 use enclaved_core::image::{ExpectedImage, Limits, Measurer, VerifiedImage, verify};
 use enclaved_core::ledger::Phase;
 use enclaved_core::plan::routing;
+use enclaved_core::routes::{EgressLimits, TcpRules};
 use enclaved_core::status::{Facts, Status};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -55,6 +56,8 @@ pub fn desired(enclaves: &[(&str, &ImageRequest, u32, u64)]) -> Desired {
             vsock_port: 8000,
             loopback: None,
             allow_addresses: Vec::new(),
+            sni: false,
+            limits: EgressLimits::default(),
         };
         let check = HealthCheck {
             probe: Probe::Connect { port: 8080 },
@@ -75,7 +78,11 @@ pub fn desired(enclaves: &[(&str, &ImageRequest, u32, u64)]) -> Desired {
             restart: RestartPolicy::Always,
             health: Some(check),
             egress: vec![egress],
-            ingress: IngressSpec { tcp: vec![TcpPort { listen, vsock_port: 8080 }], ..IngressSpec::default() },
+            hosts_port: None,
+            ingress: IngressSpec {
+                tcp: vec![TcpPort { listen, vsock_port: 8080, rules: TcpRules::default() }],
+                ..IngressSpec::default()
+            },
         };
         all.insert(name.parse::<EnclaveName>().expect("a name"), spec);
     }

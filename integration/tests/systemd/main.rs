@@ -7,6 +7,7 @@ mod allocator;
 mod daemon;
 mod machine;
 mod permissions;
+mod proxy;
 mod units;
 
 use enclaved_integration::machine::DEADLINE;

@@ -10,6 +10,8 @@ fn route(hostname: &str, port: u16, allow: &[&str]) -> EgressRoute {
         vsock_port: 8000,
         hostname: hostname.to_owned(),
         port,
+        sni: false,
+        limits: enclaved_core::routes::EgressLimits::default(),
         allow_addresses: ips(allow),
     }
 }

@@ -8,5 +8,6 @@ mod faults;
 mod https;
 mod link;
 mod routes;
+mod rules;
 mod support;
 mod tcp;

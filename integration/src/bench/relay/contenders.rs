@@ -5,7 +5,8 @@ use crate::processes::{self, Owned};
 use anyhow::{Context as _, bail, ensure};
 use enclaved_core::id::Cid;
 use enclaved_core::routes::{
-    EgressRoute, LinkReply, LinkRequest, ListenerKey, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute, VsockTransport,
+    EgressLimits, EgressRoute, LinkReply, LinkRequest, ListenerKey, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute,
+    TcpRules, VsockTransport,
 };
 use rustix::process::Signal;
 use std::ffi::OsString;
@@ -103,6 +104,7 @@ impl Contender {
                     listen: free_port()?,
                     vsock_port: 7000,
                     target: Some(Cid::FIRST),
+                    rules: TcpRules::default(),
                 }),
                 Way::Egress => routes.egress.push(EgressRoute {
                     enclave: enclave.clone(),
@@ -112,6 +114,9 @@ impl Contender {
                     hostname: if number == 0 { backend.tcp.ip().to_string() } else { "localhost".to_owned() },
                     port: backend.tcp.port(),
                     allow_addresses: vec![backend.tcp.ip()],
+                    sni: false,
+                    // As the others have none.
+                    limits: EgressLimits { connections_per_second: Some(1_000_000), ..EgressLimits::default() },
                 }),
             }
         }
