@@ -2,19 +2,21 @@
 
 use crate::admin::{self, Reload, Source};
 use crate::allocate;
-use crate::config::{self, Config, OnStop};
+use crate::config::{self, Config, OnStop, SupervisorKind};
 use crate::control_plane::Reporter;
 use crate::events::{Event, Events};
 use crate::host::allocator::managed::{ManagedAllocator, ManagedSettings, SystemdUnit};
 use crate::host::allocator::{ExternalAllocator, SysfsAllocator};
-use crate::host::direct::{Direct, DirectSettings, HelperCommand};
+use crate::host::direct::{Direct, HelperCommand};
 use crate::host::image_store::Store;
 use crate::host::inventory::{Roots, Survey};
 use crate::host::ledger_file::LedgerFile;
-use crate::host::proxy_link::{Link, LinkSettings};
+use crate::host::proxy_link::{Link, LinkSettings, ProxyStart};
+use crate::host::systemd::Systemd;
 use crate::host::vsock_prober::VsockProber;
-use crate::host::{Allocator, Clock, Host, Outcome, instance_metadata};
+use crate::host::{Allocator, Clock, Host, Outcome, Supervisor, instance_metadata};
 use crate::last_good;
+use crate::launches::LaunchSettings;
 use crate::metrics::Metrics;
 use crate::reconciler::{self, Command, Inputs, Report};
 use crate::systemd_bus::SystemdBus;
@@ -23,10 +25,13 @@ use anyhow::Context;
 use enclaved_core::allocator_file::Reservation;
 use enclaved_core::desired::AllocatorMode;
 use enclaved_core::failure::Failure;
-use enclaved_core::id::Timestamp;
-use enclaved_core::observed::Pool;
+use enclaved_core::id::{EnclaveKey, Timestamp};
+use enclaved_core::ledger::LaunchRecord;
+use enclaved_core::observed::{Instance, Pool};
 use enclaved_core::plan::restart::Backoff;
+use enclaved_core::plan::{Launch, Launched};
 use enclaved_core::status::{Facts, HostStatus, Problem};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -459,7 +464,7 @@ impl Keeper {
 
 /// The real host.
 struct RealHost {
-    supervisor: Direct,
+    supervisor: AnySupervisor,
     images: Store,
     allocator: AnyAllocator,
     surveyor: Survey,
@@ -474,17 +479,23 @@ impl RealHost {
         let host = &config.host;
         let program = own_program()?;
         let images_dir = host.state_dir.join("images");
-        let supervisor = Direct::new(DirectSettings {
+        let settings = LaunchSettings {
             run_dir: host.run_dir.clone(),
             images_dir: images_dir.clone(),
             nitro_cli: config.nitro_cli.clone(),
-            helper: HelperCommand { program: program.clone(), arguments: vec!["launch".into()] },
-        })?;
-        let proxy = Link::new(LinkSettings {
-            program,
-            socket: host.run_dir.join("proxy.sock"),
-            state_dir: host.proxy_state_dir.clone(),
-        });
+        };
+        let (supervisor, start) = match host.supervisor {
+            SupervisorKind::Direct => {
+                let helper = HelperCommand { program: program.clone(), arguments: vec!["launch".into()] };
+                let start = ProxyStart::Spawn { program, state_dir: host.proxy_state_dir.clone() };
+                (AnySupervisor::Direct(Direct::new(settings, helper)?), start)
+            }
+            SupervisorKind::Systemd => {
+                let bus = booted_with_systemd().map(|()| SystemdBus::new())?;
+                (AnySupervisor::Systemd(Systemd::new(settings, bus.clone())?), ProxyStart::Unit(bus))
+            }
+        };
+        let proxy = Link::new(LinkSettings { socket: host.proxy_socket.clone(), start });
         let surveyor = Survey::new(Roots { sysfs: host.sysfs.clone(), ..Roots::default() });
         let (allocator, surveyor) = match config.desired.host.allocator {
             AllocatorMode::Manage => {
@@ -522,6 +533,67 @@ fn own_program() -> Outcome<PathBuf> {
     Ok(text.strip_suffix(" (deleted)").map_or_else(|| program.clone(), |path| Path::new(path).to_owned()))
 }
 
+/// A bus that is away for a moment is waited for while everything else goes on; a host without systemd is a mistake.
+fn booted_with_systemd() -> Outcome<()> {
+    match sd_notify::booted() {
+        Ok(true) => Ok(()),
+        Ok(false) | Err(_) => Err(Failure::new(
+            "the configuration says supervisor = \"systemd\", and this host was not booted with systemd (there is no \
+             /run/systemd/system)",
+        )
+        .with_remedy("set supervisor = \"direct\" in [host]")),
+    }
+}
+
+enum AnySupervisor {
+    Direct(Direct),
+    Systemd(Systemd),
+}
+
+impl Supervisor for AnySupervisor {
+    async fn observe(&self, known: &BTreeMap<EnclaveKey, LaunchRecord>) -> Outcome<BTreeMap<EnclaveKey, Instance>> {
+        match self {
+            Self::Direct(supervisor) => supervisor.observe(known).await,
+            Self::Systemd(supervisor) => supervisor.observe(known).await,
+        }
+    }
+
+    async fn launch(&self, launch: &Launch) -> Outcome<()> {
+        match self {
+            Self::Direct(supervisor) => supervisor.launch(launch).await,
+            Self::Systemd(supervisor) => supervisor.launch(launch).await,
+        }
+    }
+
+    async fn stop(&self, key: &EnclaveKey, launch: &LaunchRecord) -> Outcome<()> {
+        match self {
+            Self::Direct(supervisor) => supervisor.stop(key, launch).await,
+            Self::Systemd(supervisor) => supervisor.stop(key, launch).await,
+        }
+    }
+
+    async fn describe(&self, launched: &[Launched]) -> Outcome<BTreeMap<EnclaveKey, Option<Failure>>> {
+        match self {
+            Self::Direct(supervisor) => supervisor.describe(launched).await,
+            Self::Systemd(supervisor) => supervisor.describe(launched).await,
+        }
+    }
+
+    async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {
+        match self {
+            Self::Direct(supervisor) => supervisor.forget(key).await,
+            Self::Systemd(supervisor) => supervisor.forget(key).await,
+        }
+    }
+
+    async fn changed(&self) {
+        match self {
+            Self::Direct(supervisor) => supervisor.changed().await,
+            Self::Systemd(supervisor) => supervisor.changed().await,
+        }
+    }
+}
+
 enum AnyAllocator {
     Managed(ManagedAllocator<SystemdUnit>),
     Sysfs(SysfsAllocator),
@@ -556,7 +628,7 @@ impl Clock for SystemClock {
 }
 
 impl Host for RealHost {
-    type Supervisor = Direct;
+    type Supervisor = AnySupervisor;
     type Images = Store;
     type Allocator = AnyAllocator;
     type Surveyor = Survey;
@@ -565,7 +637,7 @@ impl Host for RealHost {
     type Ledger = LedgerFile;
     type Clock = SystemClock;
 
-    fn supervisor(&self) -> &Direct {
+    fn supervisor(&self) -> &AnySupervisor {
         &self.supervisor
     }
     fn images(&self) -> &Store {

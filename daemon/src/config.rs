@@ -31,6 +31,8 @@ use std::time::Duration;
 pub const DEFAULT_PATH: &str = "/etc/enclaved/enclaved.toml";
 /// Where the sockets are, unless the configuration says something else.
 pub const DEFAULT_RUN_DIR: &str = "/run/enclaved";
+/// Where `enclaved-proxy.service` has the proxy's socket.
+pub const UNIT_PROXY_SOCKET: &str = "/run/enclaved-proxy/link.sock";
 /// The largest file that is read, in bytes.
 pub const MAX_FILE_BYTES: u64 = 1 << 20;
 /// The most files that are read.
@@ -70,6 +72,8 @@ pub struct HostSettings {
     pub run_dir: PathBuf,
     /// The proxy's certificates and last routes.
     pub proxy_state_dir: PathBuf,
+    /// The socket on which the proxy takes its routes.
+    pub proxy_socket: PathBuf,
     /// Where sysfs is.
     pub sysfs: PathBuf,
 }
@@ -91,6 +95,9 @@ pub enum SupervisorKind {
     /// The daemon itself: it starts enclaves and proxy as processes of their own and watches them. They outlive it.
     #[default]
     Direct,
+    /// systemd: every enclave is a unit of its own, `enclave@<name>-<generation>.service`, the proxy is
+    /// `enclaved-proxy.service`; the daemon starts and stops them over D-Bus.
+    Systemd,
 }
 
 /// What becomes of the enclaves when the daemon is asked to stop.

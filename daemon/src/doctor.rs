@@ -332,6 +332,11 @@ impl Doctor {
     fn rights(&self) -> Vec<Right> {
         let mut rights = match self.config.host.supervisor {
             SupervisorKind::Direct => Vec::new(),
+            SupervisorKind::Systemd => vec![
+                Right { verb: "start", unit: "enclave@doctor-1.service" },
+                Right { verb: "stop", unit: "enclave@doctor-1.service" },
+                Right { verb: "start", unit: "enclaved-proxy.service" },
+            ],
         };
         if self.config.desired.host.allocator == AllocatorMode::Manage {
             rights.push(Right { verb: "start", unit: crate::allocate::ALLOCATE_UNIT });

@@ -176,7 +176,8 @@ impl Events {
                 warn!(enclave = %key.name, %key, "held as it is, an operator has to decide: {doubt}");
             }
             Change::Accepted(name) => info!(enclave = %name, "taken as it is by an operator"),
-            Change::Held(name) => info!(enclave = %name, "held stopped by an operator"),
+            Change::Explained { key, failure } => info!(enclave = %key, "how it ended: {failure}"),
+            Change::Held { name, by } => info!(enclave = %name, "held stopped by an operator ({by})"),
             Change::Released(name) => info!(enclave = %name, "released by an operator"),
             Change::PoolTried { .. }
             | Change::Described { doubt: None, .. }

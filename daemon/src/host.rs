@@ -12,6 +12,7 @@ pub mod instance_metadata;
 pub mod inventory;
 pub mod ledger_file;
 pub mod proxy_link;
+pub mod systemd;
 pub mod vsock_prober;
 
 use enclaved_core::allocator_file::Reservation;

@@ -4,6 +4,8 @@
 //! Run a second time on the same traces it does not launch again: it finds out what became of the first. So whoever finds
 //! traces that nobody works on may start it at any time.
 
+pub mod unit;
+
 use crate::atomic_file::FileError;
 use crate::launch_trace::{FORMAT, Failed, LaunchSpec, Lock, Moment, Outcome, Recorded, Trace};
 use crate::nitro_cli::{Described, Description, Flag, Mark, NitroCli, RunError, RunRequest, State};
@@ -69,11 +71,13 @@ pub async fn run(trace_dir: &Path) -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("launch in {}: {}", trace_dir.display(), Failure::from_error(&error));
-            ExitCode::from(if matches!(error, LaunchError::NoLaunch(_)) { BUG } else { TRY_AGAIN })
-        }
+        Err(error) => unfinished(trace_dir, &error),
     }
+}
+
+fn unfinished(trace_dir: &Path, error: &LaunchError) -> ExitCode {
+    tracing::error!("launch in {}: {}", trace_dir.display(), Failure::from_error(error));
+    ExitCode::from(if matches!(error, LaunchError::NoLaunch(_)) { BUG } else { TRY_AGAIN })
 }
 
 fn leave_session() -> io::Result<()> {

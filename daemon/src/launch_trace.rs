@@ -13,6 +13,8 @@
 //! | `record.json` | helper | the enclave's process: it runs, or ran |
 //! | `failure.json` | helper, or the supervisor holding the lock | it did not come to run |
 //! | `stop.json` | supervisor | since when it has been asked to end |
+//! | `asked.json` | unit, when it is stopped | that somebody else asked for it to end |
+//! | `exit.json` | unit, after its processes ended | how they did |
 //! | `end.json` | supervisor | when its end was noticed |
 //! | `launch.log`, `launch.log.old` | helper | what it said, and nitro-cli |
 //!
@@ -22,6 +24,7 @@ use crate::atomic_file::{self, FileError};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, EnclaveKey, Timestamp};
 use enclaved_core::ledger::{GenerationRecord, LaunchRecord, ProcessIdentity};
+use enclaved_core::observed::AskedBy;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions, TryLockError};
@@ -30,6 +33,8 @@ use std::time::Duration;
 
 /// The [`LaunchSpec::format`] that this version writes and reads.
 pub const FORMAT: u32 = 1;
+/// The supervisor's note that it asks the enclave to end.
+pub const STOP_FILE: &str = "stop.json";
 /// No file here is longer: a record with hundreds of egress endpoints fits many times.
 const MAX_FILE: u64 = 1 << 20;
 
@@ -94,6 +99,34 @@ pub struct Moment {
     pub at: Timestamp,
 }
 
+/// `asked.json`: somebody who is not enclaved had the service manager end it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Asked {
+    /// The boot of the host in which that was: in the next one it means nothing.
+    pub boot_id: BootId,
+    /// When.
+    pub at: Timestamp,
+    /// Who, or what for.
+    pub by: AskedBy,
+}
+
+/// `exit.json`: how the unit of a launch ended, as the service manager says it (systemd.exec(5), `$SERVICE_RESULT`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Exit {
+    /// When that was noted.
+    pub at: Timestamp,
+    /// `success`, `exit-code`, `signal`, `timeout`, `oom-kill` and more; empty if it was not said.
+    pub result: String,
+    /// `exited`, `killed` or `dumped`; empty if no main process ended.
+    pub code: String,
+    /// Exit status, or name of the signal.
+    pub status: String,
+    /// Somebody asked for the end: enclaved, or whoever [`Asked`] names.
+    pub asked: bool,
+}
+
 /// How far the helper has got.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
@@ -154,6 +187,10 @@ files! {
     record / write_record: Recorded = "record.json";
     /// Why it did not come to run.
     failure / write_failure: Failed = "failure.json";
+    /// Who else asked for its end.
+    asked / write_asked: Asked = "asked.json";
+    /// How its unit ended.
+    exit / write_exit: Exit = "exit.json";
     /// When its end was noticed.
     end / write_end: Moment = "end.json";
 }
@@ -243,6 +280,16 @@ impl Trace {
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(FileError::io("lock", &path)(error)),
         }
+    }
+
+    /// Whether what came of the launch is known for good.
+    pub fn is_over(&self) -> bool {
+        matches!(self.outcome(), Ok(Outcome::Ran(_) | Outcome::Failed(_)))
+    }
+
+    /// Whether enclaved itself asked for its end.
+    pub fn stop_is_noted(&self) -> bool {
+        self.folder.join(STOP_FILE).exists()
     }
 
     /// Reads a file that belongs to the supervisor alone.

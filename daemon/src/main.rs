@@ -3,6 +3,7 @@
 use clap::{Parser, Subcommand};
 use enclaved::app::{self, Arguments, StartError};
 use enclaved::config::DEFAULT_PATH;
+use enclaved::launch;
 use enclaved_proxy::{Limits, Manager};
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -77,6 +78,15 @@ enum Subcommands {
         /// The traces of the launch.
         #[arg(long, value_name = "DIR")]
         trace_dir: PathBuf,
+        /// As the main process of the launch's unit.
+        #[arg(long, conflicts_with_all = ["stopping", "ended"])]
+        supervised: bool,
+        /// When that unit is stopped.
+        #[arg(long, conflicts_with = "ended")]
+        stopping: bool,
+        /// When the processes of that unit have ended.
+        #[arg(long)]
+        ended: bool,
     },
 }
 
@@ -111,7 +121,14 @@ fn main() -> ExitCode {
             runtime.block_on(proxy(manager, options, limits, own_session))
         }
         Some(Subcommands::Allocate { config, request, report }) => runtime.block_on(allocate(&config, request, report)),
-        Some(Subcommands::Launch { trace_dir }) => runtime.block_on(enclaved::launch::run(&trace_dir)),
+        Some(Subcommands::Launch { trace_dir, supervised, stopping, ended }) => runtime.block_on(async {
+            match (supervised, stopping, ended) {
+                (true, _, _) => launch::unit::supervised(&trace_dir).await,
+                (_, true, _) => launch::unit::stopping(&trace_dir).await,
+                (_, _, true) => launch::unit::ended(&trace_dir).await,
+                (false, false, false) => launch::run(&trace_dir).await,
+            }
+        }),
     };
     // What still runs on a thread of its own (a hash, a name being resolved) is not waited for.
     runtime.shutdown_background();

@@ -102,6 +102,14 @@ pub fn any_has_variable(name: &str, value: &OsStr) -> io::Result<bool> {
     Ok(false)
 }
 
+/// Whether that process is in the control group of this one; a service manager takes all others for somebody else's.
+///
+/// # Errors
+/// `/proc` can't be read, or the process is gone.
+pub fn same_control_group(pid: u32) -> io::Result<bool> {
+    Ok(read(Path::new(&format!("/proc/{pid}/cgroup")))? == read(Path::new("/proc/self/cgroup"))?)
+}
+
 /// This very process.
 ///
 /// # Errors

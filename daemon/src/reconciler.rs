@@ -10,7 +10,7 @@ use enclaved_core::desired::{Desired, ImageRequest};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, EnclaveKey, EnclaveName, Timestamp};
 use enclaved_core::image::VerifiedImage;
-use enclaved_core::ledger::{Change, ImageOutcome, Ledger, ProcessIdentity};
+use enclaved_core::ledger::{Change, HeldBy, ImageOutcome, Ledger, ProcessIdentity};
 use enclaved_core::observed::{HealthReport, JobFailure, JobKey, Observation, Observed, ReserveEnded};
 use enclaved_core::plan::{Plan, Step, plan, restart};
 use enclaved_core::routes::ProxyReport;
@@ -521,7 +521,11 @@ impl<H: Host> Loop<H> {
             }
             Command::Hold(name, reply) => {
                 let known = self.desired.enclaves.contains_key(&name) || self.ledger.enclaves.contains_key(&name);
-                let answer = if known { self.command(Change::Held(name)).await } else { Err(unknown(&name)) };
+                let answer = if known {
+                    self.command(Change::Held { name, by: HeldBy::Enclavectl }).await
+                } else {
+                    Err(unknown(&name))
+                };
                 drop(reply.send(answer));
             }
             Command::Release(name, reply) => {

@@ -5,18 +5,21 @@
 //! lost is made anew by whoever needs it next. Signals are believed only if systemd itself sent them: on the system bus
 //! anybody may send anybody a signal.
 
+mod failure;
+mod link;
+mod name;
+
 use enclaved_core::failure::Failure;
-use futures_util::StreamExt;
+use failure::{about, bus_failure, is_named, no_systemd, of_job, refused};
+use link::{Link, News, Task, Watched, connect};
+use name::{check_name, check_prefix, label};
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::sync::watch;
 use tokio::time::timeout;
-use tokio_util::sync::{CancellationToken, DropGuard};
-use zbus::names::OwnedUniqueName;
-use zbus::{Connection, Message, MessageStream, OwnedObjectPath, OwnedVariant, fdo};
+use tokio_util::sync::CancellationToken;
+use zbus::{Connection, Message, OwnedObjectPath, OwnedVariant};
 
 const BUS: &str = "org.freedesktop.DBus";
 const SYSTEMD: &str = "org.freedesktop.systemd1";
@@ -34,10 +37,6 @@ const ANSWER: Duration = Duration::from_secs(25);
 /// Pauses before a lost bus is looked for again by whoever waits for news.
 const RECONNECT: Duration = Duration::from_secs(1);
 const RECONNECT_MAX: Duration = Duration::from_secs(30);
-/// So many ends of jobs of one unit can wait to be read. More do not come while one is waited for.
-const MAX_ENDS: usize = 64;
-/// The longest name that systemd takes for a unit (UNIT_NAME_MAX).
-const MAX_NAME: usize = 255;
 
 /// One connection to the system's service manager; made when first used, made anew after it was lost. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -130,133 +129,6 @@ struct Inner {
     news: Arc<News>,
     /// Looks for a lost bus while somebody waits for news. Ends with this.
     keeper: Mutex<Option<Task>>,
-}
-
-/// A connection that was set up.
-#[derive(Debug)]
-struct Link {
-    connection: Connection,
-    /// The connection, or systemd behind it, is not what it was.
-    lost: CancellationToken,
-    _reader: Task,
-}
-
-/// A task that ends when this is dropped.
-#[derive(Debug)]
-struct Task(JoinHandle<()>);
-
-impl Drop for Task {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// The end of a job: its path, and its result.
-type JobEnd = (OwnedObjectPath, String);
-
-/// Whom signals are for.
-#[derive(Debug, Default)]
-struct News {
-    watched: Mutex<Vec<Watched>>,
-    jobs: Mutex<Jobs>,
-}
-
-#[derive(Debug)]
-struct Watched {
-    prefix: String,
-    path: String,
-    changes: watch::Sender<u64>,
-}
-
-#[derive(Debug, Default)]
-struct Jobs {
-    next: u64,
-    waiting: BTreeMap<u64, (String, mpsc::Sender<JobEnd>)>,
-}
-
-/// Waits for the ends of a unit's jobs until it is dropped.
-struct Waiter {
-    news: Arc<News>,
-    number: u64,
-    ends: mpsc::Receiver<JobEnd>,
-}
-
-impl Drop for Waiter {
-    fn drop(&mut self) {
-        self.news.jobs().waiting.remove(&self.number);
-    }
-}
-
-impl News {
-    // No code that holds these can leave them half-changed.
-    fn jobs(&self) -> MutexGuard<'_, Jobs> {
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn watched(&self) -> MutexGuard<'_, Vec<Watched>> {
-        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait_for(self: &Arc<Self>, unit: &str) -> Waiter {
-        let (sender, ends) = mpsc::channel(MAX_ENDS);
-        let mut jobs = self.jobs();
-        jobs.next += 1;
-        let number = jobs.next;
-        jobs.waiting.insert(number, (unit.to_owned(), sender));
-        Waiter { news: self.clone(), number, ends }
-    }
-
-    fn ended(&self, unit: &str, end: &JobEnd) {
-        // One that does not keep up learns that it can't know.
-        self.jobs().waiting.retain(|_, (waits_for, ends)| waits_for != unit || ends.try_send(end.clone()).is_ok());
-    }
-
-    fn changed(&self, concerns: impl Fn(&Watched) -> bool) {
-        for watched in self.watched().iter().filter(|watched| concerns(watched)) {
-            watched.changes.send_modify(|count| *count = count.wrapping_add(1));
-        }
-    }
-
-    /// Takes in a message; false if systemd is another one from now on.
-    fn take(&self, message: &Message, systemd: &OwnedUniqueName) -> bool {
-        let header = message.header();
-        let (Some(sender), Some(interface), Some(member)) = (header.sender(), header.interface(), header.member())
-        else {
-            return true;
-        };
-        let body = message.body();
-        match (interface.as_str(), member.as_str()) {
-            (BUS, "NameOwnerChanged") if sender.as_str() == BUS => {
-                body.deserialize::<(String, String, String)>().map_or(true, |(name, _, _)| name != SYSTEMD)
-            }
-            _ if sender.as_str() != systemd.as_str() => true,
-            (MANAGER, "JobRemoved") => {
-                if let Ok((_, path, unit, result)) = body.deserialize::<(u32, OwnedObjectPath, String, String)>() {
-                    self.ended(&unit, &(path, result));
-                    self.changed(|watched| unit.starts_with(&watched.prefix));
-                }
-                true
-            }
-            (MANAGER, "UnitRemoved" | "UnitNew") => {
-                if let Ok((unit, _)) = body.deserialize::<(String, OwnedObjectPath)>() {
-                    self.changed(|watched| unit.starts_with(&watched.prefix));
-                }
-                true
-            }
-            // All units were read anew.
-            (MANAGER, "Reloading") => {
-                self.changed(|_| true);
-                true
-            }
-            (PROPERTIES, "PropertiesChanged") => {
-                if let Some(path) = header.path() {
-                    self.changed(|watched| path.as_str().starts_with(&watched.path));
-                }
-                true
-            }
-            _ => true,
-        }
-    }
 }
 
 impl Default for SystemdBus {
@@ -402,6 +274,19 @@ impl SystemdBus {
         all.await.map_err(|error| bus_failure(&doing(), &error))
     }
 
+    /// How the system as a whole is: `running`, `degraded`, `starting`, `maintenance`, `stopping` and more.
+    ///
+    /// # Errors
+    /// systemd can't be asked.
+    pub async fn system_state(&self) -> Result<String, Failure> {
+        let doing = "asking systemd how the system is";
+        let connection = self.connection().await.map_err(|failure| about(doing, failure))?;
+        let answer = call(&connection, MANAGER_PATH, PROPERTIES, "Get", &(MANAGER, "SystemState")).await;
+        let state = answer.and_then(|answer| answer.body().deserialize::<OwnedVariant>());
+        let state = state.and_then(String::try_from);
+        state.map_err(|error| bus_failure(doing, &error))
+    }
+
     /// Forgets that the unit failed, so that systemd need not keep it. Succeeds if it did not, or there is no such unit.
     ///
     /// # Errors
@@ -501,58 +386,6 @@ async fn keep_connected(bus: Weak<Inner>) {
     }
 }
 
-/// Connects, and has systemd and the bus send the signals that are read here.
-async fn connect(address: Option<&str>, news: Arc<News>) -> zbus::Result<Link> {
-    let builder = address.map_or_else(zbus::connection::Builder::system, zbus::connection::Builder::address);
-    let connection = builder.method_timeout(ANSWER).build().await?;
-    let messages = MessageStream::from(&connection);
-    // Asked for before the name's owner is, so that no change of it is missed.
-    add_match(&connection, &format!("sender='{BUS}',member='NameOwnerChanged',arg0='{SYSTEMD}'")).await?;
-    let owner = connection.call_method(Some(BUS), "/org/freedesktop/DBus", Some(BUS), "GetNameOwner", &(SYSTEMD,));
-    let systemd: OwnedUniqueName = owner.await?.body().deserialize()?;
-    let lost = CancellationToken::new();
-    // From here on messages come in: one that is not read would be in the way of all others.
-    let reading = read(messages, systemd.clone(), news, lost.clone().drop_guard());
-    let reader = Task(tokio::spawn(reading));
-    let rules = [
-        format!("interface='{MANAGER}',path='{MANAGER_PATH}'"),
-        format!(
-            "interface='{PROPERTIES}',member='PropertiesChanged',path_namespace='{}'",
-            UNITS_PATH.trim_end_matches('/')
-        ),
-    ];
-    for rule in rules {
-        add_match(&connection, &format!("sender='{}',{rule}", systemd.as_str())).await?;
-    }
-    // Without a subscriber systemd sends no signals.
-    match call(&connection, MANAGER_PATH, MANAGER, "Subscribe", &()).await {
-        Ok(_) => {}
-        Err(error) if is_named(&error, "AlreadySubscribed") => {}
-        Err(error) => return Err(error),
-    }
-    Ok(Link { connection, lost, _reader: reader })
-}
-
-/// Takes in what comes until the connection is lost, or systemd is another one.
-async fn read(mut messages: MessageStream, systemd: OwnedUniqueName, news: Arc<News>, lost: DropGuard) {
-    while let Some(message) = messages.next().await {
-        let Ok(message) = message else { break };
-        if message.message_type() == zbus::message::Type::Signal && !news.take(&message, &systemd) {
-            tracing::info!("systemd was executed anew");
-            break;
-        }
-    }
-    // First of all nobody may use it any more; then they are told that anything may change unseen.
-    drop(lost);
-    news.changed(|_| true);
-}
-
-async fn add_match(connection: &Connection, rule: &str) -> zbus::Result<()> {
-    let rule = format!("type='signal',{rule}");
-    let answer = connection.call_method(Some(BUS), "/org/freedesktop/DBus", Some(BUS), "AddMatch", &(rule,)).await;
-    answer.map(drop)
-}
-
 async fn call<B: serde::Serialize + zbus::DynamicType>(
     connection: &Connection,
     path: &str,
@@ -571,117 +404,6 @@ async fn enqueue(connection: &Connection, verb: Verb, unit: &str) -> Result<Owne
         Err(error) if refused(&error) => Err(JobError::NotRun(bus_failure(&doing, &error))),
         Err(error) => Err(JobError::Unknown(bus_failure(&doing, &error))),
     }
-}
-
-/// What the result of a job says (org.freedesktop.systemd1(5), "JobRemoved").
-fn of_job(verb: Verb, unit: &str, result: &str) -> Result<(), JobError> {
-    let failure = Failure::new(format!("{} {unit}: {result}", verb.doing()))
-        .with_remedy(format!("`systemctl status {unit}` and `journalctl -u {unit}` say why"));
-    match result {
-        "done" => Ok(()),
-        "failed" => Err(JobError::Failed(failure)),
-        "dependency" | "skipped" | "invalid" | "assert" | "unsupported" => Err(JobError::NotRun(failure)),
-        // Timed out while it was started or stopped, cancelled by another job, or a word of a later systemd.
-        _ => Err(JobError::Unknown(failure)),
-    }
-}
-
-/// Whether systemd itself, or the bus before it, answered that it does not do it. A lost answer is no answer.
-fn refused(error: &zbus::Error) -> bool {
-    match error {
-        // systemd's own: NoSuchUnit, UnitMasked and the like.
-        zbus::Error::MethodError(..) => true,
-        zbus::Error::FDO(error) => !matches!(
-            **error,
-            fdo::Error::NoReply(_)
-                | fdo::Error::Timeout(_)
-                | fdo::Error::TimedOut(_)
-                | fdo::Error::Disconnected(_)
-                | fdo::Error::ZBus(_)
-        ),
-        _ => false,
-    }
-}
-
-/// Whether that is systemd's error of that name.
-fn is_named(error: &zbus::Error, name: &str) -> bool {
-    matches!(error, zbus::Error::MethodError(full, ..) if full.strip_prefix(SYSTEMD) == Some(&format!(".{name}")))
-}
-
-/// What the bus says, and what to do about it.
-fn bus_failure(doing: &str, error: &zbus::Error) -> Failure {
-    let failure = about(doing, Failure::from_error(error));
-    let fdo = match error {
-        zbus::Error::FDO(error) => Some(&**error),
-        _ => None,
-    };
-    match (error, fdo) {
-        (_, Some(fdo::Error::AccessDenied(_) | fdo::Error::InteractiveAuthorizationRequired(_))) => failure
-            .with_remedy(
-                "the polkit rule that comes with enclaved allows this to the user enclaved: see that it is in \
-                 /usr/share/polkit-1/rules.d, that polkit runs, and as which user enclaved does",
-            ),
-        (
-            _,
-            Some(
-                fdo::Error::ServiceUnknown(_)
-                | fdo::Error::NameHasNoOwner(_)
-                | fdo::Error::SpawnChildExited(_)
-                | fdo::Error::SpawnFailed(_),
-            ),
-        ) => no_systemd(failure),
-        _ if is_named(error, "NoSuchUnit") => {
-            failure.with_remedy("is the unit file that comes with enclaved installed?")
-        }
-        _ if is_named(error, "UnitMasked") => failure.with_remedy("`systemctl unmask` it"),
-        _ => failure,
-    }
-}
-
-/// The remedy for a host on which systemd is not to be had, unless there is a better one.
-fn no_systemd(failure: Failure) -> Failure {
-    match failure.remedy {
-        Some(_) => failure,
-        None => failure.with_remedy(
-            "is the system bus of D-Bus there (/run/dbus/system_bus_socket), and systemd behind it? Without systemd, set \
-             `supervisor = \"direct\"` in [host]",
-        ),
-    }
-}
-
-fn about(doing: &str, failure: Failure) -> Failure {
-    Failure { message: Failure::new(format!("{doing}: {}", failure.message)).message, ..failure }
-}
-
-/// What cannot be a service's name is nothing that systemd is asked about.
-fn check_name(unit: &str) -> Result<(), Failure> {
-    let stem = unit.strip_suffix(".service").unwrap_or_default();
-    if stem.is_empty() || stem.starts_with('@') || unit.len() > MAX_NAME {
-        return Err(Failure::new(format!("\"{}\" is not the name of a service", unit.escape_debug())));
-    }
-    check_prefix(stem)
-}
-
-fn check_prefix(prefix: &str) -> Result<(), Failure> {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b":-_.\\@".contains(&byte);
-    if prefix.is_empty() || prefix.len() > MAX_NAME || !prefix.bytes().all(allowed) {
-        return Err(Failure::new(format!("\"{}\" can't be part of a unit's name", prefix.escape_debug())));
-    }
-    Ok(())
-}
-
-/// A name as it stands in an object's path: every byte that is no letter or digit in hexadecimal, behind `_`.
-fn label(name: &str) -> String {
-    let mut label = String::with_capacity(name.len());
-    for (at, byte) in name.bytes().enumerate() {
-        if byte.is_ascii_alphabetic() || (at > 0 && byte.is_ascii_digit()) {
-            label.push(char::from(byte));
-        } else {
-            // Writing to a string can't fail.
-            let _written = write!(label, "_{byte:02x}");
-        }
-    }
-    label
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@
 
 mod command;
 pub mod parent;
+pub mod traffic;
 
 pub use command::{Said, Within};
 
@@ -42,6 +43,8 @@ enum Contents {
     Folder,
     /// A program of this workspace.
     Program(String),
+    /// Another program.
+    CopyOf(PathBuf),
 }
 
 impl MachineOptions {
@@ -66,6 +69,13 @@ impl MachineOptions {
         self
     }
 
+    /// A program outside, at that path.
+    #[must_use]
+    pub fn copy_of(mut self, program: PathBuf, path: impl Into<PathBuf>) -> Self {
+        self.files.push((path.into(), Contents::CopyOf(program)));
+        self
+    }
+
     /// Lays the files out below a folder.
     fn write(&self, folder: &Path) -> anyhow::Result<()> {
         // A journal that outlives a reboot.
@@ -80,17 +90,17 @@ impl MachineOptions {
                     fs::write(&target, text).with_context(failed)?;
                     fs::set_permissions(&target, fs::Permissions::from_mode(*mode)).with_context(failed)?;
                 }
-                Contents::Program(name) => {
-                    let program = binaries::find(name)?;
-                    // Large, and only read; another file system can't have a link to it.
-                    if fs::hard_link(&program, &target).is_err() {
-                        fs::copy(&program, &target).with_context(failed)?;
-                    }
-                }
+                Contents::Program(name) => link(&binaries::find(name)?, &target).with_context(failed)?,
+                Contents::CopyOf(program) => link(program, &target).with_context(failed)?,
             }
         }
         Ok(())
     }
+}
+
+fn link(program: &Path, target: &Path) -> std::io::Result<()> {
+    // Large, and only read; another file system can't have a link to it.
+    fs::hard_link(program, target).or_else(|_| fs::copy(program, target).map(drop))
 }
 
 fn make_folder(folder: &Path) -> anyhow::Result<()> {

@@ -19,7 +19,7 @@ use enclaved_core::image::VerifiedImage;
 use enclaved_core::inventory::{Cpu, CpuSet, Hugepages, Inventory, Node};
 use enclaved_core::ledger::{GenerationRecord, LaunchRecord, Ledger, ProcessIdentity};
 use enclaved_core::observed::Observation::{self, Known};
-use enclaved_core::observed::{CacheItem, CachedImage, ImageCache, Instance, InstanceState, Pool};
+use enclaved_core::observed::{AskedBy, CacheItem, CachedImage, End, ImageCache, Instance, InstanceState, Pool};
 use enclaved_core::plan::{self, Launch, Prefer};
 use enclaved_core::routes::{ListenerKey, ListenerReport, ProxyReport, Routes};
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,6 +36,8 @@ const BOOT: Duration = Duration::from_secs(3);
 const STOP: Duration = Duration::from_secs(2);
 /// How long the allocator takes.
 const ALLOCATE: Duration = Duration::from_secs(3);
+/// How long after an end it is known how it came about.
+const ACCOUNT: Duration = Duration::from_millis(300);
 /// How old the look can be on which a launch was decided: the loop gives every look ten seconds.
 const LOOK: Duration = Duration::from_secs(12);
 
@@ -81,11 +83,18 @@ struct Launched {
     up_at: Instant,
     /// From when on it is over.
     over: Option<Instant>,
+    /// Who ended it, if the control process did not.
+    asked: Option<AskedBy>,
     /// Its traces are lost; only its process tells that it runs.
     traceless: bool,
 }
 
 impl Launched {
+    /// Whether it is known how it ended.
+    fn is_told(&self) -> bool {
+        self.over.is_some_and(|over| over + ACCOUNT <= Instant::now())
+    }
+
     fn is_over(&self) -> bool {
         self.over.is_some_and(|over| over <= Instant::now())
     }
@@ -323,7 +332,14 @@ impl State {
             at,
         };
         self.launches.push(key.clone());
-        let launched = Launched { record: record.clone(), process, up_at: now + LAUNCH, over: None, traceless: false };
+        let launched = Launched {
+            record: record.clone(),
+            process,
+            up_at: now + LAUNCH,
+            over: None,
+            asked: None,
+            traceless: false,
+        };
         self.launched.insert(key.clone(), launched);
     }
 }
@@ -499,6 +515,15 @@ impl World {
         self.enclaves_changed.notify_one();
     }
 
+    /// An operator stops its unit, restarts it, or the host is about to shut down.
+    pub fn end_by_hand(&self, key: &EnclaveKey, asked: AskedBy) {
+        if let Some(launched) = self.lock().launched.get_mut(key) {
+            launched.over = Some(Instant::now());
+            launched.asked = Some(asked);
+        }
+        self.enclaves_changed.notify_one();
+    }
+
     /// Every trace of every launch is removed; the enclaves run on.
     pub fn lose_traces(&self) {
         let mut state = self.lock();
@@ -594,7 +619,12 @@ impl Supervisor for World {
             let instance = |launched: &Launched| {
                 let generation = (!launched.traceless).then(|| launched.record.clone());
                 let state = match launched.over {
-                    Some(over) if over <= now => InstanceState::Ended { at, launch_failure: None },
+                    Some(over) if over <= now => {
+                        let told = launched.asked.is_none() && now < over + ACCOUNT;
+                        let account = (!told).then(|| "it exited with status 0".to_owned());
+                        let settled = !told;
+                        InstanceState::Ended(End { asked: launched.asked, account, settled, ..End::noticed(at) })
+                    }
                     _ if now < launched.up_at => InstanceState::Launching,
                     _ => InstanceState::Running(launched.process.clone()),
                 };
@@ -655,6 +685,10 @@ impl Supervisor for World {
 
     async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {
         self.effect(Effect::SupervisorForget, |state| {
+            let early = |launched: &Launched| launched.asked.is_none() && !launched.is_told();
+            if state.launched.get(key).is_some_and(|launched| launched.is_over() && early(launched)) {
+                state.violations.push(format!("{key} is to be forgotten before it is known how it ended"));
+            }
             if state.launched.get(key).is_some_and(|launched| !launched.is_over()) {
                 state.violations.push(format!("{key} is to be forgotten while it runs"));
                 return Err(Failure::new("it runs"));

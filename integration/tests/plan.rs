@@ -8,11 +8,11 @@ use enclaved_core::id::{BootId, Cid, EnclaveKey, Generation, MemoryMib, Timestam
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::image_record::{ImageFacts, ImageOutcome, ImageRecord, ValidityPeriod};
 use enclaved_core::ledger::{
-    Change, GenerationRecord, Identity, LaunchRecord, Ledger, Phase, PoolTried, ProcessIdentity, StopReason,
+    Change, GenerationRecord, HeldBy, Identity, LaunchRecord, Ledger, Phase, PoolTried, ProcessIdentity, StopReason,
 };
 use enclaved_core::observed::{
-    CacheItem, CachedImage, HealthReport, ImageCache, Instance, InstanceState, JobFailure, JobKey, Observation,
-    Observed, Pool, Unfinished,
+    AskedBy, CacheItem, CachedImage, End, HealthReport, ImageCache, Instance, InstanceState, JobFailure, JobKey,
+    Observation, Observed, Pool, Unfinished,
 };
 use enclaved_core::plan::{Plan, Step, plan, routing};
 use enclaved_core::routes::ProxyReport;
@@ -55,7 +55,7 @@ struct Seed {
 }
 
 fn seeds() -> impl Strategy<Value = Vec<Seed>> {
-    let seed = (0..3_usize, 1..5_u32, 0..7_u8, 0..2_usize, 0..100_u64, 0..5_u8);
+    let seed = (0..3_usize, 1..5_u32, 0..7_u8, 0..2_usize, 0..100_u64, 0..8_u8);
     let seed =
         seed.prop_map(|(name, generation, phase, image, age, seen)| Seed { name, generation, phase, image, age, seen });
     prop::collection::vec(seed, 0..6)
@@ -95,7 +95,10 @@ fn world(seeds: &[Seed], pool: (u32, u64)) -> (Ledger, Observed) {
         let state = match seed.seen {
             0 => Some(InstanceState::Launching),
             1 | 2 => Some(InstanceState::Running(launch_record(number))),
-            3 => Some(InstanceState::Ended { at: NOW, launch_failure: None }),
+            3 => Some(InstanceState::Ended(End::noticed(NOW))),
+            5 => Some(InstanceState::Ended(End { settled: false, ..End::noticed(NOW) })),
+            6 => Some(InstanceState::Ended(End { asked: Some(AskedBy::Stop), ..End::noticed(NOW) })),
+            7 => Some(InstanceState::Ended(End { asked: Some(AskedBy::Restart), ..End::noticed(NOW) })),
             _ => None,
         };
         if let Some(state) = state {
@@ -154,12 +157,13 @@ fn carry_out(plan: &Plan, ledger: &mut Ledger, observed: &mut Observed, now: Tim
             }
             Step::Stop { key, .. } => {
                 if let Some(instance) = instances.get_mut(key) {
-                    instance.state = InstanceState::Ended { at: now, launch_failure: None };
+                    instance.state = InstanceState::Ended(End::noticed(now));
                 }
             }
             Step::Forget(key) => {
                 let gone = instances.remove(key).unwrap();
-                assert!(matches!(gone.state, InstanceState::Ended { .. }), "{key} is forgotten while it runs");
+                let over = matches!(&gone.state, InstanceState::Ended(end) if end.settled);
+                assert!(over, "{key} is forgotten while it runs, or before it is known how it ended");
             }
             Step::Probe { key, .. } => {
                 observed.health.insert(key.clone(), HealthReport { at: now, result: Ok(()), streak: 1 });
@@ -441,6 +445,35 @@ proptest! {
         }
     }
 
+    #[test]
+    fn a_stop_by_hand_holds_what_was_meant_to_go_on_and_counts_as_no_failure(seeds in seeds()) {
+        let (mut ledger, observed) = world(&seeds, (6, 8192));
+        let before = ledger.clone();
+        for step in plan(&wanted(), &observed, &ledger, NOW).steps {
+            if let Step::Record(change) = step { ledger.apply(change, NOW) }
+        }
+        for (name, enclave) in &before.enclaves {
+            let asked = |generation: &Generation| {
+                let key = EnclaveKey { name: name.clone(), generation: *generation };
+                match observed.instances.known().and_then(|all| all.get(&key)).map(|instance| &instance.state) {
+                    Some(InstanceState::Ended(end)) => end.asked,
+                    _ => None,
+                }
+            };
+            let went_on = |of: &GenerationRecord| {
+                matches!(of.phase, Phase::Launching { .. } | Phase::Booting { .. } | Phase::Ready { .. })
+            };
+            let stopped = enclave.generations.iter().any(|(generation, of)| {
+                went_on(of) && asked(generation) == Some(AskedBy::Stop)
+            });
+            let now = &ledger.enclaves[name];
+            prop_assert_eq!(now.held_since.is_some(), stopped, "{}", name);
+            if let Some(end) = &now.last_end {
+                prop_assert_eq!(asked(&end.generation), None, "what was asked for is a failure");
+            }
+        }
+    }
+
     /// From any state of the ledger and the host: the budgets hold at every step that the planner decides, and in the end
     /// exactly what is wanted runs, and the plan is empty.
     #[test]
@@ -466,7 +499,45 @@ proptest! {
             check_launches(&next, &ledger, &observed, pool)?;
             carry_out(&next, &mut ledger, &mut observed, now);
             check_cids(&ledger)?;
+            let held: Vec<_> = ledger.enclaves.iter().filter(|(_, of)| of.held_since.is_some()).map(|(name, _)| name.clone()).collect();
+            for name in held {
+                prop_assert_eq!(ledger.enclaves[&name].held_by, HeldBy::Systemctl);
+                ledger.apply(Change::Released(name), now);
+            }
+            if let Observation::Known(instances) = &mut observed.instances {
+                for instance in instances.values_mut() {
+                    if let InstanceState::Ended(end) = &mut instance.state {
+                        (end.settled, end.account) = (true, Some("it exited".to_owned()));
+                    }
+                }
+            }
             now = next.wake_at.unwrap_or(now).plus(Duration::from_millis(1));
         }
     }
+}
+
+#[test]
+fn an_end_is_explained_once_when_more_is_known_of_it_and_only_then_forgotten() {
+    let seed = Seed { name: 0, generation: 1, phase: 3, image: 0, age: 5, seen: 5 };
+    let (mut ledger, mut observed) = world(&[seed], (6, 8192));
+    let key: EnclaveKey = "signer-1".parse().unwrap();
+    let mut steps = |observed: &Observed| -> Vec<String> {
+        let steps = plan(&wanted(), observed, &ledger, NOW).steps;
+        for step in &steps {
+            if let Step::Record(change) = step {
+                ledger.apply(change.clone(), NOW);
+            }
+        }
+        let about = |step: &String| step.contains("signer-1");
+        steps.iter().map(ToString::to_string).filter(about).collect()
+    };
+    let gone = "its process is gone: the enclave crashed, powered off, or was ended from outside";
+    assert_eq!(steps(&observed), [format!("note that signer-1 ended: {gone}")]);
+    assert_eq!(steps(&observed), [""; 0], "more will be known");
+    let known = End { account: Some("killed by SIGKILL".to_owned()), ..End::noticed(NOW) };
+    let Observation::Known(instances) = &mut observed.instances else { panic!() };
+    instances.get_mut(&key).unwrap().state = InstanceState::Ended(known);
+    assert_eq!(steps(&observed), ["note how signer-1 ended: its process is gone: killed by SIGKILL"]);
+    assert_eq!(steps(&observed), ["remove the traces of signer-1"]);
+    assert_eq!(ledger.enclaves[&key.name].restarts, 1);
 }

@@ -6,7 +6,8 @@
 use enclaved::asked::FetchAnswer;
 use enclaved::host::Effect;
 use enclaved_core::desired::{Desired, HostPolicy, ImageRequest, OnUnhealthy, PoolPolicy, RestartPolicy, UpdatePolicy};
-use enclaved_core::id::{EnclaveName, MemoryMib};
+use enclaved_core::id::{EnclaveKey, EnclaveName, MemoryMib};
+use enclaved_core::observed::AskedBy;
 use enclaved_integration::sim::{Fault, Harness, World, desired, image};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -87,6 +88,8 @@ enum Scenario {
     Stops,
     /// One gets another image.
     Update,
+    /// Units are stopped and restarted by hand.
+    ByHand,
     /// Its source gets another image, and is watched.
     NewObject,
     /// One gets one image after the other, and old ones leave the cache; then its image is spoilt, and it dies.
@@ -94,7 +97,8 @@ enum Scenario {
 }
 
 impl Scenario {
-    const ALL: [Self; 6] = [Self::Launch, Self::Deaths, Self::Stops, Self::Update, Self::NewObject, Self::Cache];
+    const ALL: [Self; 7] =
+        [Self::Launch, Self::Deaths, Self::Stops, Self::Update, Self::ByHand, Self::NewObject, Self::Cache];
 
     /// The effects that strike while it is played and faults are armed.
     fn effects(self) -> BTreeSet<Effect> {
@@ -118,6 +122,7 @@ impl Scenario {
             Self::Deaths => &[SupervisorDescribe, SupervisorForget, ImageStoreFetch, ProxyLinkStart, LedgerStoreLoad],
             Self::Stops => &[SupervisorStop, SupervisorForget],
             Self::Update => &[SupervisorStop, SupervisorForget, ImageStoreFetch],
+            Self::ByHand => &[SupervisorForget],
             Self::NewObject => {
                 &[SupervisorStop, SupervisorForget, ImageStoreFetch, ImageStoreRefresh, ImageStoreRemove]
             }
@@ -177,7 +182,7 @@ impl Scenario {
                 harness.pass(Duration::from_millis(200)).await;
                 harness.converge(PATIENCE).await?;
                 let vault = |alive: BTreeMap<_, u32>| {
-                    alive.into_iter().find(|(key, _): &(enclaved_core::id::EnclaveKey, _)| key.name.as_str() == "vault")
+                    alive.into_iter().find(|(key, _): &(EnclaveKey, _)| key.name.as_str() == "vault")
                 };
                 if vault(harness.world.alive()) != vault(before) {
                     return Err("vault did not outlive what was done to signer".to_owned());
@@ -188,6 +193,31 @@ impl Scenario {
                 harness.pass(Duration::from_millis(200)).await;
                 harness.converge(PATIENCE).await?;
                 once_each(&harness.world, 3, 1)?;
+            }
+            Self::ByHand => {
+                let (signer, vault) = (named(&before, "signer"), named(&before, "vault"));
+                harness.world.end_by_hand(&signer, AskedBy::Stop);
+                harness.expect_held(&name("signer"));
+                harness.pass(Duration::from_millis(200)).await;
+                harness.converge(PATIENCE).await?;
+                harness.kill().await;
+                harness.start().await;
+                harness.pass(Duration::from_secs(20)).await;
+                if harness.world.alive() != BTreeMap::from([(vault.clone(), before[&vault])]) {
+                    return Err(
+                        "it was launched again though somebody stopped it, or the other one suffered".to_owned()
+                    );
+                }
+                harness.release(&name("signer")).await;
+                harness.converge(PATIENCE).await?;
+                harness.world.end_by_hand(&vault, AskedBy::Restart);
+                harness.pass(Duration::from_millis(200)).await;
+                harness.converge(PATIENCE).await?;
+                let ledger = harness.world.ledger().unwrap();
+                if ledger.enclaves.values().any(|enclave| enclave.last_end.is_some()) {
+                    return Err("what an operator asked for counts as a failure".to_owned());
+                }
+                once_each(&harness.world, 4, 0)?;
             }
             Self::NewObject => {
                 harness.world.put_image(watched_request(), image(1).1);
@@ -237,6 +267,10 @@ fn on_a_ready_host(test: impl AsyncFnOnce(&mut Harness)) {
 }
 
 /// So many launches and stops, and not one more: nothing was lost, nothing doubled.
+fn named(alive: &BTreeMap<EnclaveKey, u32>, name: &str) -> EnclaveKey {
+    alive.keys().find(|key| key.name.as_str() == name).unwrap().clone()
+}
+
 fn once_each(world: &World, launches: usize, stops: usize) -> Result<(), String> {
     let (launched, stopped) = (world.launches(), world.stops());
     if launched.len() == launches && stopped.len() == stops {
@@ -327,6 +361,11 @@ fn an_update_comes_to_what_is_wanted_whatever_fails_in_it() {
 #[test]
 fn an_update_in_the_place_of_what_runs_comes_to_what_is_wanted_whatever_fails_in_it() {
     sweep(Scenario::Update, Setup::Tight);
+}
+
+#[test]
+fn stops_and_restarts_by_hand_count_as_asked_whatever_fails_meanwhile() {
+    sweep(Scenario::ByHand, Setup::Tight);
 }
 
 #[test]
@@ -752,7 +791,7 @@ fn storm(seed: u64) -> Result<(), String> {
         for _ in 0..30 {
             let pause = Duration::from_millis(harness.world.random(20_000));
             harness.pass(pause).await;
-            match harness.world.random(14) {
+            match harness.world.random(15) {
                 0 => harness.configure(setup.desired(two(1))).await,
                 1 => harness.configure(setup.desired(two(2))).await,
                 2 => harness.configure(setup.desired(desired(&[("vault", &image(1).0, 2, 2048)]))).await,
@@ -771,6 +810,14 @@ fn storm(seed: u64) -> Result<(), String> {
                 9 => harness.world.cached().into_iter().take(1).for_each(|digest| harness.world.spoil_image(digest)),
                 10 => harness.world.set_in_one_piece(512 + harness.world.random(8192)),
                 11 => harness.world.set_effectless(harness.world.random(2) == 0),
+                12 => {
+                    let asked = [AskedBy::Stop, AskedBy::Restart, AskedBy::Shutdown];
+                    let asked = asked[usize::try_from(harness.world.random(3)).unwrap()];
+                    let alive: Vec<_> = harness.world.alive().into_keys().collect();
+                    if let Some(victim) = alive.last() {
+                        harness.world.end_by_hand(victim, asked);
+                    }
+                }
                 _ => {
                     let alive: Vec<_> = harness.world.alive().into_keys().collect();
                     if let Some(victim) = alive.first() {

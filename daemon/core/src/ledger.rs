@@ -71,6 +71,9 @@ pub struct EnclaveRecord {
     /// Since when an operator keeps it stopped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_since: Option<Timestamp>,
+    /// By what they stopped it.
+    #[serde(default)]
+    pub held_by: HeldBy,
     /// The highest generation number ever given away; 0 before the first.
     pub last_generation: Generation,
     /// How often it ended unasked, in all.
@@ -106,6 +109,26 @@ pub struct Verdict {
     /// An operator takes it as it is, since then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accepted: Option<Timestamp>,
+}
+
+/// How an operator came to hold an enclave stopped.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeldBy {
+    /// `enclavectl stop`.
+    #[default]
+    Enclavectl,
+    /// `systemctl stop` of its unit.
+    Systemctl,
+}
+
+impl fmt::Display for HeldBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Enclavectl => "enclavectl stop",
+            Self::Systemctl => "systemctl stop",
+        })
+    }
 }
 
 /// An end that nobody asked for.
@@ -253,7 +276,7 @@ pub struct LaunchRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "why", rename_all = "snake_case", deny_unknown_fields)]
 pub enum StopReason {
-    /// `enclavectl stop`.
+    /// An operator holds it stopped.
     Held,
     /// It is no longer in the configuration.
     Removed,
@@ -443,8 +466,20 @@ pub enum Change {
     },
     /// Nothing of it is left on the host.
     Forgotten(EnclaveKey),
+    /// More came to be known of the last end that nobody asked for.
+    Explained {
+        /// Whose.
+        key: EnclaveKey,
+        /// What happened.
+        failure: Failure,
+    },
     /// An operator stops it.
-    Held(EnclaveName),
+    Held {
+        /// Which.
+        name: EnclaveName,
+        /// By what.
+        by: HeldBy,
+    },
     /// An operator starts it again; earlier failures are forgiven.
     Released(EnclaveName),
     /// It is not wanted, and nothing of it is left.
@@ -475,7 +510,8 @@ impl fmt::Display for Change {
             Self::Ended { key, failure: Some(failure) } => write!(f, "note that {key} ended: {failure}"),
             Self::Ended { key, failure: None } => write!(f, "note that {key} ended as asked"),
             Self::Forgotten(key) => write!(f, "forget {key}"),
-            Self::Held(name) => write!(f, "hold {name} stopped"),
+            Self::Explained { key, failure } => write!(f, "note how {key} ended: {failure}"),
+            Self::Held { name, by } => write!(f, "hold {name} stopped ({by})"),
             Self::Released(name) => write!(f, "release {name}"),
             Self::Removed(name) => write!(f, "forget {name}"),
         }
@@ -606,8 +642,18 @@ impl Ledger {
                     enclave.verdicts.remove(&key.generation);
                 }
             }
-            Change::Held(name) => {
-                self.enclaves.entry(name).or_default().held_since.get_or_insert(now);
+            Change::Explained { key, failure } => {
+                let end = self.enclaves.get_mut(&key.name).and_then(|enclave| enclave.last_end.as_mut());
+                if let Some(end) = end.filter(|end| end.generation == key.generation) {
+                    end.failure = failure;
+                }
+            }
+            Change::Held { name, by } => {
+                let enclave = self.enclaves.entry(name).or_default();
+                if enclave.held_since.is_none() {
+                    enclave.held_since = Some(now);
+                    enclave.held_by = by;
+                }
             }
             Change::Released(name) => {
                 if let Some(enclave) = self.enclaves.get_mut(&name) {

@@ -10,6 +10,7 @@ use crate::image::VerifiedImage;
 use crate::inventory::Inventory;
 use crate::ledger::{GenerationRecord, LaunchRecord, ProcessIdentity};
 use crate::routes::ProxyReport;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
@@ -99,12 +100,41 @@ pub enum InstanceState {
     /// name, its CID and its resources, and is neither ended nor forgotten.
     Unknown(Failure),
     /// It is over: the launch failed, or the enclave's process is gone.
-    Ended {
-        /// When it was noticed.
-        at: Timestamp,
-        /// Why the launch failed; `None` if the enclave ran and its process is gone.
-        launch_failure: Option<Failure>,
-    },
+    Ended(End),
+}
+
+/// The end of a launch, as far as the supervisor knows of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct End {
+    /// When it was noticed.
+    pub at: Timestamp,
+    /// Why the launch failed; `None` if the enclave ran and its process is gone.
+    pub launch_failure: Option<Failure>,
+    /// Who asked for it in this boot, if it was not enclaved itself.
+    pub asked: Option<AskedBy>,
+    /// How the enclave's process ended: its exit status, its last words. `None` while, or where, that can't be known.
+    pub account: Option<String>,
+    /// Whether all is known that will ever be. Until then the traces must stay; the supervisor wakes the loop.
+    pub settled: bool,
+}
+
+impl End {
+    /// An end of which nothing is known but that it was.
+    pub fn noticed(at: Timestamp) -> Self {
+        Self { at, launch_failure: None, asked: None, account: None, settled: true }
+    }
+}
+
+/// Who asked the service manager to end an enclave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AskedBy {
+    /// Somebody stopped its unit: they want it to stay stopped.
+    Stop,
+    /// Somebody restarted its unit: they want it to be launched anew.
+    Restart,
+    /// Everything is being stopped, because the host shuts down; or it can't be told why.
+    Shutdown,
 }
 
 /// The enclave resources of the host.

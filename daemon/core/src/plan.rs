@@ -14,7 +14,6 @@ pub mod routing;
 
 use crate::allocator_file::Reservation;
 use crate::desired::{Desired, HealthCheck, ImageRequest};
-use crate::failure::Failure;
 use crate::id::{Cid, EifDigest, EnclaveKey, EnclaveName, Measurements, MemoryMib, Timestamp};
 use crate::image::VerifiedImage;
 use crate::ledger::{Change, GenerationRecord, LaunchRecord, Ledger, Phase};
@@ -275,7 +274,7 @@ impl Planner<'_> {
     /// been heard.
     fn ledger_is_complete(&self) -> bool {
         self.observed.instances.known().is_some_and(|all| {
-            let over = |instance: &Instance| matches!(instance.state, InstanceState::Ended { .. });
+            let over = |instance: &Instance| matches!(instance.state, InstanceState::Ended(_));
             all.iter().all(|(key, instance)| over(instance) || self.ledger.generation(key).is_some())
         })
     }
@@ -310,11 +309,5 @@ impl Planner<'_> {
         for name in names.iter().chain(&strangers) {
             self.enclave(name, instances);
         }
-    }
-
-    /// The failure that a lost enclave leaves behind, unless the host was rebooted, which is nobody's failure.
-    fn death(&self, text: &str) -> Option<Failure> {
-        let same_boot = self.ledger.boot_id.as_ref() == Some(&self.observed.boot_id);
-        same_boot.then(|| Failure::new(text))
     }
 }

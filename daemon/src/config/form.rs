@@ -70,6 +70,9 @@ pub(super) struct HostForm {
     pub run_dir: PathBuf,
     /// Where the proxy process keeps certificates and its last routes.
     pub proxy_state_dir: PathBuf,
+    /// The socket on which the proxy process takes its routes; at most 100 bytes long. Left out: `proxy.sock` in `run_dir`;
+    /// with `supervisor = "systemd"`, where `enclaved-proxy.service` has it, `/run/enclaved-proxy/link.sock`.
+    pub proxy_socket: Option<PathBuf>,
     /// Where the host's sysfs is: elsewhere in a container that has the host's mounted.
     pub sysfs: PathBuf,
 }
@@ -88,6 +91,7 @@ impl Default for HostForm {
             state_dir: "/var/lib/enclaved".into(),
             run_dir: super::DEFAULT_RUN_DIR.into(),
             proxy_state_dir: "/var/lib/enclaved-proxy".into(),
+            proxy_socket: None,
             sysfs: "/sys".into(),
         }
     }

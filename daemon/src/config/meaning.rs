@@ -4,7 +4,10 @@
 use super::error::Problems;
 use super::form::{ControlPlaneForm, DurationText, FileForm, HostForm, SocketAddrText};
 use super::source::{Path, Tree, quoted};
-use super::{Config, ControlPlaneSettings, HostSettings, MetricsSettings, SourceFile};
+use super::{
+    Config, ControlPlaneSettings, DEFAULT_RUN_DIR, HostSettings, MetricsSettings, SourceFile, SupervisorKind,
+    UNIT_PROXY_SOCKET,
+};
 use enclaved_core::desired::{Desired, EnclaveSpec, HostPolicy};
 use enclaved_core::id::{EnclaveName, MemoryMib};
 use enclaved_core::routes::{HttpsListener, VsockTransport, is_host};
@@ -19,6 +22,8 @@ mod enclave;
 
 /// Folders in which Unix sockets are opened: of the 108 bytes that a socket's path may have, the names in them need 27.
 const MAX_SOCKET_DIR: usize = 80;
+/// A socket's path itself, with room for the name under which the proxy makes it.
+const MAX_SOCKET: usize = 100;
 
 /// The configuration, as far as there were no problems.
 pub(super) fn config(form: FileForm, tree: &Tree, sources: &[SourceFile], problems: &mut Problems) -> Option<Config> {
@@ -105,8 +110,23 @@ impl Judge<'_> {
             }
         }
         self.socket_dir(&form.run_dir, &path.key("run_dir"));
+        let units = form.supervisor == SupervisorKind::Systemd;
+        if units && form.run_dir.as_path() != std::path::Path::new(DEFAULT_RUN_DIR) {
+            let text =
+                format!("must be {DEFAULT_RUN_DIR} with supervisor = \"systemd\": the units look for launches there");
+            self.refuse(&path.key("run_dir"), text);
+        }
+        if let Some(socket) = &form.proxy_socket {
+            self.absolute(socket, &path.key("proxy_socket"));
+            if socket.as_os_str().len() > MAX_SOCKET {
+                self.refuse(&path.key("proxy_socket"), format!("is longer than {MAX_SOCKET} bytes"));
+            }
+        }
+        let default_socket = || if units { UNIT_PROXY_SOCKET.into() } else { form.run_dir.join("proxy.sock") };
+        let proxy_socket = form.proxy_socket.clone().unwrap_or_else(default_socket);
         let HostForm { supervisor, on_stop, state_dir, run_dir, proxy_state_dir, sysfs, .. } = form;
-        (policy, HostSettings { supervisor, on_stop, state_dir, run_dir, proxy_state_dir, sysfs })
+        let settings = HostSettings { supervisor, on_stop, state_dir, run_dir, proxy_state_dir, proxy_socket, sysfs };
+        (policy, settings)
     }
 
     fn program(&mut self, program: PathBuf, path: &Path) -> PathBuf {

@@ -148,6 +148,7 @@ pub(super) fn low_ports(roots: &Roots, patient: Patient) -> LowPorts {
 mod tests {
     use super::*;
     use enclaved_core::desired::EgressSpec;
+    use enclaved_core::routes::EgressLimits;
     use std::net::TcpListener;
 
     fn desired(endpoints: &[(&str, u16)]) -> Desired {
@@ -160,6 +161,8 @@ mod tests {
             vsock_port: 8000 + u32::try_from(number).unwrap(),
             loopback: None,
             allow_addresses: Vec::new(),
+            sni: false,
+            limits: EgressLimits::default(),
         };
         desired.enclaves.values_mut().next().unwrap().egress = endpoints.iter().enumerate().map(of).collect();
         desired

@@ -138,7 +138,10 @@ mod tests {
 
     fn ledger(name: &str) -> Ledger {
         let mut ledger = Ledger::default();
-        ledger.apply(Change::Held(name.parse().unwrap()), Timestamp::from_millis(1000));
+        ledger.apply(
+            Change::Held { name: name.parse().unwrap(), by: enclaved_core::ledger::HeldBy::Enclavectl },
+            Timestamp::from_millis(1000),
+        );
         ledger
     }
 

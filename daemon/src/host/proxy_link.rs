@@ -6,10 +6,11 @@
 
 use super::{Outcome, ProxyLink};
 use crate::child_environment;
+use crate::systemd_bus::{JobError, SystemdBus, Verb};
 use enclaved_core::failure::Failure;
 use enclaved_core::routes::{LinkReply, LinkRequest, ProxyReport, Routes, limits};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -28,6 +29,10 @@ const PUBLISH: Duration = Duration::from_secs(30);
 const WATCH_SLACK: Duration = Duration::from_secs(5);
 /// How long a proxy that was started may take to answer.
 const START: Duration = Duration::from_secs(10);
+/// How long systemd may take to start its unit.
+const START_UNIT: Duration = Duration::from_secs(15);
+/// The proxy's unit.
+const UNIT: &str = "enclaved-proxy.service";
 /// Pause between two tries to reach one that is not there.
 const RETRY: Duration = Duration::from_millis(100);
 /// The proxy's exit status when another one runs on the same folder. No other failure has it.
@@ -36,12 +41,24 @@ pub const ALREADY_RUNS: u8 = 76;
 /// Where the proxy is, and how it is started.
 #[derive(Debug, Clone)]
 pub struct LinkSettings {
-    /// The executable: this one.
-    pub program: PathBuf,
     /// The link's socket.
     pub socket: PathBuf,
-    /// The proxy's own folder.
-    pub state_dir: PathBuf,
+    /// How it is started.
+    pub start: ProxyStart,
+}
+
+/// How a proxy that does not answer is started.
+#[derive(Debug, Clone)]
+pub enum ProxyStart {
+    /// As a process of its own, which outlives this one.
+    Spawn {
+        /// The executable: this one.
+        program: PathBuf,
+        /// The proxy's own folder.
+        state_dir: PathBuf,
+    },
+    /// By systemd, which knows where its socket and its folder are.
+    Unit(SystemdBus),
 }
 
 /// The link to the proxy process.
@@ -112,8 +129,7 @@ impl Link {
 
     /// Starts a proxy and gives what it exits with, should it exit. It is not a child to be ended with this process: it
     /// has a session of its own, and goes on.
-    fn spawn(&self) -> Outcome<oneshot::Receiver<io::Result<ExitStatus>>> {
-        let LinkSettings { program, socket, state_dir } = &self.settings;
+    fn spawn(&self, program: &Path, state_dir: &Path) -> Outcome<oneshot::Receiver<io::Result<ExitStatus>>> {
         let mut command = Command::new(program);
         child_environment::only_harmless(command.as_std_mut());
         let mut child = command
@@ -121,7 +137,7 @@ impl Link {
             .arg("--state-dir")
             .arg(state_dir)
             .arg("--link")
-            .arg(socket)
+            .arg(&self.settings.socket)
             .arg("--own-session")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -143,6 +159,21 @@ impl Link {
             drop(sender.send(status));
         });
         Ok(exited)
+    }
+
+    /// Has systemd start it, and waits until it answers.
+    async fn start_unit(&self, bus: &SystemdBus) -> Outcome<()> {
+        tracing::info!("having systemd start {UNIT}");
+        // One that runs is left alone by this.
+        bus.run_job(Verb::Start, UNIT, START_UNIT).await.map_err(JobError::into_failure)?;
+        if timeout(START, self.answers()).await.is_ok() {
+            return Ok(());
+        }
+        let socket = self.settings.socket.display();
+        Err(Failure::new(format!("{UNIT} runs, and the proxy does not answer at {socket} within {START:?}"))
+            .with_remedy(format!(
+                "is proxy_socket in [host] the one that `systemctl cat {UNIT}` shows? `journalctl -u {UNIT}` says what it does"
+            )))
     }
 
     /// Returns when it answers.
@@ -180,7 +211,11 @@ impl ProxyLink for Link {
         if self.ask(&LinkRequest::Report, REPORT).await.is_ok() {
             return Ok(());
         }
-        let mut exited = self.spawn()?;
+        let (program, state_dir) = match &self.settings.start {
+            ProxyStart::Spawn { program, state_dir } => (program, state_dir),
+            ProxyStart::Unit(bus) => return self.start_unit(bus).await,
+        };
+        let mut exited = self.spawn(program, state_dir)?;
         let answers = async {
             tokio::select! {
                 // Cancel-safe: every try begins anew.
@@ -346,9 +381,11 @@ mod tests {
 
     fn link(folder: &TempDir) -> Link {
         Link::new(LinkSettings {
-            program: folder.path().join("enclaved"),
             socket: folder.path().join("proxy.sock"),
-            state_dir: folder.path().join("state"),
+            start: ProxyStart::Spawn {
+                program: folder.path().join("enclaved"),
+                state_dir: folder.path().join("state"),
+            },
         })
     }
 

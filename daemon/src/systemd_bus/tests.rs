@@ -1,10 +1,12 @@
 //! The client against a bus of a few lines: it plays the bus and systemd behind it, as far as a test says.
 
 use super::*;
+use futures_util::StreamExt;
 use std::collections::VecDeque;
 use tempfile::TempDir;
 use tokio::net::UnixListener;
-use zbus::{Guid, OwnedObjectPath};
+use tokio::sync::mpsc;
+use zbus::{Guid, MessageStream};
 
 const OWNER: &str = ":1.0";
 const SOON: Duration = Duration::from_secs(20);

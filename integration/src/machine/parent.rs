@@ -11,6 +11,7 @@ use anyhow::{Context as _, ensure};
 use enclaved_core::status::Status;
 use std::fmt::Write as _;
 use std::fs;
+use std::net::SocketAddr;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
@@ -36,6 +37,11 @@ const TMPFILES: &str = "d /run/standin 0755 root root\n\
      Z /run/standin/sys - enclaved ne\n\
      d /run/standin/state 0770 enclaved ne\n\
      d /run/standin/vsock 2770 enclaved enclaved-proxy\n";
+
+/// The stock service that sets CPUs and memory aside, and what it runs.
+const ALLOCATOR: &str = "[Unit]\nDescription=Nitro Enclaves Resource Allocator\n\n[Service]\nType=oneshot\n\
+     ExecStart=/usr/bin/nitro-enclaves-allocator\nRemainAfterExit=yes\n\n[Install]\nWantedBy=multi-user.target\n";
+const ALLOCATOR_SCRIPT: &str = include_str!("allocator.bash");
 
 /// A parent host. It ends with this.
 #[derive(Debug)]
@@ -75,7 +81,7 @@ impl Parent {
     /// The configuration of the host itself, without enclaves.
     pub fn host_config(&self) -> String {
         format!(
-            "[host]\nreserve_cpus = 2\nreserve_memory_mib = 64\nallocator = \"verify\"\ndrain = \"2s\"\n\
+            "[host]\nreserve_cpus = 2\nreserve_memory_mib = 64\nallocator = \"verify\"\nsupervisor = \"systemd\"\ndrain = \"2s\"\n\
              sysfs = \"{STANDIN}/sys\"\n\n[nitro]\ncli = \"{NITRO}/nitro-cli\"\n\n\
              [vsock]\ntransport = {{ hybrid = \"{STANDIN}/vsock\" }}\n\n[ingress]\nlisten = \"{HTTPS}\"\n\n"
         )
@@ -88,6 +94,12 @@ impl Parent {
              health = {{ http = {{ port = {HTTP_PORT}, path = \"/health\" }}, start_period = \"20s\", interval = \"200ms\" }}\n\
              ingress = {{ domains = [\"{name}.test\"], http_port = {HTTP_PORT} }}\n\n"
         )
+    }
+
+    /// The same, with its echo service on a TCP port of the machine.
+    pub fn echoing_enclave(&self, name: &str, image: &str, listen: SocketAddr) -> String {
+        let port = format!("ports = [{{ listen = \"{listen}\", vsock_port = {ECHO_PORT} }}]");
+        self.sample_enclave(name, image).replace("ingress = { ", &format!("ingress = {{ {port}, "))
     }
 
     /// The sample application: it serves HTTP and echoes.
@@ -202,6 +214,9 @@ fn standin(options: MachineOptions, shape: &Shape) -> MachineOptions {
         .program("standin-enclave", format!("{NITRO}/standin-enclave"))
         .file(format!("{NITRO}/{SETTINGS_FILE}"), 0o644, settings)
         .file("/usr/lib/tmpfiles.d/standin.conf", 0o644, TMPFILES)
+        .file("/usr/lib/systemd/system/nitro-enclaves-allocator.service", 0o644, ALLOCATOR)
+        .file("/usr/bin/nitro-enclaves-allocator", 0o755, ALLOCATOR_SCRIPT)
+        .folder("/etc/nitro_enclaves")
         .file("/etc/systemd/system/enclave@.service.d/standin.conf", 0o644, DROP_IN_ENCLAVE);
     for unit in ["enclaved.service", "enclaved-proxy.service", "enclaved-allocator.service"] {
         options = options.file(format!("/etc/systemd/system/{unit}.d/standin.conf"), 0o644, DROP_IN);

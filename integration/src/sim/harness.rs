@@ -188,6 +188,11 @@ impl Harness {
         self.ask(|reply| Command::Hold(name.clone(), reply)).await;
     }
 
+    /// From now on it is to be held stopped: somebody did so without the control process.
+    pub fn expect_held(&mut self, name: &EnclaveName) {
+        self.held.push(name.clone());
+    }
+
     /// `enclavectl start NAME`, again and again until it is said to hold.
     pub async fn release(&mut self, name: &EnclaveName) {
         self.held.retain(|held| held != name);

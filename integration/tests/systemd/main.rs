@@ -4,10 +4,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
 mod allocator;
+mod conformance;
+mod continuity;
 mod daemon;
 mod machine;
 mod permissions;
 mod proxy;
+mod readme;
+mod stock_allocator;
+mod supervisor;
 mod units;
 
 use enclaved_integration::machine::DEADLINE;

@@ -4,14 +4,18 @@ use super::{Launch, Planner, Step, admission, restart};
 use crate::desired::{EnclaveSpec, OnUnhealthy, RestartPolicy, UpdatePolicy};
 use crate::failure::Failure;
 use crate::id::{EnclaveKey, EnclaveName, Generation, Measurements};
-use crate::ledger::{Change, EnclaveRecord, GenerationRecord, Identity, ImageOutcome, Phase, StopReason};
-use crate::observed::{Instance, InstanceState, JobKey, Observation};
+use crate::ledger::{Change, EnclaveRecord, GenerationRecord, HeldBy, Identity, ImageOutcome, Phase, StopReason};
+use crate::observed::{AskedBy, End, Instance, InstanceState, JobKey, Observation};
 use crate::routes::ListenerKey;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// How often a booting enclave is asked whether it is ready; its health check's interval may be shorter.
 const BOOT_PROBE_INTERVAL: Duration = Duration::from_millis(250);
+
+/// What is said of an enclave that is gone, before it is known how.
+const GONE: &str = "its process is gone";
+const RIGHT_AFTER: &str = "it ended right after its launch";
 
 type Instances = BTreeMap<EnclaveKey, Instance>;
 
@@ -35,7 +39,7 @@ impl Planner<'_> {
         }
         self.drains(name, record);
         let unreadable = |(key, instance): (&EnclaveKey, &Instance)| {
-            let over = matches!(instance.state, InstanceState::Ended { .. });
+            let over = matches!(instance.state, InstanceState::Ended(_));
             key.name == *name && !record.generations.contains_key(&key.generation) && !over
         };
         if instances.iter().any(unreadable) {
@@ -63,15 +67,18 @@ impl Planner<'_> {
                 // It ran before this ledger began, so presumably it served: taken as ready, for otherwise its traffic
                 // would be cut for nothing; its health check goes on at once.
                 InstanceState::Running(launch) => Phase::Ready { since: self.now, launch: launch.clone() },
-                InstanceState::Ended { .. } => Phase::Ended { at: self.now },
+                InstanceState::Ended(_) => Phase::Ended { at: self.now },
             };
             match &instance.generation {
                 Some(told) => {
                     let record = GenerationRecord { phase, ..told.clone() };
                     self.record(Change::Adopted { key: key.clone(), record });
+                    if matches!(&instance.state, InstanceState::Ended(end) if end.asked == Some(AskedBy::Stop)) {
+                        self.record(Change::Held { name: name.clone(), by: HeldBy::Systemctl });
+                    }
                 }
                 // Nothing of it runs, and nobody can say what it was.
-                None if matches!(instance.state, InstanceState::Ended { .. }) => {
+                None if matches!(instance.state, InstanceState::Ended(_)) => {
                     self.job(&JobKey::Forget(key.clone()), restart::STEP, Step::Forget(key.clone()));
                 }
                 None => self.wait(
@@ -99,23 +106,33 @@ impl Planner<'_> {
             (Phase::Launching { .. }, Some(InstanceState::Running(launch))) => {
                 self.record(Change::Booting { key, launch: launch.clone() });
             }
-            (Phase::Launching { .. }, Some(InstanceState::Ended { launch_failure, .. })) => {
-                let failure = launch_failure.clone().or_else(|| self.death("it ended right after its launch"));
-                self.record(Change::Ended { key, failure });
-            }
             (
-                Phase::Booting { .. } | Phase::Ready { .. },
-                None | Some(InstanceState::Ended { launch_failure: None, .. }),
+                Phase::Launching { .. } | Phase::Booting { .. } | Phase::Ready { .. },
+                Some(InstanceState::Ended(End { asked: Some(asked), .. })),
             ) => {
-                let failure =
-                    self.death("its process is gone: the enclave crashed, powered off, or was ended from outside");
-                self.record(Change::Ended { key, failure });
+                // Whoever stopped its unit by hand wants it to stay stopped: also over a restart of enclaved.
+                if *asked == AskedBy::Stop {
+                    self.record(Change::Held { name: key.name.clone(), by: HeldBy::Systemctl });
+                }
+                self.record(Change::Ended { key, failure: None });
             }
             (
-                Phase::Booting { .. } | Phase::Ready { .. },
-                Some(InstanceState::Ended { launch_failure: Some(failure), .. }),
+                Phase::Launching { .. } | Phase::Booting { .. } | Phase::Ready { .. },
+                Some(InstanceState::Ended(End { launch_failure: Some(failure), .. })),
             ) => self.record(Change::Ended { key, failure: Some(failure.clone()) }),
-            (Phase::Draining { why, .. } | Phase::Stopping { why, .. }, None | Some(InstanceState::Ended { .. })) => {
+            (Phase::Launching { .. }, Some(InstanceState::Ended(end))) => {
+                let failure = self.death(RIGHT_AFTER, end.account.as_deref());
+                self.record(Change::Ended { key, failure });
+            }
+            (Phase::Booting { .. } | Phase::Ready { .. }, None) => {
+                let failure = self.death(GONE, None);
+                self.record(Change::Ended { key, failure });
+            }
+            (Phase::Booting { .. } | Phase::Ready { .. }, Some(InstanceState::Ended(end))) => {
+                let failure = self.death(GONE, end.account.as_deref());
+                self.record(Change::Ended { key, failure });
+            }
+            (Phase::Draining { why, .. } | Phase::Stopping { why, .. }, None | Some(InstanceState::Ended(_))) => {
                 let failure = why.is_failure().then(|| Failure::new(why.to_string()));
                 self.record(Change::Ended { key, failure });
             }
@@ -127,9 +144,7 @@ impl Planner<'_> {
             (Phase::Ended { .. }, Some(InstanceState::Launching | InstanceState::Running(_))) => {
                 self.record(Change::Stopping { key, why: StopReason::Replaced });
             }
-            (Phase::Ended { .. }, Some(InstanceState::Ended { .. })) => {
-                self.job(&JobKey::Forget(key.clone()), restart::STEP, Step::Forget(key));
-            }
+            (Phase::Ended { .. }, Some(InstanceState::Ended(end))) => self.over(key, end),
             (Phase::Ended { .. }, None) if !next => self.record(Change::Forgotten(key)),
             // As it should be, or a launch under way that the next passes will see the end of.
             (Phase::Planned { .. } | Phase::Ended { .. } | Phase::Launching { .. }, None)
@@ -139,6 +154,28 @@ impl Planner<'_> {
                 Some(InstanceState::Launching | InstanceState::Running(_)),
             ) => {}
         }
+    }
+
+    /// Takes in what came to be known of an end after it was noticed; then nothing is needed of its traces any more.
+    fn over(&mut self, key: EnclaveKey, end: &End) {
+        let last = self.ledger.enclaves.get(&key.name).and_then(|enclave| enclave.last_end.as_ref());
+        if let (Some(last), Some(account)) = (last.filter(|last| last.generation == key.generation), &end.account) {
+            for text in [GONE, RIGHT_AFTER] {
+                let failure = death(text, Some(account));
+                if last.failure == death(text, None) && last.failure != failure {
+                    return self.record(Change::Explained { key, failure });
+                }
+            }
+        }
+        if end.settled {
+            self.job(&JobKey::Forget(key.clone()), restart::STEP, Step::Forget(key));
+        }
+    }
+
+    /// The failure that a lost enclave leaves behind, unless the host was rebooted, which is nobody's failure.
+    fn death(&self, text: &str, account: Option<&str>) -> Option<Failure> {
+        let same_boot = self.ledger.boot_id.as_ref() == Some(&self.observed.boot_id);
+        same_boot.then(|| death(text, account))
     }
 
     /// Lets what a generation may reach follow the configuration, at once, if the configuration is for it. One that is
@@ -179,6 +216,13 @@ impl Planner<'_> {
     /// Ends all of an enclave that is not wanted, or is held.
     fn abandon(&mut self, name: &EnclaveName, removed: bool, record: &EnclaveRecord, instances: &Instances) {
         let why = if removed { StopReason::Removed } else { StopReason::Held };
+        if let Some(since) = record.held_since.filter(|_| !removed) {
+            let by = record.held_by;
+            self.wait(
+                name,
+                format!("it is held stopped since {since}, by `{by}`; `enclavectl start {name}` launches it"),
+            );
+        }
         for (generation, of) in &record.generations {
             if of.is_current() {
                 self.end(EnclaveKey { name: name.clone(), generation: *generation }, of, &why, instances);
@@ -493,4 +537,9 @@ impl Planner<'_> {
         let step = Step::Probe { key: key.clone(), cid: record.cid, check: check.clone() };
         self.job(&JobKey::Probe(key.clone()), restart::STEP, step);
     }
+}
+
+fn death(text: &str, account: Option<&str>) -> Failure {
+    let how = account.unwrap_or("the enclave crashed, powered off, or was ended from outside");
+    Failure::new(format!("{text}: {how}"))
 }

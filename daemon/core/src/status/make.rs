@@ -129,7 +129,7 @@ impl Maker<'_> {
             }
         }
         for (key, instance) in self.observed.instances.known().into_iter().flatten() {
-            let over = matches!(instance.state, InstanceState::Ended { .. });
+            let over = matches!(instance.state, InstanceState::Ended(_));
             if !over && self.ledger.generation(key).is_none() && instance.generation.is_none() {
                 let text = format!("{key} runs, or may run, and what it is cannot be read any more; it is left alone");
                 add(key.name.as_str(), Failure::new(text).with_remedy("end it with nitro-cli if it is not wanted"));

@@ -2,12 +2,18 @@
 
 use super::*;
 use crate::launch::tests::helper;
-use crate::launch_trace::{Moment, Outcome as Traced, Recorded};
+use crate::launch_trace::{LaunchSpec, Moment, Outcome as Traced, Recorded, STOP_FILE, Trace};
+use crate::launches::scan::Scan;
+use crate::launches::{LOOK_AGAIN, now};
+use crate::pidfd::Pidfd;
 use crate::test_support::{self, Stand, launch_spec, until};
+use crate::{nitro_cli, procfs};
+use enclaved_core::id::{BootId, Timestamp};
 use enclaved_core::ledger::GenerationRecord;
-use enclaved_core::observed::InstanceState;
-use std::future::poll_fn;
+use enclaved_core::observed::{End, InstanceState};
+use std::future::{Future, poll_fn};
 use std::task::Poll;
+use std::time::Duration;
 
 type Known = BTreeMap<EnclaveKey, LaunchRecord>;
 
@@ -15,17 +21,17 @@ fn key() -> EnclaveKey {
     "signer-3".parse().unwrap()
 }
 
-fn settings(stand: &Stand) -> DirectSettings {
-    DirectSettings {
+fn settings(stand: &Stand) -> LaunchSettings {
+    LaunchSettings {
         run_dir: stand.path().to_owned(),
         images_dir: stand.path().join("images"),
         nitro_cli: stand.path().join("nitro-cli"),
-        helper: HelperCommand { program: helper(stand.path()), arguments: Vec::new() },
     }
 }
 
 fn direct(stand: &Stand) -> Direct {
-    Direct::new(settings(stand)).unwrap()
+    let helper = HelperCommand { program: helper(stand.path()), arguments: Vec::new() };
+    Direct::new(settings(stand), helper).unwrap()
 }
 
 fn launch() -> Launch {
@@ -64,7 +70,7 @@ async fn ended(direct: &Direct) -> InstanceState {
         loop {
             match state(direct, &Known::new()).await {
                 Some(InstanceState::Running(_)) => direct.changed().await,
-                Some(state @ InstanceState::Ended { launch_failure: None, .. }) => return state,
+                Some(state @ InstanceState::Ended(End { launch_failure: None, .. })) => return state,
                 other => panic!("{other:?}"),
             }
         }
@@ -75,7 +81,7 @@ async fn ended(direct: &Direct) -> InstanceState {
 
 async fn launch_failure(direct: &Direct) -> Failure {
     match settled(direct).await {
-        InstanceState::Ended { launch_failure: Some(failure), .. } => failure,
+        InstanceState::Ended(End { launch_failure: Some(failure), .. }) => failure,
         other => panic!("{other:?}"),
     }
 }
@@ -123,7 +129,7 @@ async fn a_launch_is_seen_under_way_then_running_and_its_death_is_noticed() {
     let generation = direct.observe(&Known::new()).await.unwrap().remove(&key()).unwrap().generation;
     assert_eq!(generation, Some(GenerationRecord { ..launch().record }));
 
-    Pidfd::open(record.process).unwrap().unwrap().send(rustix::process::Signal::KILL).unwrap();
+    Pidfd::open(record.process).unwrap().unwrap().send(Signal::KILL).unwrap();
     let ended = ended(&direct).await;
     assert_eq!(state(&direct, &Known::new()).await, Some(ended), "the time of its end stays");
 }
@@ -160,7 +166,7 @@ async fn a_failed_launch_is_over_and_says_why() {
 async fn a_helper_that_cannot_be_started_leaves_no_traces() {
     let stand = Stand::new();
     let helper = HelperCommand { program: "/nonexistent/enclaved".into(), arguments: Vec::new() };
-    let direct = Direct::new(DirectSettings { helper, ..settings(&stand) }).unwrap();
+    let direct = Direct::new(settings(&stand), helper).unwrap();
     let failure = direct.launch(&launch()).await.unwrap_err();
     assert!(failure.message.contains("/nonexistent/enclaved"), "{failure}");
     assert_eq!(direct.observe(&Known::new()).await.unwrap(), BTreeMap::new());
@@ -172,7 +178,7 @@ async fn a_launch_whose_control_process_ends_is_taken_up_by_the_next_one() {
     stand.nitro_cli("while [ ! -e $d/go ]; do sleep 0.01; done; enclave", "fail");
     let first = direct(&stand);
     first.launch(&launch()).await.unwrap();
-    let trace = first.trace(&key());
+    let trace = first.launches.trace(&key());
     until("nitro-cli is at work", || trace.nitro_cli().unwrap().is_some()).await;
     drop(first);
 
@@ -247,7 +253,7 @@ async fn traces_of_a_former_boot_tell_of_an_end() {
     let trace = left(&stand);
     trace.write_record(&Recorded { boot_id: BootId("former".to_owned()), launch: record }).unwrap();
     let ended = state(&direct(&stand), &Known::new()).await;
-    assert!(matches!(ended, Some(InstanceState::Ended { launch_failure: None, .. })), "{ended:?}");
+    assert!(matches!(ended, Some(InstanceState::Ended(End { launch_failure: None, .. }))), "{ended:?}");
 
     let trace = left(&stand);
     fs::remove_file(trace.folder().join("record.json")).unwrap();
@@ -255,7 +261,7 @@ async fn traces_of_a_former_boot_tell_of_an_end() {
     trace.write_attempt(&Moment { at: now() }).unwrap();
     let direct = direct(&stand);
     let ended = state(&direct, &Known::new()).await;
-    assert!(matches!(ended, Some(InstanceState::Ended { launch_failure: None, .. })), "{ended:?}");
+    assert!(matches!(ended, Some(InstanceState::Ended(End { launch_failure: None, .. }))), "{ended:?}");
     direct.forget(&key()).await.unwrap();
 }
 
@@ -359,7 +365,7 @@ async fn an_enclave_that_does_not_heed_is_ended_through_nitro_cli() {
     // It was first asked half a minute ago, by an earlier life.
     let ago = Timestamp::from_millis(now().as_millis() - 31_000);
     let noted = format!(r#"{{"since":"{ago}","asked":"{ago}","terminate":null}}"#);
-    fs::write(trace.folder().join(stop::FILE), noted).unwrap();
+    fs::write(trace.folder().join(STOP_FILE), noted).unwrap();
     let direct = direct(&stand);
     direct.observe(&Known::new()).await.unwrap();
     direct.stop(&key(), &record).await.unwrap();
@@ -401,7 +407,7 @@ async fn traces_that_cannot_be_read_leave_only_their_own_launch_unknown() {
     // A folder in the place of a file can't be read as one, whoever one is.
     fs::create_dir_all(left(&stand).folder().join("record.json")).unwrap();
     assert!(matches!(state(&direct, &Known::new()).await, Some(InstanceState::Unknown(_))));
-    assert!(direct.shared.state().look_again.is_some());
+    assert!(direct.launches.shared.state().look_again.is_some());
 }
 
 #[tokio::test(start_paused = true)]
@@ -409,7 +415,7 @@ async fn a_look_that_fails_again_and_again_is_not_repeated_at_once() {
     let stand = Stand::new();
     let direct = direct(&stand);
     fs::remove_dir(stand.path().join("enclaves")).unwrap();
-    direct.shared.bump();
+    direct.launches.shared.bump();
     for _ in 0..3 {
         direct.observe(&Known::new()).await.unwrap_err();
         let before = tokio::time::Instant::now();
@@ -425,10 +431,10 @@ async fn a_helper_that_does_not_finish_is_started_again_only_after_a_pause() {
     test_support::write_script(&program, &format!("echo x >> {}/helpers; exit 1", stand.path().display()));
     left(&stand).write_attempt(&Moment { at: now() }).unwrap();
     let helper = HelperCommand { program, arguments: Vec::new() };
-    let direct = Direct::new(DirectSettings { helper, ..settings(&stand) }).unwrap();
+    let direct = Direct::new(settings(&stand), helper).unwrap();
     let InstanceState::Unknown(failure) = settled(&direct).await else { panic!("it should be unknown") };
     assert!(failure.message.contains("launch helper ended with exit status: 1"), "{failure}");
-    assert!(direct.shared.state().look_again.is_some_and(|pause| pause <= Duration::from_secs(1)));
+    assert!(direct.launches.shared.state().look_again.is_some_and(|pause| pause <= Duration::from_secs(1)));
     state(&direct, &Known::new()).await;
     assert_eq!(fs::read_to_string(stand.path().join("helpers")).unwrap(), "x\n");
 }
@@ -438,7 +444,7 @@ async fn a_helper_that_cannot_be_started_for_one_launch_hides_no_other() {
     let stand = Stand::new();
     left(&stand).write_attempt(&Moment { at: now() }).unwrap();
     let helper = HelperCommand { program: "/nonexistent/enclaved".into(), arguments: Vec::new() };
-    let direct = Direct::new(DirectSettings { helper, ..settings(&stand) }).unwrap();
+    let direct = Direct::new(settings(&stand), helper).unwrap();
     direct.observe(&Known::new()).await.unwrap();
     let Some(InstanceState::Unknown(failure)) = state(&direct, &Known::new()).await else { panic!("unknown") };
     assert!(failure.message.contains("/nonexistent/enclaved"), "{failure}");
@@ -450,7 +456,7 @@ async fn a_stop_that_cannot_be_noted_is_carried_out_and_waits_for_the_end() {
     let (_child, record) = sleeper();
     let trace = left(&stand);
     trace.write_record(&recorded(&record)).unwrap();
-    fs::create_dir(trace.folder().join(stop::FILE)).unwrap();
+    fs::create_dir(trace.folder().join(STOP_FILE)).unwrap();
     let direct = direct(&stand);
     direct.stop(&key(), &record).await.unwrap();
     assert!(!procfs::is_alive(record.process).unwrap());
@@ -472,7 +478,7 @@ async fn a_long_log_is_put_aside_before_the_next_helper_writes() {
 async fn a_launch_that_is_forgotten_during_a_look_is_not_in_it() {
     let stand = Stand::new();
     let direct = direct(&stand);
-    let scanner = direct.scanner(&Known::new());
+    let scanner = direct.launches.scanner(&Known::new(), Beside::default());
     let trace = left(&stand);
     let mut scan = Scan::default();
     fs::remove_dir_all(trace.folder()).unwrap();
@@ -487,8 +493,8 @@ async fn a_launch_that_is_over_does_not_seem_to_begin_again_while_it_is_being_fo
     trace.write_attempt(&Moment { at: now() }).unwrap();
     trace.write_end(&Moment { at: now() }).unwrap();
     let direct = direct(&stand);
-    let _forgetting = Working::begin(&direct.shared, &key()).unwrap();
-    assert!(matches!(state(&direct, &Known::new()).await, Some(InstanceState::Ended { .. })));
+    let _forgetting = Working::begin(&direct.launches.shared, &key()).unwrap();
+    assert!(matches!(state(&direct, &Known::new()).await, Some(InstanceState::Ended(_))));
 }
 
 #[tokio::test]

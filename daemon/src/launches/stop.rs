@@ -4,9 +4,6 @@ use enclaved_core::id::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-/// Its name in a launch's traces.
-pub(super) const FILE: &str = "stop.json";
-
 /// How long each way is given to work. nitro-cli ends an enclave within a second or two.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long until it is asked once more in the same way.
@@ -15,7 +12,7 @@ const REPEAT: Duration = Duration::from_secs(10);
 /// How far the ending of an enclave is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct StopFile {
+pub(crate) struct StopFile {
     /// When it was first asked (SIGTERM to nitro-cli's process, which ends its enclave and itself).
     since: Timestamp,
     /// When it was last asked.
@@ -26,7 +23,7 @@ pub(super) struct StopFile {
 
 /// What to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum StopStep {
+pub(crate) enum StopStep {
     /// It was asked a moment ago.
     Wait,
     /// SIGTERM to its process.
@@ -38,7 +35,7 @@ pub(super) enum StopStep {
 }
 
 /// The next step, and what is to be noted before it is taken.
-pub(super) fn next(noted: Option<StopFile>, now: Timestamp) -> (StopStep, StopFile) {
+pub(crate) fn next(noted: Option<StopFile>, now: Timestamp) -> (StopStep, StopFile) {
     let Some(stop) = noted else {
         return (StopStep::Ask, StopFile { since: now, asked: now, terminate: None });
     };

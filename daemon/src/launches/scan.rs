@@ -1,15 +1,16 @@
 //! One look at the traces of all launches and at the processes they tell of. Writes only what was found out for good: the
 //! time of an end, and that a launch was cut off before it began.
 
-use super::{HIDDEN, LOOK_AGAIN, Shared, fault};
+use super::{Beside, HIDDEN, LOOK_AGAIN, Shared, Story, fault};
 use crate::atomic_file::FileError;
 use crate::host::Outcome;
-use crate::launch_trace::{self, Failed, LaunchSpec, Moment, Trace};
+use crate::launch_trace::{self, Exit, Failed, LaunchSpec, Moment, Trace};
+use crate::launches::unit_name;
 use crate::procfs;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, EnclaveKey, Timestamp};
 use enclaved_core::ledger::{LaunchRecord, ProcessIdentity};
-use enclaved_core::observed::{Instance, InstanceState};
+use enclaved_core::observed::{AskedBy, End, Instance, InstanceState};
 use enclaved_core::plan::restart::{Backoff, pause_end};
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,34 +22,38 @@ use std::time::Duration;
 const RESOLVE_PAUSES: Backoff = Backoff::new(Duration::from_secs(15), Duration::from_secs(600));
 /// A launch is noted within this time after its process was started, whatever was done to the clock in small steps.
 const CLOCK_SLACK: Duration = Duration::from_secs(5);
+/// An exit is noted within this time after the end of the process, or not at all.
+const ACCOUNT_PATIENCE: Duration = Duration::from_secs(10);
 /// The kernel keeps so many bytes of an executable's name.
 const NAME_LEN: usize = 15;
 
 /// What a look needs to know.
 #[derive(Debug)]
-pub(super) struct Scanner {
-    pub(super) folder: PathBuf,
-    pub(super) boot_id: BootId,
-    pub(super) nitro_cli: PathBuf,
+pub(crate) struct Scanner {
+    pub(crate) folder: PathBuf,
+    pub(crate) boot_id: BootId,
+    pub(crate) nitro_cli: PathBuf,
     /// The processes that the ledger knows.
-    pub(super) known: BTreeMap<EnclaveKey, LaunchRecord>,
+    pub(crate) known: BTreeMap<EnclaveKey, LaunchRecord>,
     /// Has the launches on which this process works just now: their helpers may not have the lock yet.
-    pub(super) shared: Arc<Shared>,
-    pub(super) now: Timestamp,
+    pub(crate) shared: Arc<Shared>,
+    /// What the supervisor knows beside the traces.
+    pub(crate) beside: Beside,
+    pub(crate) now: Timestamp,
 }
 
 /// What was seen.
 #[derive(Debug, Default)]
-pub(super) struct Scan {
-    pub(super) instances: BTreeMap<EnclaveKey, Instance>,
+pub(crate) struct Scan {
+    pub(crate) instances: BTreeMap<EnclaveKey, Instance>,
     /// Processes whose end is a change.
-    pub(super) watch: Vec<ProcessIdentity>,
+    pub(crate) watch: Vec<ProcessIdentity>,
     /// How soon to look again even if none of them ends.
-    pub(super) look_again: Option<Duration>,
+    pub(crate) look_again: Option<Duration>,
     /// Launches that need a helper to find out what became of them.
-    pub(super) unresolved: Vec<EnclaveKey>,
+    pub(crate) unresolved: Vec<EnclaveKey>,
     /// Launches that take longer than they can, and what to say of them.
-    pub(super) overdue: Vec<(EnclaveKey, String)>,
+    pub(crate) overdue: Vec<(EnclaveKey, String)>,
 }
 
 impl Scan {
@@ -62,7 +67,7 @@ impl Scanner {
     ///
     /// # Errors
     /// The launches can't be listed: then nothing is known.
-    pub(super) fn scan(&self) -> Outcome<Scan> {
+    pub(crate) fn scan(&self) -> Outcome<Scan> {
         let mut scan = Scan::default();
         for key in self.keys()? {
             let trace = Trace::new(self.folder.join(key.to_string()));
@@ -75,7 +80,7 @@ impl Scanner {
     }
 
     /// What can be seen of that launch; `None` if it was forgotten since it was listed.
-    pub(super) fn see(&self, key: &EnclaveKey, trace: &Trace, scan: &mut Scan) -> Option<Instance> {
+    pub(crate) fn see(&self, key: &EnclaveKey, trace: &Trace, scan: &mut Scan) -> Option<Instance> {
         let seen = self.instance(key, trace, scan);
         if !trace.folder().exists() {
             // What was read of it is half of the truth.
@@ -128,16 +133,16 @@ impl Scanner {
         let outcome = |trace: &Trace| trace.outcome().map_err(|error| fault(&error));
         let same_boot = |boot_id: &BootId| *boot_id == self.boot_id;
         match outcome(trace)? {
-            launch_trace::Outcome::Ran(ran) => return self.ran(trace, ran.boot_id, ran.launch, scan),
-            launch_trace::Outcome::Failed(failed) => return Ok(ended(failed.at, Some(failed.failure))),
+            launch_trace::Outcome::Ran(ran) => return self.ran(key, trace, ran.boot_id, ran.launch, scan),
+            launch_trace::Outcome::Failed(failed) => return Ok(self.failed(key, trace, failed)),
             launch_trace::Outcome::Attempted(_) | launch_trace::Outcome::Nothing => {}
         }
         if spec.is_some_and(|spec| !same_boot(&spec.boot_id)) {
-            return self.end(trace);
+            return self.end(key, trace, scan);
         }
         if let Ok(Some(end)) = trace.end() {
             // Whoever works on it removes it.
-            return Ok(ended(end.at, None));
+            return Ok(InstanceState::Ended(End { asked: self.asked(trace), ..End::noticed(end.at) }));
         }
         if self.works_on(key) {
             return Ok(self.launching(key, trace, spec, scan));
@@ -145,15 +150,29 @@ impl Scanner {
         let Some(_lock) = trace.try_lock().map_err(|error| fault(&error))? else {
             return Ok(self.launching(key, trace, spec, scan));
         };
+        if let Some(failure) = self.beside.unseen.clone().filter(|_| !trace.is_over()) {
+            scan.look_within(LOOK_AGAIN);
+            return Ok(InstanceState::Unknown(not_known(key, failure)));
+        }
         // Nobody works on it, and nobody can begin to: only now is what the traces say the last word.
         match outcome(trace)? {
-            launch_trace::Outcome::Ran(ran) => self.ran(trace, ran.boot_id, ran.launch, scan),
-            launch_trace::Outcome::Failed(failed) => Ok(ended(failed.at, Some(failed.failure))),
+            launch_trace::Outcome::Ran(ran) => self.ran(key, trace, ran.boot_id, ran.launch, scan),
+            launch_trace::Outcome::Failed(failed) => Ok(self.failed(key, trace, failed)),
             launch_trace::Outcome::Nothing => {
-                let failure = Failure::new("the launch was cut off before nitro-cli was run");
+                let failure = match self.beside.stories.get(key) {
+                    // Whoever tells it wakes.
+                    Some(Story::Coming) => return Ok(InstanceState::Launching),
+                    Some(Story::Told { result, words }) => Failure::new(format!(
+                        "its unit {} failed before nitro-cli was run: {result}{}",
+                        unit_name(key),
+                        last_words(words)
+                    ))
+                    .with_remedy(format!("see `journalctl -u {}`", unit_name(key))),
+                    None => Failure::new("the launch was cut off before nitro-cli was run"),
+                };
                 let failed = Failed { at: self.now, count: 1, failure };
                 trace.write_failure(&failed).map_err(|error| fault(&error))?;
-                Ok(ended(failed.at, Some(failed.failure)))
+                Ok(self.failed(key, trace, failed))
             }
             launch_trace::Outcome::Attempted(_) => self.attempted(key, trace, spec, scan),
         }
@@ -173,7 +192,7 @@ impl Scanner {
                 scan.watch.push(launch.process);
                 Ok(InstanceState::Running(launch.clone()))
             }
-            Some(_) => self.end(trace),
+            Some(_) => self.end(key, trace, scan),
             None if spec.is_none() => {
                 let failure =
                     Failure::new(format!("it can't be found out whether {key} runs: its traces are unreadable"));
@@ -187,28 +206,77 @@ impl Scanner {
         }
     }
 
-    fn ran(&self, trace: &Trace, boot_id: BootId, launch: LaunchRecord, scan: &mut Scan) -> Outcome<InstanceState> {
+    fn ran(
+        &self,
+        key: &EnclaveKey,
+        trace: &Trace,
+        boot_id: BootId,
+        launch: LaunchRecord,
+        scan: &mut Scan,
+    ) -> Outcome<InstanceState> {
         if boot_id == self.boot_id && alive(launch.process)? {
             scan.watch.push(launch.process);
             return Ok(InstanceState::Running(launch));
         }
-        self.end(trace)
+        self.end(key, trace, scan)
     }
 
     /// It is over: since when is noted once.
-    fn end(&self, trace: &Trace) -> Outcome<InstanceState> {
-        match trace.end() {
-            Ok(Some(end)) => return Ok(ended(end.at, None)),
-            Ok(None) => {}
-            Err(error) if error.is_about_contents() => {}
-            Err(error) => return Err(fault(&error)),
+    fn end(&self, key: &EnclaveKey, trace: &Trace, scan: &mut Scan) -> Outcome<InstanceState> {
+        let noted = match trace.end() {
+            Err(error) if error.is_about_contents() => None,
+            other => other.map_err(|error| fault(&error))?,
+        };
+        let at = match noted {
+            Some(end) => end.at,
+            None => {
+                trace.write_end(&Moment { at: self.now }).map_err(|error| fault(&error))?;
+                self.now
+            }
+        };
+        let mut end = End { asked: self.asked(trace), ..End::noticed(at) };
+        if self.beside.exits_are_noted && self.is_of_this_boot(trace) {
+            // It was noticed by its process; its unit notes a moment later how that ended.
+            let exit = trace.exit().ok().flatten();
+            let story = self.beside.stories.get(key);
+            let asked = end.asked.is_some() || trace.stop_is_noted();
+            let told = exit.is_some() && (asked || matches!(story, Some(Story::Told { .. }))) && self.is_at_rest(key);
+            match pause_end(at, ACCOUNT_PATIENCE, self.now).filter(|_| !told) {
+                Some(due) => {
+                    end.settled = false;
+                    scan.look_within(due.since(self.now));
+                }
+                None => end.account = account(exit.as_ref(), story),
+            }
         }
-        trace.write_end(&Moment { at: self.now }).map_err(|error| fault(&error))?;
-        Ok(ended(self.now, None))
+        Ok(InstanceState::Ended(end))
+    }
+
+    /// The launch failed.
+    fn failed(&self, key: &EnclaveKey, trace: &Trace, failed: Failed) -> InstanceState {
+        let (asked, settled) = (self.asked(trace), self.is_at_rest(key));
+        InstanceState::Ended(End { launch_failure: Some(failed.failure), asked, settled, ..End::noticed(failed.at) })
+    }
+
+    /// Whether its unit, if it has one, does nothing any more: until then more may be noted, and it may yet come to be seen as
+    /// failed.
+    fn is_at_rest(&self, key: &EnclaveKey) -> bool {
+        self.beside.unseen.is_none() && !self.beside.busy.contains(key)
+    }
+
+    /// Who asked for its end in this boot, if enclaved did not.
+    fn asked(&self, trace: &Trace) -> Option<AskedBy> {
+        // What can't be read is as good as not there: an end that nobody asked for is the one that leads to a launch.
+        let asked = trace.asked().ok().flatten()?;
+        (asked.boot_id == self.boot_id).then_some(asked.by)
+    }
+
+    fn is_of_this_boot(&self, trace: &Trace) -> bool {
+        trace.spec().ok().flatten().is_some_and(|spec| spec.boot_id == self.boot_id)
     }
 
     fn works_on(&self, key: &EnclaveKey) -> bool {
-        self.shared.state().working.contains(key)
+        self.beside.busy.contains(key) || self.shared.state().working.contains(key)
     }
 
     fn launching(&self, key: &EnclaveKey, trace: &Trace, spec: Option<&LaunchSpec>, scan: &mut Scan) -> InstanceState {
@@ -292,7 +360,7 @@ impl Scanner {
 }
 
 /// Why the traces of a launch must stay: it is not over.
-pub(super) fn check_over(trace: &Trace) -> Result<(), String> {
+pub(crate) fn check_over(trace: &Trace) -> Result<(), String> {
     if !trace.folder().exists() {
         return Ok(());
     }
@@ -324,6 +392,32 @@ fn not_known(key: &EnclaveKey, failure: Failure) -> Failure {
     Failure { message, ..failure }
 }
 
-fn ended(at: Timestamp, launch_failure: Option<Failure>) -> InstanceState {
-    InstanceState::Ended { at, launch_failure }
+/// How an enclave's process ended, in words.
+fn account(exit: Option<&Exit>, story: Option<&Story>) -> Option<String> {
+    let (result, words) = match story {
+        Some(Story::Told { result, words }) => (Some(result.as_str()), last_words(words)),
+        Some(Story::Coming) | None => (None, String::new()),
+    };
+    let how = match exit {
+        Some(exit) => exit_words(exit),
+        None => format!("its unit failed: {}", result?),
+    };
+    Some(format!("{how}{words}"))
+}
+
+fn exit_words(exit: &Exit) -> String {
+    let Exit { result, code, status, .. } = exit;
+    let memory = if result == "oom-kill" { ", for want of memory" } else { "" };
+    match (code.as_str(), status.as_str()) {
+        ("exited", "0") => "its process exited with status 0, as it does when an enclave ends by itself: its \
+                            application crashed, or it was powered off inside"
+            .to_owned(),
+        ("exited", status) => format!("its process exited with status {status}{memory}"),
+        ("killed" | "dumped", signal) => format!("its process was killed by SIG{signal}{memory}"),
+        _ => format!("its unit ended with the result \"{result}\""),
+    }
+}
+
+fn last_words(words: &[String]) -> String {
+    if words.is_empty() { String::new() } else { format!("; last in its journal: {}", words.join(" | ")) }
 }

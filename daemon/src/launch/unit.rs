@@ -1,0 +1,244 @@
+//! The phases of the unit of a launch, `enclave@<key>.service`: the helper as its `ExecStart=`, and what is noted in the traces when
+//! the unit is stopped (`ExecStop=`) and when its processes have ended (`ExecStopPost=`).
+//!
+//! Whoever stops the unit by hand wants the enclave to stay stopped, and this is where that is told from all other ends: by
+//! enclaved (it has noted so before), by itself, or because the host shuts down. At a shutdown systemd stops all units, and
+//! nothing of that may hold an enclave stopped after the boot: so it is noted as what it is, and as that also if it can't be
+//! told; and what was noted in one boot means nothing in the next.
+
+use super::{LaunchError, TRY_AGAIN, perform, unfinished};
+use crate::launch_trace::{Asked, Exit, Outcome, Recorded, Trace};
+use crate::launches::unit_name;
+use crate::procfs;
+use crate::systemd_bus::SystemdBus;
+use enclaved_core::failure::Failure;
+use enclaved_core::id::{EnclaveKey, Timestamp};
+use enclaved_core::observed::AskedBy;
+use sd_notify::NotifyState;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
+
+/// How often systemd is told that the start goes on, and for how long each time.
+const EXTEND_EVERY: Duration = Duration::from_secs(15);
+const EXTEND_USEC: u32 = 60_000_000;
+/// How long it may take to find out who stops a unit. The enclave runs on meanwhile.
+const ASKING_PATIENCE: Duration = Duration::from_secs(5);
+/// No word of systemd's about an exit is longer.
+const MAX_WORD: usize = 64;
+/// Exit status 1: it did not go well, as is to be seen by the unit.
+const FAILED: u8 = 1;
+
+/// `ExecStart=`: carries out the launch, and makes nitro-cli's process the unit's main process.
+///
+/// Exit status: 0 when the enclave runs, 1 when it does not, 75 when that is not known and the unit should be started again,
+/// 70 when the traces make no sense.
+pub async fn supervised(trace_dir: &Path) -> ExitCode {
+    let extending = tokio::spawn(extend());
+    let trace = Trace::new(trace_dir);
+    let performed = perform(&trace).await;
+    extending.abort();
+    let outcome = performed.and_then(|()| trace.outcome().map_err(LaunchError::File));
+    match outcome {
+        Ok(Outcome::Ran(recorded)) => hand_over(&recorded).await,
+        // Said when it failed; and again by a unit that was started once more.
+        Ok(Outcome::Failed(failed)) => over(&format!("it failed at {}: {}", failed.at, failed.failure)),
+        Ok(Outcome::Attempted(_) | Outcome::Nothing) => ExitCode::from(TRY_AGAIN),
+        Err(error) => unfinished(trace_dir, &error),
+    }
+}
+
+fn over(why: &str) -> ExitCode {
+    tracing::error!("this launch is over: {why}; enclaved launches the enclave anew, under the next number");
+    ExitCode::from(FAILED)
+}
+
+/// Tells systemd that the start goes on: waiting for other launches and booting may take longer than any fixed limit.
+async fn extend() {
+    loop {
+        if let Err(error) = sd_notify::notify(&[NotifyState::ExtendTimeoutUsec(EXTEND_USEC)]) {
+            tracing::debug!("the service manager was not told: {error}");
+        }
+        tokio::time::sleep(EXTEND_EVERY).await;
+    }
+}
+
+/// The record is on disk: from here on the unit is nitro-cli's process.
+async fn hand_over(recorded: &Recorded) -> ExitCode {
+    let process = recorded.launch.process;
+    let alive = procfs::is_alive(process).and_then(|alive| Ok(alive && procfs::boot_id()? == recorded.boot_id));
+    match alive {
+        Ok(true) => {}
+        Ok(false) => return over("its enclave has ended"),
+        Err(error) => {
+            tracing::error!("the process {} of the enclave can't be looked at: {error}", process.pid);
+            return ExitCode::from(TRY_AGAIN);
+        }
+    }
+    if !procfs::same_control_group(process.pid).unwrap_or(true) {
+        // It was launched by other means: systemd would not take it for this unit's.
+        tracing::error!("its enclave runs already, outside of this unit, as process {}", process.pid);
+        return ExitCode::from(FAILED);
+    }
+    let status = format!("{} runs", recorded.launch.enclave_id);
+    let told = [NotifyState::MainPid(process.pid), NotifyState::Ready, NotifyState::Status(&status)];
+    match sd_notify::notify(&told) {
+        // systemd reads it before it learns that this process, which it watches as the main one until then, has ended.
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("systemd could not be told that the enclave runs: {error}");
+            ExitCode::from(TRY_AGAIN)
+        }
+    }
+}
+
+/// `ExecStop=`: notes who stops the unit, if it was not enclaved. systemd runs it also when the main process has ended by
+/// itself; `$MAINPID` is not set then, and there is nothing to note.
+pub async fn stopping(trace_dir: &Path) -> ExitCode {
+    let trace = Trace::new(trace_dir);
+    if variable("MAINPID").is_empty() || !is_launch(&trace) || trace.stop_is_noted() {
+        return ExitCode::SUCCESS;
+    }
+    note_who_asks(&trace).await;
+    // The stop goes on either way.
+    ExitCode::SUCCESS
+}
+
+/// `ExecStopPost=`: notes how the unit's processes ended. Fails unless somebody asked for the end: so that an enclave that died is
+/// seen as a unit that failed, although nitro-cli exits with 0.
+pub async fn ended(trace_dir: &Path) -> ExitCode {
+    let trace = Trace::new(trace_dir);
+    if !is_launch(&trace) {
+        // The start of such a unit has failed, and said so.
+        return ExitCode::SUCCESS;
+    }
+    if let Ok(Outcome::Ran(recorded)) = trace.outcome()
+        && !matches!(procfs::is_alive(recorded.launch.process), Ok(false))
+        && procfs::boot_id().is_ok_and(|boot_id| boot_id == recorded.boot_id)
+    {
+        tracing::warn!("the enclave does not end with this unit: it was launched by other means, and runs on");
+        return ExitCode::SUCCESS;
+    }
+    let asked = trace.stop_is_noted() || is_noted(&trace) || note_who_asks(&trace).await;
+    let exit = Exit {
+        at: now(),
+        result: variable("SERVICE_RESULT"),
+        code: variable("EXIT_CODE"),
+        status: variable("EXIT_STATUS"),
+        asked,
+    };
+    if let Err(error) = trace.write_exit(&exit) {
+        tracing::warn!("how it ended can't be noted: {}", Failure::from_error(&error));
+    }
+    if asked {
+        return ExitCode::SUCCESS;
+    }
+    tracing::error!("ended unasked: {}, {} {}", exit.result, exit.code, exit.status);
+    ExitCode::from(FAILED)
+}
+
+/// Whether there are traces of a launch; a unit that somebody started under another name has none, and makes none.
+fn is_launch(trace: &Trace) -> bool {
+    trace.spec().is_ok_and(|spec| spec.is_some()) && key(trace).is_some()
+}
+
+fn key(trace: &Trace) -> Option<EnclaveKey> {
+    trace.folder().file_name()?.to_str()?.parse().ok()
+}
+
+/// Whether somebody else than enclaved is noted to have asked for the end, in this boot.
+fn is_noted(trace: &Trace) -> bool {
+    let asked = trace.asked().ok().flatten();
+    asked.is_some_and(|asked| procfs::boot_id().is_ok_and(|boot_id| boot_id == asked.boot_id))
+}
+
+/// Notes who asks for the end; false if nobody does.
+async fn note_who_asks(trace: &Trace) -> bool {
+    let Some(key) = key(trace) else { return false };
+    let Some(by) = who_asks(&key).await else { return false };
+    let noted = procfs::boot_id().map_err(|error| Failure::from_error(&error)).and_then(|boot_id| {
+        let asked = Asked { boot_id, at: now(), by };
+        trace.write_asked(&asked).map_err(|error| Failure::from_error(&error))
+    });
+    match noted {
+        Ok(()) => tracing::info!("{}", said(by)),
+        Err(failure) => tracing::warn!("who stops it can't be noted, so it may be launched again: {failure}"),
+    }
+    true
+}
+
+fn said(by: AskedBy) -> &'static str {
+    match by {
+        AskedBy::Stop => "stopped by hand: it is held stopped until `enclavectl start`",
+        AskedBy::Restart => "restarted by hand: it is launched anew, under the next number",
+        AskedBy::Shutdown => "stopped with everything else",
+    }
+}
+
+/// Who has systemd end that unit; `None` if nobody does.
+async fn who_asks(key: &EnclaveKey) -> Option<AskedBy> {
+    let bus = SystemdBus::new();
+    let unit = unit_name(key);
+    let asking = async { tokio::try_join!(bus.system_state(), bus.unit(&unit)) };
+    let answer = tokio::time::timeout(ASKING_PATIENCE, asking).await;
+    match answer {
+        Ok(Ok((system, unit))) => who(&system, unit.and_then(|unit| unit.job).as_deref()),
+        // The bus goes away early in a shutdown.
+        Ok(Err(failure)) => {
+            tracing::warn!("it can't be told who stops it: {failure}");
+            Some(AskedBy::Shutdown)
+        }
+        Err(_) => {
+            tracing::warn!("systemd does not say within {ASKING_PATIENCE:?} who stops it");
+            Some(AskedBy::Shutdown)
+        }
+    }
+}
+
+/// By how the system is, and the job that there is for the unit.
+fn who(system: &str, job: Option<&str>) -> Option<AskedBy> {
+    match (system, job) {
+        (_, None) => None,
+        // To be powered off, or in rescue mode, where only what is named runs.
+        ("stopping" | "maintenance", Some(_)) => Some(AskedBy::Shutdown),
+        (_, Some("stop")) => Some(AskedBy::Stop),
+        (_, Some("restart" | "try-restart")) => Some(AskedBy::Restart),
+        (_, Some(_)) => None,
+    }
+}
+
+/// A word that systemd gives in the environment.
+fn variable(name: &str) -> String {
+    let value = std::env::var_os(name).unwrap_or_default();
+    value.to_string_lossy().chars().filter(|c| !c.is_control()).take(MAX_WORD).collect()
+}
+
+fn now() -> Timestamp {
+    SystemTime::now().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_stop_of_that_unit_alone_is_one_by_hand() {
+        assert_eq!(who("running", Some("stop")), Some(AskedBy::Stop));
+        assert_eq!(who("degraded", Some("stop")), Some(AskedBy::Stop));
+        assert_eq!(who("running", Some("restart")), Some(AskedBy::Restart));
+        assert_eq!(who("stopping", Some("stop")), Some(AskedBy::Shutdown));
+        assert_eq!(who("maintenance", Some("stop")), Some(AskedBy::Shutdown));
+        assert_eq!(who("running", None), None, "it ended by itself");
+        assert_eq!(who("running", Some("start")), None, "its start timed out");
+    }
+
+    #[tokio::test]
+    async fn a_unit_without_a_launch_does_nothing_and_its_start_fails() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("signer-9");
+        assert_eq!(format!("{:?}", supervised(&missing).await), format!("{:?}", ExitCode::from(70)));
+        assert_eq!(format!("{:?}", stopping(&missing).await), format!("{:?}", ExitCode::SUCCESS));
+        assert_eq!(format!("{:?}", ended(&missing).await), format!("{:?}", ExitCode::SUCCESS));
+        assert!(!missing.exists());
+    }
+}

@@ -1,0 +1,194 @@
+//! Enclaves as units: the daemon, its proxy and an enclave on a parent host whose supervisor is systemd; and what operators do to
+//! the units with systemctl.
+
+use crate::DEADLINE;
+use enclaved_core::status::{EnclaveState, EnclaveStatus, Status};
+use enclaved_integration::machine::parent::{Parent, parent_host};
+
+const IMAGE: &str = "/opt/images/signer.eif";
+
+fn config(parent: &Parent, more: &str) -> String {
+    let host = parent.host_config().replace("[host]\n", &format!("[host]\n{more}"));
+    host + &parent.sample_enclave("signer", IMAGE)
+}
+
+/// A parent host with an enclave that serves.
+fn serving_with(more: &str) -> Parent {
+    let parent = parent_host().unwrap();
+    parent.put_image(IMAGE, &parent.sample_application("v1")).unwrap();
+    parent.write("/etc/enclaved/enclaved.toml", config(&parent, more)).unwrap();
+    parent.run_ok(&["systemctl", "enable", "--now", "enclaved"]).unwrap();
+    until_ready(&parent, 1);
+    parent
+}
+
+fn serving() -> Parent {
+    serving_with("")
+}
+
+fn signer(status: &Status) -> &EnclaveStatus {
+    status.enclaves.iter().find(|enclave| enclave.name.as_str() == "signer").unwrap()
+}
+
+/// Waits until that generation serves.
+fn until_ready(parent: &Parent, generation: u32) -> EnclaveStatus {
+    let what = format!("signer-{generation} is ready");
+    let ready = |status: &Status| {
+        let signer = status.enclaves.first();
+        signer.is_some_and(|signer| signer.ready && signer.generation.is_some_and(|of| of.0 == generation))
+    };
+    signer(&parent.until(&what, ready).unwrap()).clone()
+}
+
+fn until_property(parent: &Parent, unit: &str, name: &str, value: &str) {
+    let what = format!("{name} of {unit} is {value}");
+    parent.wait_until(&what, DEADLINE, || Ok((parent.property(unit, name)? == value).then_some(()))).unwrap();
+}
+
+#[test]
+fn an_enclave_is_a_unit_whose_main_process_is_nitro_clis_and_it_outlives_the_daemon() {
+    let parent = serving();
+    let signer = until_ready(&parent, 1);
+    let unit = "enclave@signer-1.service";
+    assert_eq!(parent.main_pid(unit).unwrap(), signer.pid);
+    assert_eq!(parent.property(unit, "ActiveState").unwrap(), "active");
+    assert_eq!(parent.property(unit, "StatusText").unwrap(), format!("{} runs", signer.enclave_id.clone().unwrap()));
+    assert_eq!(parent.property("enclaved-proxy", "ActiveState").unwrap(), "active");
+    for how in [&["systemctl", "restart", "enclaved"][..], &["systemctl", "kill", "--signal=KILL", "enclaved"]] {
+        let before = parent.main_pid("enclaved").unwrap();
+        parent.run_ok(how).unwrap();
+        parent
+            .wait_until("another process is the daemon", DEADLINE, || {
+                Ok(parent.main_pid("enclaved")?.filter(|pid| Some(*pid) != before))
+            })
+            .unwrap();
+        assert_eq!(until_ready(&parent, 1).pid, signer.pid);
+    }
+    parent.run_ok(&["systemctl", "stop", "enclaved"]).unwrap();
+    assert_eq!(parent.main_pid(unit).unwrap(), signer.pid);
+}
+
+#[test]
+fn what_is_stopped_by_hand_stays_stopped_until_it_is_released() {
+    let parent = serving();
+    parent.run_ok(&["systemctl", "stop", "enclave@signer-1"]).unwrap();
+    let held = |status: &Status| signer(status).state == EnclaveState::Held;
+    let status = parent.until("it is held", held).unwrap();
+    let why = signer(&status).waiting_for.clone().unwrap();
+    assert!(why.contains("systemctl stop") && why.contains("enclavectl start signer"), "{why}");
+    assert_eq!(signer(&status).last_error, None, "nothing failed");
+    // Nothing of it is left that an on-call engineer would take for a failure.
+    parent
+        .wait_until("its traces are gone", DEADLINE, || {
+            Ok((!parent.run(&["test", "-e", "/run/enclaved/enclaves/signer-1"])?.success()).then_some(()))
+        })
+        .unwrap();
+    assert_eq!(parent.property("enclave@signer-1", "ActiveState").unwrap(), "inactive");
+    parent.run_ok(&["systemctl", "restart", "enclaved"]).unwrap();
+    parent.until("it is held by the next daemon, too", held).unwrap();
+    parent.run_ok(&["enclavectl", "start", "signer"]).unwrap();
+    until_ready(&parent, 2);
+}
+
+#[test]
+fn what_is_stopped_by_hand_while_no_daemon_runs_is_held_by_the_next_one() {
+    let parent = serving();
+    parent.run_ok(&["systemctl", "stop", "enclaved"]).unwrap();
+    parent.run_ok(&["systemctl", "stop", "enclave@signer-1"]).unwrap();
+    parent.run_ok(&["systemctl", "start", "enclaved"]).unwrap();
+    parent.until("it is held", |status| signer(status).state == EnclaveState::Held).unwrap();
+}
+
+#[test]
+fn what_is_restarted_by_hand_is_launched_anew_and_has_not_failed() {
+    let parent = serving();
+    // The unit itself can't: a generation is launched once.
+    let said = parent.run(&["systemctl", "restart", "enclave@signer-1"]).unwrap();
+    assert_eq!(said.code, Some(1), "{said:?}");
+    let signer = until_ready(&parent, 2);
+    assert_eq!((signer.restarts, signer.last_error), (0, None));
+    assert!(parent.journal("enclave@signer-1").unwrap().contains("this launch is over"));
+}
+
+#[test]
+fn a_death_is_told_with_how_the_process_ended_and_the_enclave_is_launched_again() {
+    let parent = serving();
+    for (generation, signal, words) in [(1, "KILL", "killed by SIGKILL"), (2, "TERM", "exited with status 0")] {
+        let signer = until_ready(&parent, generation);
+        parent.run_ok(&["kill", &format!("-{signal}"), &signer.pid.unwrap().to_string()]).unwrap();
+        until_ready(&parent, generation + 1);
+        let told = |status: &Status| {
+            let error = self::signer(status).last_error.as_ref();
+            error.is_some_and(|error| error.failure.message.contains(words))
+        };
+        let status = parent.until("it is told how it ended", told).unwrap();
+        assert_eq!(self::signer(&status).restarts, u64::from(generation));
+    }
+    parent
+        .wait_until("nothing of it looks failed", DEADLINE, || {
+            let failed = parent.run_ok(&["systemctl", "--failed", "--quiet", "list-units", "enclave@*"])?;
+            Ok(failed.is_empty().then_some(()))
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_reboot_holds_nothing_stopped_and_is_nobodys_failure() {
+    let parent = serving();
+    parent.reboot().unwrap();
+    let signer = until_ready(&parent, 2);
+    assert_eq!((signer.restarts, signer.last_error), (0, None));
+    parent.reset().unwrap();
+    assert_eq!(until_ready(&parent, 3).last_error, None);
+}
+
+#[test]
+fn a_unit_that_fails_before_its_helper_runs_ends_the_launch_and_says_why() {
+    let parent = serving();
+    let folder = "/run/systemd/system/enclave@.service.d";
+    parent.write(&format!("{folder}/broken.conf"), "[Service]\nBindPaths=/nonexistent\n").unwrap();
+    parent.run_ok(&["systemctl", "daemon-reload"]).unwrap();
+    let pid = until_ready(&parent, 1).pid.unwrap().to_string();
+    parent.run_ok(&["kill", "-KILL", &pid]).unwrap();
+    let told = |status: &Status| {
+        let error = signer(status).last_error.as_ref().map(|error| error.failure.to_string()).unwrap_or_default();
+        error.contains("226") && error.contains("NAMESPACE") && error.contains("journalctl -u enclave@signer-")
+    };
+    parent.until("it is told what is wrong with the unit", told).unwrap();
+    parent.run_ok(&["rm", &format!("{folder}/broken.conf")]).unwrap();
+    parent.run_ok(&["systemctl", "daemon-reload"]).unwrap();
+    parent.until("it serves again", |status| status.ready).unwrap();
+}
+
+#[test]
+fn a_unit_that_nobody_asked_for_fails_and_launches_nothing() {
+    let parent = serving();
+    let before = parent.calls().unwrap().len();
+    let said = parent.run(&["systemctl", "start", "enclave@nobody-9"]).unwrap();
+    assert_eq!(said.code, Some(1), "{said:?}");
+    assert!(parent.journal("enclave@nobody-9").unwrap().contains("holds no launch"));
+    let launches = parent.calls().unwrap().iter().skip(before).filter(|call| call.command() == "run-enclave").count();
+    assert_eq!(launches, 0);
+    until_ready(&parent, 1);
+}
+
+#[test]
+fn an_enclave_goes_on_while_the_bus_is_away_and_the_news_come_in_when_it_is_back() {
+    let parent = serving();
+    let pid = until_ready(&parent, 1).pid;
+    parent.run_ok(&["systemctl", "stop", "dbus.socket", "dbus.service"]).unwrap();
+    assert_eq!(until_ready(&parent, 1).pid, pid);
+    parent.run_ok(&["systemctl", "start", "dbus.socket", "dbus.service"]).unwrap();
+    parent.run_ok(&["kill", "-KILL", &pid.unwrap().to_string()]).unwrap();
+    until_ready(&parent, 2);
+}
+
+#[test]
+fn where_it_is_said_so_the_enclaves_end_with_the_daemon() {
+    let parent = serving_with("on_stop = \"terminate\"\n");
+    parent.run_ok(&["systemctl", "stop", "enclaved"]).unwrap();
+    until_property(&parent, "enclave@signer-1", "ActiveState", "inactive");
+    parent.run_ok(&["systemctl", "start", "enclaved"]).unwrap();
+    let signer = until_ready(&parent, 2);
+    assert_eq!(signer.last_error, None);
+}
