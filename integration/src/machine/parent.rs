@@ -28,10 +28,11 @@ pub const HTTP_PORT: u32 = 8080;
 /// The vsock port on which the sample application sends back what it receives.
 pub const ECHO_PORT: u32 = 7;
 
-/// Sandboxes that let the stand-ins do what the hardware does.
-const DROP_IN: &str = "[Service]\nReadWritePaths=/run/standin\n";
+/// Sandboxes that let the stand-ins do what the hardware does. The machine's own boot id lies over a file below `/proc`; whoever gets
+/// a `/proc` of his own sees that of this computer, which no reboot of the machine changes.
+const DROP_IN: &str = "[Service]\nReadWritePaths=/run/standin\nProtectProc=default\n";
 /// The sockets that stand for an enclave's vsock are for the proxy, too.
-const DROP_IN_ENCLAVE: &str = "[Service]\nReadWritePaths=/run/standin\nUMask=0007\n";
+const DROP_IN_ENCLAVE: &str = "[Service]\nReadWritePaths=/run/standin\nProtectProc=default\nUMask=0007\n";
 const TMPFILES: &str = "d /run/standin 0755 root root\n\
      C /run/standin/sys - - - - /opt/nitro/sys\n\
      Z /run/standin/sys - enclaved ne\n\
