@@ -210,7 +210,7 @@ hostname = "a""#,
         (
             r#"[enclave.ingress]
 ports = ["80"]"#,
-            r#"t.toml:7:10: [[enclave]] "signer" ingress.ports[0]: is "80"; allowed: an integer from 1 to 65535 or a table with listen, vsock_port"#,
+            r#"t.toml:7:10: [[enclave]] "signer" ingress.ports[0]: is "80"; allowed: an integer from 1 to 65535 or a table with allow, listen, max_connections, max_connections_per_source, proxy_protocol, vsock_port"#,
         ),
     ]);
 }
@@ -270,7 +270,7 @@ t.toml:9:8: [[enclave]] "signer" egress[0].port: is 0; allowed: an integer from 
         (
             r"[enclave.ingress]
 ports = [0]",
-            r#"t.toml:7:10: [[enclave]] "signer" ingress.ports[0]: is 0; allowed: an integer from 1 to 65535 or a table with listen, vsock_port"#,
+            r#"t.toml:7:10: [[enclave]] "signer" ingress.ports[0]: is 0; allowed: an integer from 1 to 65535 or a table with allow, listen, max_connections, max_connections_per_source, proxy_protocol, vsock_port"#,
         ),
         (
             r"[enclave.ingress]
