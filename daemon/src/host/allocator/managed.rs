@@ -158,9 +158,11 @@ fn judge(report: Report, request: &Request) -> Outcome<()> {
                 Did::KeptFormer(former) => format!("; kept the former pool of {former}"),
                 _ => String::new(),
             };
-            let first = report.journal.len().saturating_sub(LINES);
-            let lines: String = report.journal[first..]
-                .iter()
+            // systemd's own lines about the service say that it failed, and not why.
+            let own = report.journal.iter().filter(|line| !line.contains(" systemd[1]: "));
+            let first = own.clone().count().saturating_sub(LINES);
+            let lines: String = own
+                .skip(first)
                 .map(|line| format!("\n  {}", line.chars().take(LINE).filter(|c| !c.is_control()).collect::<String>()))
                 .collect();
             let said = if lines.is_empty() { lines } else { format!("; nitro-enclaves-allocator said last:{lines}") };
@@ -258,7 +260,7 @@ mod tests {
     async fn a_failure_has_the_numbers_the_remedy_and_the_last_lines_of_the_journal() {
         let said = r#""did":{"kept_former":{"cpus":{"count":2},"memory_mib":32}},
             "failure":{"message":"2 CPUs and 64 MiB were asked for","remedy":"reboot"},
-            "journal":["one","two","three","four","five","six \u0007"]"#;
+            "journal":["one","two","three","host systemd[1]: failed","four","five","six \u0007"]"#;
         let (_folder, allocator) = answers(said, failed());
         let failure = allocator.reserve(&wish(64), None).await.unwrap_err();
         let expected = "2 CPUs and 64 MiB were asked for; kept the former pool of 2 CPUs and 32 MiB; nitro-enclaves-allocator said \
