@@ -108,6 +108,9 @@ struct Changing {
     least: Option<(u32, u64)>,
 }
 
+/// The pool and the number of enclaves, and what the host looks like with them.
+type Surveyed = (((u32, u64), usize), Arc<Inventory>);
+
 #[derive(Debug)]
 struct State {
     boot_id: BootId,
@@ -133,7 +136,7 @@ struct State {
     /// What the allocator was asked for, each time.
     reserves: Vec<(u32, u64)>,
     /// The last inventory, and of what: pool and enclaves that run.
-    surveyed: Option<(((u32, u64), usize), Arc<Inventory>)>,
+    surveyed: Option<Surveyed>,
     /// What the sources have.
     images: BTreeMap<ImageRequest, VerifiedImage>,
     images_away: bool,

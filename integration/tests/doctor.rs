@@ -1,6 +1,6 @@
 //! `enclavectl doctor`, and the daemon's own checks, on a simulated machine: the metadata service, S3, the ports and the files are
 //! stand-ins that can be broken one by one.
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests fail the test")]
 
 use enclaved_core::status::Status;
 use enclaved_integration::host::{Machine, Options};
