@@ -238,11 +238,14 @@ fn state(path: &str, source: &Source) -> Response<Full<Bytes>> {
     };
     let status = &report.status;
     if path == "/v1/plan" {
-        let waits: serde_json::Map<_, _> = status
+        let mut waits: serde_json::Map<_, _> = status
             .enclaves
             .iter()
             .filter_map(|enclave| Some((enclave.name.to_string(), enclave.waiting_for.clone()?.into())))
             .collect();
+        // No enclave's name has a space in it.
+        let pool = status.host.pool.as_ref().and_then(|pool| pool.waiting_for.clone());
+        waits.extend(pool.map(|why| ("the enclave pool".to_owned(), why.into())));
         return json(StatusCode::OK, &json!({ "steps": status.steps, "waits": waits }));
     }
     match serde_json::to_vec(status) {
@@ -298,11 +301,11 @@ async fn fetch(request: Request<Incoming>, source: &Source) -> Response<Full<Byt
     }
 }
 
-/// `/v1/enclaves/NAME/stop` and `/v1/enclaves/NAME/start`.
+/// `/v1/enclaves/NAME/stop`, `/v1/enclaves/NAME/start` and `/v1/enclaves/NAME/adopt`.
 async fn command(path: &str, source: &Source) -> Response<Full<Bytes>> {
     let parts = path.strip_prefix("/v1/enclaves/").and_then(|rest| rest.split_once('/'));
     let (name, verb) = match parts {
-        Some((name, verb @ ("stop" | "start"))) => (name, verb),
+        Some((name, verb @ ("stop" | "start" | "adopt"))) => (name, verb),
         Some(_) | None => return problem(StatusCode::NOT_FOUND, "there is nothing of that name"),
     };
     let name = match name.parse::<EnclaveName>() {
@@ -310,7 +313,11 @@ async fn command(path: &str, source: &Source) -> Response<Full<Bytes>> {
         Err(error) => return problem(StatusCode::NOT_FOUND, &error.to_string()),
     };
     let (sender, answer) = oneshot::channel();
-    let command = if verb == "stop" { Command::Hold(name, sender) } else { Command::Release(name, sender) };
+    let command = match verb {
+        "stop" => Command::Hold(name, sender),
+        "start" => Command::Release(name, sender),
+        _ => Command::Accept(name, sender),
+    };
     if source.commands.send(command).await.is_err() {
         return problem(StatusCode::SERVICE_UNAVAILABLE, "enclaved is ending");
     }

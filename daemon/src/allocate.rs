@@ -4,24 +4,29 @@
 //! It decides nothing about enclaves, and starts and ends none.
 
 mod file;
+mod lock;
 mod report;
 mod request;
 pub mod service;
 
+pub use lock::at_work_file;
 pub use report::{Did, Pool, Report};
 pub use request::{FORMAT, Request};
 
 use crate::atomic_file;
-use crate::config::AllocatorMode;
-use crate::host::inventory::{ALLOCATOR_UNIT, HostInventory, InventorySource, Roots};
+use crate::config::DEFAULT_RUN_DIR;
+use crate::host::inventory::{ALLOCATOR_UNIT, HostInventory, InventorySource, MAX_SOCKETS, Roots};
+use crate::systemd_bus::{JobError, SystemdBus};
 use enclaved_core::allocator_file::{CpuRequest, Reservation};
+use enclaved_core::desired::AllocatorMode;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{MemoryMib, Timestamp};
 use enclaved_core::inventory::Inventory;
+use enclaved_core::inventory::parse::shows_the_hosts_sockets;
 use enclaved_core::observed::Observation;
-use enclaved_core::sizing::pool::{PoolNow, kernel_arguments, leaves_nothing_behind, node_of, within};
+use enclaved_core::sizing::pool::{PoolNow, kernel_arguments, left_behind, node_of, within};
 use enclaved_core::sizing::{Capacity, Reserve};
-use service::{RestartError, StockService};
+use service::StockService;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -29,6 +34,11 @@ use std::time::SystemTime;
 const JOURNAL_LINES: u32 = 20;
 /// Hugepages beyond what was asked for that do not make another pool of it: one large page.
 const ONE_LARGE_PAGE: u64 = 1024;
+
+/// Where the report is: in a folder in which only root can write.
+pub const REPORT: &str = "/run/enclaved-allocator/report.json";
+/// The name of the request in the daemon's run directory.
+pub const REQUEST: &str = "allocate.json";
 
 /// How the command ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,19 +49,27 @@ pub enum Ended {
     Tried(Report),
 }
 
-/// The whole command: with the reserve of the host's configuration, and on the real host. The report is on disk when it returns.
-/// `manage`: whoever started it says that this host's pool is enclaved's to change.
+/// The unit that runs this command.
+pub const ALLOCATE_UNIT: &str = "enclaved-allocator.service";
+
+/// The whole command: as the host's configuration allows it, and on the real host. The report is on disk when it returns.
+/// `request`: where it is asked; by default in the folder that the configuration names.
 ///
 /// # Errors
-/// The report can't be written.
-pub async fn run(config: &Path, manage: bool, request: PathBuf, report: PathBuf) -> Result<Ended, Failure> {
+/// The report can't be written, or another one is at work.
+pub async fn run(config: &Path, request: Option<PathBuf>, report: PathBuf) -> Result<Ended, Failure> {
     // It must be known beforehand that the report can be written.
     only_ours_for_the_report(&report)?;
+    let _alone = lock::alone(&report)?;
+    let _at_work = lock::show_at_work(&report).await?;
     let now = SystemTime::now().into();
-    let (reserve, roots) = match allowed(config, manage) {
-        Ok(allowed) => allowed,
+    let (reserve, roots, request) = match allowed(config) {
+        Ok(Allowed { reserve, roots, run_dir }) => (reserve, roots, request.unwrap_or_else(|| run_dir.join(REQUEST))),
         Err(failure) => {
-            let refused = Report { failure: Some(failure.clone()), ..Report::new(now) };
+            // Nothing of it is looked at; but whoever wrote it knows by it that this is the answer.
+            let request = request.unwrap_or_else(|| Path::new(DEFAULT_RUN_DIR).join(REQUEST));
+            let request = request::read(&request).ok();
+            let refused = Report { request, failure: Some(failure.clone()), ..Report::new(now) };
             publish(&refused, &report)?;
             return Ok(Ended::NotAllowed(failure));
         }
@@ -60,34 +78,66 @@ pub async fn run(config: &Path, manage: bool, request: PathBuf, report: PathBuf)
         request,
         allocator_file: enclaved_core::allocator_file::PATH.into(),
         compact_memory: roots.procfs.join("sys/vm/compact_memory"),
+        sysfs: roots.sysfs.clone(),
     };
-    let host = HostInventory::new(roots, "nitro-cli");
-    let done = allocate(&places, reserve, &host, &service::Systemd, now).await;
+    let host = OfTheHost { sockets: roots.procfs.join("net/unix"), host: HostInventory::new(roots, "nitro-cli") };
+    let done = allocate(&places, reserve, &host, &service::Systemd(SystemdBus::new()), now).await;
     publish(&done, &report)?;
     Ok(Ended::Tried(done))
 }
 
-/// What the configuration says is to be left to the parent, and where the host's files are. The request can't say that itself, as
-/// another user writes it; and a configuration that can't be used may say anything, so no default stands in for it.
-fn allowed(config: &Path, manage: bool) -> Result<(Reserve, Roots), Failure> {
-    let mut roots = Roots::default();
-    let (mode, reserve) = if is_there(config)? {
-        let config = crate::config::load(config).map_err(|errors| {
-            Failure::new(format!("the configuration can't be used: {errors}"))
-                .with_remedy("`enclavectl check` says whether it is right")
-        })?;
-        roots.sysfs = config.host.sysfs;
-        (config.host.allocator, Reserve::from(&config.desired.host))
-    } else {
-        (AllocatorMode::default(), Reserve::default())
-    };
-    match mode {
-        AllocatorMode::External => Err(Failure::new("host.allocator is \"external\": the pool is somebody else's")),
-        AllocatorMode::Verify if !manage => {
-            Err(Failure::new("host.allocator is \"verify\": the pool is the administrator's")
-                .with_remedy("--manage says that this host's pool is enclaved's to change"))
+/// The host's inventory, in which no enclave is taken for not running because this process can't see the host's sockets.
+struct OfTheHost {
+    sockets: PathBuf,
+    host: HostInventory,
+}
+
+impl InventorySource for OfTheHost {
+    async fn read(&self) -> Inventory {
+        let mut inventory = self.host.read().await;
+        let shown = atomic_file::read(&self.sockets, MAX_SOCKETS).ok().flatten();
+        if !shown.is_some_and(|text| shows_the_hosts_sockets(&String::from_utf8_lossy(&text))) {
+            inventory.enclaves = Observation::Unknown(Failure::new(format!(
+                "{} does not show systemd's sockets: this process does not see those of the host",
+                self.sockets.display()
+            )));
         }
-        AllocatorMode::Verify => Ok((reserve, roots)),
+        inventory
+    }
+}
+
+/// What the configuration says of this command.
+struct Allowed {
+    /// What is to be left to the parent.
+    reserve: Reserve,
+    roots: Roots,
+    /// Where the daemon writes its requests.
+    run_dir: PathBuf,
+}
+
+/// Whether the configuration makes the pool enclaved's to change, and within which bounds. Nobody else can say that: the request is
+/// written by another user, and so is the last good configuration by which the daemon may run while the file is broken. A
+/// configuration that can't be used so changes nothing, and neither does one that is not there.
+fn allowed(config: &Path) -> Result<Allowed, Failure> {
+    let manage = "host.allocator = \"manage\" in the configuration lets enclaved change it";
+    if !is_there(config)? {
+        return Err(Failure::new(format!("there is no {}: the pool is the administrator's", config.display()))
+            .with_remedy(manage));
+    }
+    let config = crate::config::load(config).map_err(|errors| {
+        Failure::new(format!("the configuration can't be used: {errors}"))
+            .with_remedy("`enclavectl check` says whether it is right; until it is, the pool stays as it is")
+    })?;
+    match config.desired.host.allocator {
+        AllocatorMode::External => Err(Failure::new("host.allocator is \"external\": the pool is somebody else's")),
+        AllocatorMode::Verify => {
+            Err(Failure::new("host.allocator is \"verify\": the pool is the administrator's").with_remedy(manage))
+        }
+        AllocatorMode::Manage => Ok(Allowed {
+            reserve: Reserve::from(&config.desired.host),
+            roots: Roots { sysfs: config.host.sysfs, ..Roots::default() },
+            run_dir: config.host.run_dir,
+        }),
     }
 }
 
@@ -112,6 +162,8 @@ pub struct Places {
     pub allocator_file: PathBuf,
     /// Where the kernel is asked to put its free memory together.
     pub compact_memory: PathBuf,
+    /// `/sys`
+    pub sysfs: PathBuf,
 }
 
 /// Reserves what is asked for. Everything that was done and seen is in the report, failures included.
@@ -165,9 +217,7 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         if let Some(least) = &least {
             within(&capacity, least)?;
         }
-        for reservation in [Some(&wish), least.as_ref()].into_iter().flatten() {
-            leaves_nothing_behind(&seen, reservation)?;
-        }
+        let left = left_behind(&seen, &wish)?;
         let before = PoolNow::of(&seen)?;
         self.report.before = Some(pool(&before));
         if is(&before, &wish) {
@@ -177,6 +227,9 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
             return Ok(Did::Nothing);
         }
         nothing_runs(&seen)?;
+        for node in left {
+            self.free_pages(node).await?;
+        }
         if self.try_to_have(&wish).await? {
             return Ok(Did::Reserved(wish));
         }
@@ -225,14 +278,14 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         self.write(reservation)?;
         self.report.after = None;
         let restarted = self.service.restart().await;
-        if !matches!(restarted, Err(RestartError::NotRun(_))) {
+        if !matches!(restarted, Err(JobError::NotRun(_))) {
             self.report.restarts += 1;
         }
         self.report.service_failure = match restarted {
             Ok(()) => None,
-            Err(RestartError::Failed(failure)) => Some(failure),
+            Err(JobError::Failed(failure)) => Some(failure),
             // Neither more free memory nor another file helps where it does not run.
-            Err(RestartError::NotRun(failure)) => {
+            Err(JobError::NotRun(failure)) => {
                 self.report.service_failure = Some(failure.clone());
                 return Err(Failure {
                     message: format!("the stock allocator did not run: {}", failure.message),
@@ -242,7 +295,7 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
                     code: None,
                 });
             }
-            Err(RestartError::Unknown(failure)) => {
+            Err(JobError::Unknown(failure)) => {
                 self.report.service_failure = Some(failure.clone());
                 return Err(Failure {
                     message: format!("what became of the pool is not known: {}", failure.message),
@@ -254,6 +307,25 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         let seen = PoolNow::of(&self.inventory.read().await)?;
         self.report.after = Some(pool(&seen));
         Ok(is(&seen, reservation))
+    }
+
+    /// Gives back the hugepages of a node that the pool leaves: the stock service sees to those of the new node only. Nobody uses them,
+    /// and they were the pool's.
+    async fn free_pages(&mut self, node: u32) -> Result<(), Failure> {
+        let folder = self.places.sysfs.join(format!("devices/system/node/node{node}/hugepages"));
+        let failed = |error: std::io::Error| {
+            Failure::new(format!("freeing the hugepages of memory node {node} in {}: {error}", folder.display()))
+        };
+        for size in std::fs::read_dir(&folder).map_err(failed)? {
+            let pages = size.map_err(failed)?.path().join("nr_hugepages");
+            std::fs::write(&pages, "0\n").map_err(failed)?;
+        }
+        let (left, _) = self.inventory.read().await.hugepages_on(node)?;
+        if left.0 > 0 {
+            return Err(Failure::new(format!("{left} in hugepages of memory node {node} could not be freed"))
+                .with_remedy("reboot: the pool moves to another memory node"));
+        }
+        Ok(())
     }
 
     fn write(&mut self, reservation: &Reservation) -> Result<(), Failure> {

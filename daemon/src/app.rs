@@ -1,12 +1,15 @@
 //! The control process put together: the only place that names the concrete effects. Its life is [`run`], on one page.
 
 use crate::admin::{self, Reload, Source};
-use crate::config::{self, AllocatorMode, Config, OnStop, SupervisorKind};
+use crate::allocate;
+use crate::config::{self, Config, OnStop, SupervisorKind};
 use crate::control_plane::Reporter;
 use crate::events::{Event, Events};
+use crate::host::allocator::managed::{ManagedAllocator, ManagedSettings, SystemdUnit};
 use crate::host::allocator::{ExternalAllocator, SysfsAllocator};
 use crate::host::direct::{Direct, HelperCommand};
 use crate::host::image_store::Store;
+use crate::host::inventory::{Roots, Survey};
 use crate::host::ledger_file::LedgerFile;
 use crate::host::proxy_link::{Link, LinkSettings, ProxyStart};
 use crate::host::systemd::Systemd;
@@ -17,14 +20,16 @@ use crate::launches::LaunchSettings;
 use crate::metrics::Metrics;
 use crate::reconciler::{self, Command, Inputs, Report};
 use crate::systemd_bus::SystemdBus;
-use crate::{procfs, service_manager};
+use crate::{doctor, procfs, service_manager};
 use anyhow::Context;
+use enclaved_core::allocator_file::Reservation;
+use enclaved_core::desired::AllocatorMode;
 use enclaved_core::failure::Failure;
-use enclaved_core::id::{EnclaveKey, MemoryMib, Timestamp};
+use enclaved_core::id::{EnclaveKey, Timestamp};
 use enclaved_core::ledger::LaunchRecord;
 use enclaved_core::observed::{Instance, Pool};
-use enclaved_core::plan::Launch;
 use enclaved_core::plan::restart::Backoff;
+use enclaved_core::plan::{Launch, Launched};
 use enclaved_core::status::{Facts, HostStatus, Problem};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -94,7 +99,9 @@ pub async fn run(arguments: Arguments) -> Result<(), StartError> {
     let (reloads, reload_receiver) = mpsc::channel(4);
     let (report_sender, reports) = watch::channel(None);
     let (facts, fact_receiver) = watch::channel(first_facts(&config));
-    let keeper = Keeper { arguments, config, commands: commands.clone(), facts: facts.clone(), events: events.clone() };
+    let (checks, checked) = watch::channel(config.clone());
+    let keeper =
+        Keeper { arguments, config, commands: commands.clone(), facts: facts.clone(), events: events.clone(), checks };
     match refused {
         None => keeper.in_force(),
         Some(errors) => keeper.refused(&errors.to_string()),
@@ -102,6 +109,7 @@ pub async fn run(arguments: Arguments) -> Result<(), StartError> {
     let config = keeper.config.clone();
     let source = Source { reports: reports.clone(), commands: commands.clone(), reloads, metrics };
     tasks.spawn(admin::serve_socket(socket, source.clone(), stop.clone()));
+    tasks.spawn(doctor::watch(checked, facts.clone(), events.clone(), stop.clone()));
     tasks.spawn(serve_metrics(config.metrics.listen, source, facts.clone(), stop.clone()));
     tasks.spawn(identify(config.clone(), facts, reports.clone(), events.clone(), stop.clone()));
     tasks.spawn(service_manager::feed_watchdog(reports.clone(), stop.clone()));
@@ -342,6 +350,8 @@ struct Keeper {
     commands: mpsc::Sender<Command>,
     facts: watch::Sender<Facts>,
     events: Events,
+    /// To whoever checks the host for it.
+    checks: watch::Sender<Config>,
 }
 
 impl Keeper {
@@ -386,7 +396,7 @@ impl Keeper {
     fn with_what_cannot_change(&self, new: Config) -> Config {
         let old = &self.config;
         let mut waiting = Vec::new();
-        if new.host != old.host {
+        if new.host != old.host || new.desired.host.allocator != old.desired.host.allocator {
             waiting.push("[host] folders, supervisor, allocator or on_stop");
         }
         if new.nitro_cli != old.nitro_cli {
@@ -410,6 +420,7 @@ impl Keeper {
         );
         let mut desired = new.desired;
         desired.vsock = old.desired.vsock.clone();
+        desired.host.allocator = old.desired.host.allocator;
         Config {
             host: old.host.clone(),
             nitro_cli: old.nitro_cli.clone(),
@@ -427,6 +438,11 @@ impl Keeper {
         }
         self.facts.send_modify(|facts| facts.host.config_revision.clone_from(&self.config.revision));
         self.problem("config", None);
+        self.checks.send_if_modified(|checked| {
+            let is_news = *checked != self.config;
+            checked.clone_from(&self.config);
+            is_news
+        });
         let kept = last_good::keep(&self.config.host.state_dir, &self.config);
         self.problem("last good configuration", kept.err().map(|error| Failure::from_error(&error)));
     }
@@ -451,6 +467,7 @@ struct RealHost {
     supervisor: AnySupervisor,
     images: Store,
     allocator: AnyAllocator,
+    surveyor: Survey,
     proxy: Link,
     prober: VsockProber,
     ledger: LedgerFile,
@@ -479,14 +496,25 @@ impl RealHost {
             }
         };
         let proxy = Link::new(LinkSettings { socket: host.proxy_socket.clone(), start });
-        let allocator = match host.allocator {
-            AllocatorMode::Verify => AnyAllocator::Sysfs(SysfsAllocator::new(&host.sysfs)),
-            AllocatorMode::External => AnyAllocator::External(ExternalAllocator),
+        let surveyor = Survey::new(Roots { sysfs: host.sysfs.clone(), ..Roots::default() });
+        let (allocator, surveyor) = match config.desired.host.allocator {
+            AllocatorMode::Manage => {
+                let settings = ManagedSettings {
+                    sysfs: host.sysfs.clone(),
+                    request: host.run_dir.join(allocate::REQUEST),
+                    report: allocate::REPORT.into(),
+                };
+                let unit = SystemdUnit(SystemdBus::new());
+                (AnyAllocator::Managed(ManagedAllocator::new(settings, unit)), surveyor)
+            }
+            AllocatorMode::Verify => (AnyAllocator::Sysfs(SysfsAllocator::new(&host.sysfs)), surveyor),
+            AllocatorMode::External => (AnyAllocator::External(ExternalAllocator), Survey::blind()),
         };
         Ok(Self {
             supervisor,
             images: Store::new(&images_dir)?,
             allocator,
+            surveyor,
             proxy,
             prober: VsockProber::new(config.desired.vsock.clone()),
             ledger: LedgerFile::new(host.state_dir.join("ledger.json")),
@@ -544,6 +572,13 @@ impl Supervisor for AnySupervisor {
         }
     }
 
+    async fn describe(&self, launched: &[Launched]) -> Outcome<BTreeMap<EnclaveKey, Option<Failure>>> {
+        match self {
+            Self::Direct(supervisor) => supervisor.describe(launched).await,
+            Self::Systemd(supervisor) => supervisor.describe(launched).await,
+        }
+    }
+
     async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {
         match self {
             Self::Direct(supervisor) => supervisor.forget(key).await,
@@ -560,6 +595,7 @@ impl Supervisor for AnySupervisor {
 }
 
 enum AnyAllocator {
+    Managed(ManagedAllocator<SystemdUnit>),
     Sysfs(SysfsAllocator),
     External(ExternalAllocator),
 }
@@ -567,15 +603,17 @@ enum AnyAllocator {
 impl Allocator for AnyAllocator {
     async fn observe(&self) -> Outcome<Pool> {
         match self {
+            Self::Managed(allocator) => allocator.observe().await,
             Self::Sysfs(allocator) => allocator.observe().await,
             Self::External(allocator) => allocator.observe().await,
         }
     }
 
-    async fn reserve(&self, cpus: u32, memory: MemoryMib) -> Outcome<()> {
+    async fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> Outcome<()> {
         match self {
-            Self::Sysfs(allocator) => allocator.reserve(cpus, memory).await,
-            Self::External(allocator) => allocator.reserve(cpus, memory).await,
+            Self::Managed(allocator) => allocator.reserve(wish, least).await,
+            Self::Sysfs(allocator) => allocator.reserve(wish, least).await,
+            Self::External(allocator) => allocator.reserve(wish, least).await,
         }
     }
 }
@@ -593,6 +631,7 @@ impl Host for RealHost {
     type Supervisor = AnySupervisor;
     type Images = Store;
     type Allocator = AnyAllocator;
+    type Surveyor = Survey;
     type Proxy = Link;
     type Prober = VsockProber;
     type Ledger = LedgerFile;
@@ -606,6 +645,9 @@ impl Host for RealHost {
     }
     fn allocator(&self) -> &AnyAllocator {
         &self.allocator
+    }
+    fn surveyor(&self) -> &Survey {
+        &self.surveyor
     }
     fn proxy(&self) -> &Link {
         &self.proxy

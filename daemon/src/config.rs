@@ -64,8 +64,6 @@ pub struct Config {
 pub struct HostSettings {
     /// What supervises the enclaves.
     pub supervisor: SupervisorKind,
-    /// Who sets resources aside.
-    pub allocator: AllocatorMode,
     /// What becomes of the enclaves when the daemon stops.
     pub on_stop: OnStop,
     /// Images, ledger, last good configuration.
@@ -100,18 +98,6 @@ pub enum SupervisorKind {
     /// systemd: every enclave is a unit of its own, `enclave@<name>-<generation>.service`, the proxy is
     /// `enclaved-proxy.service`; the daemon starts and stops them over D-Bus.
     Systemd,
-}
-
-/// Who sets the enclaves' CPUs and memory aside.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum AllocatorMode {
-    /// The host's administrator (`/etc/nitro_enclaves/allocator.yaml`); the daemon looks into sysfs and says what is
-    /// missing, with numbers.
-    #[default]
-    Verify,
-    /// Somebody else, such as a Kubernetes device plugin; the daemon neither sets nor checks anything.
-    External,
 }
 
 /// What becomes of the enclaves when the daemon is asked to stop.

@@ -4,9 +4,11 @@
 //! Results go to stdout, everything else to stderr.
 
 mod client;
+mod doctor;
 mod fetch;
 mod host;
 mod hosts;
+mod import;
 mod measure;
 mod status;
 mod table;
@@ -16,6 +18,7 @@ mod wait;
 use crate::config;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use client::Client;
+use enclaved_core::desired::hosts_document;
 use enclaved_core::id::{EnclaveName, Timestamp};
 use enclaved_core::status::Status;
 use serde_json::{Value, json};
@@ -37,7 +40,7 @@ enum CtlError {
     /// It may work another time: exit code 75.
     #[error("{0}")]
     TryAgain(String),
-    /// A configuration or an image is not good as it is: exit code 78.
+    /// A configuration, an image or the host is not good as it is: exit code 78.
     #[error("{0}")]
     Unfit(String),
 }
@@ -59,7 +62,7 @@ Exit codes:
   64  the command line is wrong, or names an enclave that there is not
   70  a defect of enclavectl or enclaved
   75  not now: enclaved does not answer, or not everything is ready; try again
-  78  a configuration or an image is not good as it is; the message says why
+  78  a configuration, an image or this host (doctor) is not good as it is; the message says why
 
 Files:
   /etc/enclaved/enclaved.toml   the configuration, with conf.d/*.toml beside it
@@ -69,7 +72,8 @@ Examples:
   enclavectl check /etc/enclaved/enclaved.toml && enclavectl reload
   enclavectl wait --timeout 5m          in user data, after systemctl start enclaved
   enclavectl --config next.toml fetch   before an update: its images are there when it comes
-  enclavectl status signer              why it is not ready, and what to do";
+  enclavectl status signer              why it is not ready, and what to do
+  enclavectl doctor                     whether this host would launch, and what is in the way";
 
 /// Shows and steers the Nitro Enclaves that enclaved runs on this host.
 #[derive(Debug, Parser)]
@@ -115,6 +119,11 @@ enum Command {
         /// Its name.
         name: EnclaveName,
     },
+    /// Take an enclave that is held, because nitro-cli describes it otherwise than it was launched, as it is.
+    Adopt {
+        /// Its name.
+        name: EnclaveName,
+    },
     /// Bring in the changed configuration. One that is wrong is refused and nothing changes.
     Reload,
     /// Print the lines for an enclave's /etc/hosts that lead its programs to its egress endpoints.
@@ -135,6 +144,22 @@ enum Command {
         /// Print JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Check everything that a launch needs, and say what is in its way and what to do. Changes nothing; needs no daemon. Exits with 0
+    /// only if this host would launch its enclaves, with 75 if that could not be found out, with 78 if it would not.
+    Doctor {
+        /// Print JSON: the verdict, and what every check found.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Turn the configuration of another program into that of enclaved, on stdout; what to look at is said on stderr.
+    Import {
+        /// Whose configuration it is.
+        #[arg(value_enum)]
+        from: ImportFrom,
+        /// Its files: allowlists (vsock-proxy.yaml), and the systemd units and drop-ins that run it.
+        #[arg(value_name = "FILE", required = true)]
+        files: Vec<PathBuf>,
     },
     /// Measure an enclave image: prints the [enclave.measurements] of a configuration.
     Measure {
@@ -191,6 +216,12 @@ struct WaitArgs {
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
+enum ImportFrom {
+    /// AWS's vsock-proxy.
+    VsockProxy,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum SchemaOf {
     /// The configuration file: config/enclaved.schema.json.
     Config,
@@ -210,7 +241,12 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let done = match runtime {
-        Ok(runtime) => runtime.block_on(run(cli)),
+        Ok(runtime) => {
+            let done = runtime.block_on(run(cli));
+            // A name that is still being looked up, or a disk that hangs, is not waited for.
+            runtime.shutdown_background();
+            done
+        }
         Err(error) => Err(CtlError::TryAgain(format!("starting: {error}"))),
     };
     match done {
@@ -245,6 +281,10 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
             told(&client(), &name, "start").await?;
             print(&format!("{name} is to be launched; `enclavectl wait {name}` waits until it is ready\n"))
         }
+        Command::Adopt { name } => {
+            told(&client(), &name, "adopt").await?;
+            print(&format!("{name} is taken as it is; what is configured counts for it again\n"))
+        }
         Command::Reload => {
             let answer = client().post("/v1/reload").await?;
             let revision = answer.get("revision").and_then(Value::as_str).unwrap_or("(unnamed)");
@@ -254,7 +294,19 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
             let config = config::load(&cli.config).map_err(|errors| CtlError::Unfit(errors.to_string()))?;
             let spec =
                 config.desired.enclaves.get(&name).ok_or_else(|| unknown(&name, config.desired.enclaves.keys()))?;
-            print(&if json { format!("{:#}\n", json!(spec.egress)) } else { hosts::lines(&name, spec) })
+            print(&if json { hosts_document(&spec.egress) } else { hosts::lines(&name, spec) })
+        }
+        Command::Import { from: ImportFrom::VsockProxy, files } => {
+            let read = |file: &PathBuf| match std::fs::read_to_string(file) {
+                Ok(text) => Ok(import::Source { name: file.display().to_string(), text }),
+                Err(error) => Err(CtlError::Usage(format!("reading {}: {error}", file.display()))),
+            };
+            let sources = files.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+            let imported = import::import(&sources).map_err(CtlError::Unfit)?;
+            for warning in imported.warnings {
+                eprintln!("{warning}");
+            }
+            print(&imported.toml)
         }
         Command::Fetch(args) => {
             let wanted = if args.images.is_empty() {
@@ -275,6 +327,7 @@ async fn run(cli: Cli) -> Result<(), CtlError> {
             }
         }
         Command::Host { root, json } => print(&host::host(&cli.config, &root, json).await?),
+        Command::Doctor { json } => doctor::doctor(&cli.config, &client(), json).await,
         Command::Schema { of } => print(&format!(
             "{:#}\n",
             match of {

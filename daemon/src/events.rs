@@ -6,6 +6,7 @@ use crate::host::Outcome;
 use crate::jobs::Done;
 use crate::metrics::Metrics;
 use enclaved_core::desired::ImageRequest;
+use enclaved_core::diagnosis::Finding;
 use enclaved_core::failure::Failure;
 use enclaved_core::ledger::{Change, Ledger};
 use enclaved_core::observed::JobKey;
@@ -70,6 +71,16 @@ pub enum Event<'a> {
         /// Why.
         reason: &'a str,
     },
+    /// A check of the host fails that did not before.
+    CheckFailed {
+        /// What it found.
+        finding: &'a Finding,
+    },
+    /// A check of the host does not fail any more.
+    CheckPassed {
+        /// Which, and about what.
+        name: &'a str,
+    },
     /// A status report was taken by the control plane, or was not.
     ControlPlane {
         /// Why not.
@@ -112,6 +123,8 @@ impl Events {
                 self.metrics.reload(false);
                 error!("the configuration is refused, the last good one stays in force: {reason}");
             }
+            Event::CheckFailed { finding } => error!("{}", finding.to_failure()),
+            Event::CheckPassed { name } => info!("the check {name} does not fail any more"),
             Event::ControlPlane { failure, same_as_before } => {
                 self.metrics.control_plane(failure.is_none());
                 match failure {
@@ -159,12 +172,19 @@ impl Events {
                     self.metrics.end(key.name.as_str(), failure.is_none());
                 }
             }
+            Change::Described { key, doubt: Some(doubt) } => {
+                warn!(enclave = %key.name, %key, "held as it is, an operator has to decide: {doubt}");
+            }
+            Change::Accepted(name) => info!(enclave = %name, "taken as it is by an operator"),
             Change::Explained { key, failure } => info!(enclave = %key, "how it ended: {failure}"),
             Change::Held { name, by } => info!(enclave = %name, "held stopped by an operator ({by})"),
             Change::Released(name) => info!(enclave = %name, "released by an operator"),
-            Change::Endpoints { .. } | Change::ImageForgotten(_) | Change::Forgotten(_) | Change::Removed(_) => {
-                debug!("{change}")
-            }
+            Change::PoolTried { .. }
+            | Change::Described { doubt: None, .. }
+            | Change::Endpoints { .. }
+            | Change::ImageForgotten(_)
+            | Change::Forgotten(_)
+            | Change::Removed(_) => debug!("{change}"),
         }
     }
 
@@ -176,6 +196,7 @@ impl Events {
             Step::Reserve { .. } => info!("{step}"),
             // The change of the ledger before a launch or a stop is its line.
             Step::Launch(_) | Step::Stop { .. } => debug!("{step}"),
+            Step::Describe(_) => debug!("{step}"),
             Step::Record(_) | Step::Refresh { .. } | Step::Publish(_) | Step::Forget(_) | Step::Probe { .. } => {
                 debug!("{step}")
             }
@@ -194,8 +215,12 @@ impl Events {
             JobKey::Stop(key) => ("stop", key.to_string()),
             JobKey::Forget(key) => ("forget", key.to_string()),
             JobKey::Probe(key) => ("probe", key.to_string()),
+            JobKey::Describe => ("describe", String::new()),
         };
         self.metrics.job(name, outcome.is_ok());
+        if *job == JobKey::Reserve {
+            self.metrics.allocator_run(outcome.is_ok());
+        }
         match outcome {
             Ok(Done::Spoilt(_, failure)) => {
                 warn!(enclave = about, "not launched, its image is fetched again: {failure}");

@@ -15,13 +15,15 @@ pub mod proxy_link;
 pub mod systemd;
 pub mod vsock_prober;
 
+use enclaved_core::allocator_file::Reservation;
 use enclaved_core::desired::{HealthCheck, ImageRequest};
 use enclaved_core::failure::Failure;
-use enclaved_core::id::{Cid, EifDigest, EnclaveKey, MemoryMib, Timestamp};
+use enclaved_core::id::{Cid, EifDigest, EnclaveKey, Timestamp};
 use enclaved_core::image::VerifiedImage;
+use enclaved_core::inventory::Inventory;
 use enclaved_core::ledger::{LaunchRecord, Ledger};
 use enclaved_core::observed::{CacheItem, ImageCache, Instance, Pool};
-use enclaved_core::plan::{Launch, Prefer};
+use enclaved_core::plan::{Launch, Launched, Prefer};
 use enclaved_core::routes::{ProxyReport, Routes};
 pub use enclaved_core::status::FetchStage;
 use std::collections::BTreeMap;
@@ -47,6 +49,13 @@ pub trait Supervisor: Send + Sync + 'static {
     /// Asks that enclave to end, by the process that owns it (never by a PID that may be somebody else's by now).
     /// Succeeds if it is gone already.
     fn stop(&self, key: &EnclaveKey, launch: &LaunchRecord) -> impl Future<Output = Outcome<()>> + Send;
+
+    /// Asks nitro-cli what runs, and says in what each of these differs from what was launched (`None`: in nothing). One of which
+    /// nothing can be said, because it ends just now, is left out. Takes as long as nitro-cli does, and is not to be cut off.
+    fn describe(
+        &self,
+        launched: &[Launched],
+    ) -> impl Future<Output = Outcome<BTreeMap<EnclaveKey, Option<Failure>>>> + Send;
 
     /// Removes the traces of a generation that is over. Refused while its enclave runs.
     fn forget(&self, key: &EnclaveKey) -> impl Future<Output = Outcome<()>> + Send;
@@ -103,8 +112,15 @@ pub trait Allocator: Send + Sync + 'static {
     /// The resources as they are.
     fn observe(&self) -> impl Future<Output = Outcome<Pool>> + Send;
 
-    /// Makes room for that much in all, as far as the configuration allows it to.
-    fn reserve(&self, cpus: u32, memory: MemoryMib) -> impl Future<Output = Outcome<()>> + Send;
+    /// Has the pool changed to the wish, or at the least to that; returns when that is over. Refused while an enclave runs. What
+    /// came of it is to be looked at: a success whose answer was lost is a success.
+    fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> impl Future<Output = Outcome<()>> + Send;
+}
+
+/// Looks at what the host is made of.
+pub trait Surveyor: Send + Sync + 'static {
+    /// All of it, as far as sizing needs it; `None`: it is not to be looked at.
+    fn observe(&self) -> impl Future<Output = Outcome<Option<Arc<Inventory>>>> + Send;
 }
 
 /// The proxy process.
@@ -161,6 +177,8 @@ pub trait Host: Send + Sync + 'static {
     type Images: ImageStore;
     /// Has resources.
     type Allocator: Allocator;
+    /// Looks at what the host is made of.
+    type Surveyor: Surveyor;
     /// The proxy process.
     type Proxy: ProxyLink;
     /// Asks enclaves.
@@ -176,6 +194,8 @@ pub trait Host: Send + Sync + 'static {
     fn images(&self) -> &Self::Images;
     /// Has resources.
     fn allocator(&self) -> &Self::Allocator;
+    /// Looks at what the host is made of.
+    fn surveyor(&self) -> &Self::Surveyor;
     /// The proxy process.
     fn proxy(&self) -> &Self::Proxy;
     /// Asks enclaves.
@@ -250,6 +270,7 @@ pub enum Effect {
     SupervisorObserve,
     SupervisorLaunch,
     SupervisorStop,
+    SupervisorDescribe,
     SupervisorForget,
     SupervisorChanged,
     ImageStoreObserve,
@@ -259,6 +280,7 @@ pub enum Effect {
     ImageStoreRemove,
     AllocatorObserve,
     AllocatorReserve,
+    SurveyorObserve,
     ProxyLinkObserve,
     ProxyLinkStart,
     ProxyLinkPublish,
@@ -270,10 +292,11 @@ pub enum Effect {
 
 impl Effect {
     /// All of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::SupervisorObserve,
         Self::SupervisorLaunch,
         Self::SupervisorStop,
+        Self::SupervisorDescribe,
         Self::SupervisorForget,
         Self::SupervisorChanged,
         Self::ImageStoreObserve,
@@ -283,6 +306,7 @@ impl Effect {
         Self::ImageStoreRemove,
         Self::AllocatorObserve,
         Self::AllocatorReserve,
+        Self::SurveyorObserve,
         Self::ProxyLinkObserve,
         Self::ProxyLinkStart,
         Self::ProxyLinkPublish,

@@ -5,9 +5,10 @@ use crate::host::{Allocator, Clock, Host, ImageStore, Outcome, Prober, Progress,
 use crate::pace::Pace;
 use enclaved_core::desired::ImageRequest;
 use enclaved_core::failure::Failure;
-use enclaved_core::id::EifDigest;
+use enclaved_core::id::{EifDigest, EnclaveKey};
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::image_record::ImageFacts;
+use enclaved_core::ledger::ProcessIdentity;
 use enclaved_core::observed::JobKey;
 use enclaved_core::plan::{Launch, Step};
 use enclaved_core::status::{FetchStage, FetchStatus};
@@ -20,8 +21,8 @@ use tokio::time::Instant;
 
 /// A local step: starting a process, a socket round trip, a few files.
 const LOCAL: Duration = Duration::from_secs(30);
-/// The allocator may compact memory and restart the stock service.
-const RESERVE: Duration = Duration::from_secs(600);
+/// `enclaved allocate` may compact memory and restart the stock service four times, which has ten minutes each time.
+const RESERVE: Duration = Duration::from_mins(45);
 /// A download that brings no byte for this long is given up (and tried again). Hashing a cached image of many GiB
 /// reports progress too.
 const FETCH_STALL: Duration = Duration::from_secs(120);
@@ -43,6 +44,8 @@ pub enum Done {
     Spoilt(EifDigest, Failure),
     /// A probe was made, and found this.
     Health(Result<(), String>),
+    /// nitro-cli was asked what runs: in what each, by the process it has, differs from what was launched.
+    Described(BTreeMap<EnclaveKey, (ProcessIdentity, Option<Failure>)>),
 }
 
 /// The jobs at work.
@@ -145,8 +148,9 @@ impl Jobs {
             Step::RemoveCached(item) => self.spawn(JobKey::RemoveCached(item.clone()), async move {
                 within(LOCAL, "removing an image from the cache", host.images().remove(&item)).await
             }),
-            Step::Reserve { cpus, memory } => self.spawn(JobKey::Reserve, async move {
-                within(RESERVE, "asking the allocator for resources", host.allocator().reserve(cpus, memory)).await
+            Step::Reserve { wish, least } => self.spawn(JobKey::Reserve, async move {
+                within(RESERVE, "having the enclave pool changed", host.allocator().reserve(&wish, least.as_ref()))
+                    .await
             }),
             Step::StartProxy => self.spawn(JobKey::StartProxy, async move {
                 within(LOCAL, "starting the proxy process", host.proxy().start()).await
@@ -162,6 +166,15 @@ impl Jobs {
             }),
             Step::Forget(key) => self.spawn(JobKey::Forget(key.clone()), async move {
                 within(LOCAL, "removing the traces of an ended enclave", host.supervisor().forget(&key)).await
+            }),
+            // Without a deadline, as all of nitro-cli: to cut the first answer off can end an enclave.
+            Step::Describe(launched) => self.spawn(JobKey::Describe, async move {
+                let said = host.supervisor().describe(&launched).await?;
+                let process =
+                    |key: &EnclaveKey| launched.iter().find(|one| one.key == *key).map(|one| one.launch.process);
+                let said =
+                    said.into_iter().filter_map(|(key, doubt)| process(&key).map(|process| (key, (process, doubt))));
+                Ok(Done::Described(said.collect()))
             }),
             Step::Probe { key, cid, check } => self.spawn(JobKey::Probe(key), async move {
                 let limit = check.timeout.saturating_add(PROBE_MARGIN);

@@ -17,8 +17,8 @@ use crate::procfs;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, EnclaveKey, Timestamp};
 use enclaved_core::ledger::{LaunchRecord, ProcessIdentity};
-use enclaved_core::plan::Launch;
 use enclaved_core::plan::restart::Backoff;
+use enclaved_core::plan::{Launch, Launched};
 use rustix::process::Signal;
 use scan::{Scan, Scanner};
 use std::collections::{BTreeMap, BTreeSet};
@@ -362,6 +362,11 @@ impl Launches {
             }
         }
         Ok(Some(stopping))
+    }
+
+    /// Asks nitro-cli once what runs, beside what was launched.
+    pub(crate) async fn describe(&self, launched: &[Launched]) -> Outcome<BTreeMap<EnclaveKey, Option<Failure>>> {
+        crate::describe::describe(&NitroCli::new(&self.settings.nitro_cli), launched).await
     }
 
     /// Removes the traces of a launch that is over.

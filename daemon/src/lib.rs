@@ -9,6 +9,8 @@ pub mod child_environment;
 pub mod config;
 pub mod control_plane;
 pub mod ctl;
+pub mod describe;
+pub mod doctor;
 pub mod events;
 pub mod host;
 pub mod imds;

@@ -59,19 +59,18 @@ enum Subcommands {
         drain: Duration,
     },
     /// Reserve CPUs and memory for enclaves, once, as root; started as enclaved-allocator.service.
+    ///
+    /// Changes nothing, and exits with 78, unless the configuration has host.allocator = "manage".
     Allocate {
         /// The configuration: what it reserves for the parent is kept, whatever is asked for.
         #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
         config: PathBuf,
-        /// What is asked for, written by the control process.
-        #[arg(long, value_name = "FILE", default_value = "/run/enclaved/allocate.json")]
-        request: PathBuf,
+        /// What is asked for, written by the control process. [default: allocate.json in the configuration's host.run_dir]
+        #[arg(long, value_name = "FILE")]
+        request: Option<PathBuf>,
         /// What came of it; in a folder in which only root can write.
-        #[arg(long, value_name = "FILE", default_value = "/run/enclaved-allocator/report.json")]
+        #[arg(long, value_name = "FILE", default_value = enclaved::allocate::REPORT)]
         report: PathBuf,
-        /// This host's pool is enclaved's to change. Without it nothing is changed, and the exit status is 78.
-        #[arg(long)]
-        manage: bool,
     },
     /// Launch one enclave as its traces say; started by the control process.
     #[command(hide = true)]
@@ -121,9 +120,7 @@ fn main() -> ExitCode {
             limits.drain = drain;
             runtime.block_on(proxy(manager, options, limits, own_session))
         }
-        Some(Subcommands::Allocate { config, request, report, manage }) => {
-            runtime.block_on(allocate(&config, manage, request, report))
-        }
+        Some(Subcommands::Allocate { config, request, report }) => runtime.block_on(allocate(&config, request, report)),
         Some(Subcommands::Launch { trace_dir, supervised, stopping, ended }) => runtime.block_on(async {
             match (supervised, stopping, ended) {
                 (true, _, _) => launch::unit::supervised(&trace_dir).await,
@@ -174,9 +171,9 @@ async fn control(arguments: Arguments) -> ExitCode {
     }
 }
 
-async fn allocate(config: &std::path::Path, manage: bool, request: PathBuf, report: PathBuf) -> ExitCode {
+async fn allocate(config: &std::path::Path, request: Option<PathBuf>, report: PathBuf) -> ExitCode {
     use enclaved::allocate::{Did, Ended};
-    match enclaved::allocate::run(config, manage, request, report).await {
+    match enclaved::allocate::run(config, request, report).await {
         Ok(Ended::NotAllowed(failure)) => {
             tracing::error!("what is reserved is not changed: {failure}");
             ExitCode::from(CONFIG)

@@ -4,9 +4,13 @@
 //! the last report of the loop when Prometheus asks, so that a series never says something that `enclavectl status`
 //! does not.
 
+mod latencies;
+
 use crate::reconciler::Report;
-use enclaved_core::routes::{Direction, ListenerKey, ProxyReport, TrafficReport};
+use enclaved_core::diagnosis::Check;
+use enclaved_core::routes::{Direction, ListenerKey, NameReport, ProxyReport, TrafficReport};
 use enclaved_core::status::{EnclaveState, EnclaveStatus, Health, Status};
+use latencies::Latencies;
 use prometheus::core::Collector;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
@@ -33,6 +37,7 @@ struct Inner {
     reloads: IntCounterVec,
     config_ok: IntGauge,
     control_plane: IntCounterVec,
+    allocator_runs: IntCounterVec,
     state: StateSeries,
 }
 
@@ -41,9 +46,11 @@ struct Inner {
 struct StateSeries {
     ready: IntGauge,
     problems: IntGauge,
+    check_failed: IntGaugeVec,
     start_time: Gauge,
     pool_cpus: IntGaugeVec,
     pool_memory: IntGaugeVec,
+    pool_settled: IntGaugeVec,
     enclave_state: IntGaugeVec,
     enclave_ready: IntGaugeVec,
     enclave_since: GaugeVec,
@@ -72,6 +79,12 @@ struct StateSeries {
     bytes: IntCounterVec,
     failures: IntCounterVec,
     responses: IntCounterVec,
+    connect_seconds: Latencies,
+    name_age: IntGaugeVec,
+    name_stale: IntGaugeVec,
+    name_addresses: IntGaugeVec,
+    name_failures: IntCounterVec,
+    name_seconds: Latencies,
 }
 
 /// A metric was defined twice or with a bad name: a bug that any start of the process shows.
@@ -103,12 +116,31 @@ impl Metrics {
         let gauges = |name: &str, help: &str, labels: &[&str]| add(&r, IntGaugeVec::new(Opts::new(name, help), labels));
         let enclave = &["enclave"];
         let traffic = &["enclave", "direction", "endpoint"];
+        let name = &["hostname"];
         let state = StateSeries {
             ready: gauge("enclaved_ready", "1 if every wanted enclave serves and nothing is degraded.")?,
             problems: gauge("enclaved_problems", "Problems that `enclavectl status` lists.")?,
+            check_failed: gauges(
+                "enclaved_check_failed",
+                "1 if a check of `enclavectl doctor` fails; none until the control process has made them.",
+                &["check"],
+            )?,
             start_time: add(&r, Gauge::new("enclaved_start_time_seconds", "When the control process started."))?,
-            pool_cpus: gauges("enclaved_pool_cpus", "CPUs in the driver's enclave pool, used or not.", &[])?,
-            pool_memory: gauges("enclaved_pool_memory_bytes", "Hugepage memory for enclaves.", &["state"])?,
+            pool_cpus: gauges(
+                "enclaved_pool_cpus",
+                "CPUs for enclaves: total and free of what is set aside, and what is wanted of it where enclaved manages it.",
+                &["state"],
+            )?,
+            pool_memory: gauges(
+                "enclaved_pool_memory_bytes",
+                "Hugepage memory for enclaves: total and free of what is set aside, and what is wanted of it.",
+                &["state"],
+            )?,
+            pool_settled: gauges(
+                "enclaved_pool_settled",
+                "1 if what is set aside for enclaves is what is wanted; only where enclaved manages it.",
+                &[],
+            )?,
             enclave_state: gauges(
                 "enclaved_enclave_state",
                 "1 for the state an enclave is in.",
@@ -187,6 +219,34 @@ impl Metrics {
                 "Answers over HTTPS by status class.",
                 &["enclave", "class"],
             )?,
+            connect_seconds: add(
+                &r,
+                Latencies::new(
+                    "enclaved_egress_connect_duration_seconds",
+                    "How long connecting to an upstream took, its name known, until an address answered or none was left.",
+                    &["enclave", "endpoint"],
+                ),
+            )?,
+            name_age: gauges("enclaved_dns_answer_age_seconds", "Age of what an upstream's name resolved to.", name)?,
+            name_stale: gauges(
+                "enclaved_dns_answer_stale",
+                "1 if new connections use addresses whose time is over, because resolving the name fails.",
+                name,
+            )?,
+            name_addresses: gauges("enclaved_dns_addresses", "Addresses known for an upstream's name.", name)?,
+            name_failures: counters(
+                "enclaved_dns_failures_total",
+                "Lookups of an upstream's name that failed or found nothing.",
+                name,
+            )?,
+            name_seconds: add(
+                &r,
+                Latencies::new(
+                    "enclaved_dns_lookup_duration_seconds",
+                    "How long a lookup of an upstream's name took. No connection waits for any but the first.",
+                    name,
+                ),
+            )?,
         };
         let info = gauges("enclaved_build_info", "The running version.", &["version"])?;
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
@@ -206,6 +266,11 @@ impl Metrics {
                 "1 if the last configuration read is in force.",
             )?,
             control_plane: counters("enclaved_control_plane_reports_total", "Status reports sent.", &["outcome"])?,
+            allocator_runs: counters(
+                "enclaved_allocator_runs_total",
+                "Runs of the allocator that enclaved asked for.",
+                &["outcome"],
+            )?,
             state,
             registry: r,
         };
@@ -213,6 +278,7 @@ impl Metrics {
         for outcome in ["ok", "failed"] {
             inner.reloads.with_label_values(&[outcome]).inc_by(0);
             inner.control_plane.with_label_values(&[outcome]).inc_by(0);
+            inner.allocator_runs.with_label_values(&[outcome]).inc_by(0);
         }
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -237,6 +303,10 @@ impl Metrics {
     pub(crate) fn reload(&self, ok: bool) {
         self.inner.reloads.with_label_values(&[outcome(ok)]).inc();
         self.inner.config_ok.set(i64::from(ok));
+    }
+
+    pub(crate) fn allocator_run(&self, ok: bool) {
+        self.inner.allocator_runs.with_label_values(&[outcome(ok)]).inc();
     }
 
     pub(crate) fn control_plane(&self, ok: bool) {
@@ -277,13 +347,28 @@ impl StateSeries {
         self.problems.set(int(status.problems.len()));
         self.start_time.set(seconds(status.host.started_at));
         self.reset();
-        if let Some(cpus) = status.host.pool_cpus {
-            self.pool_cpus.with_label_values::<&str>(&[]).set(i64::from(cpus));
+        if status.host.checked_at.is_some() {
+            for check in Check::ALL {
+                let failed = status.host.failed_checks.contains(check);
+                self.check_failed.with_label_values(&[check.as_str()]).set(i64::from(failed));
+            }
         }
-        for (state, memory) in [("total", status.host.pool_memory_mib), ("free", status.host.pool_memory_free_mib)] {
+        let host = &status.host;
+        let wanted = host.pool.as_ref();
+        for (state, cpus, memory) in [
+            ("total", host.pool_cpus, host.pool_memory_mib),
+            ("free", host.pool_cpus_free, host.pool_memory_free_mib),
+            ("wanted", wanted.and_then(|pool| pool.wanted_cpus), wanted.and_then(|pool| pool.wanted_memory_mib)),
+        ] {
+            if let Some(cpus) = cpus {
+                self.pool_cpus.with_label_values(&[state]).set(i64::from(cpus));
+            }
             if let Some(memory) = memory {
                 self.pool_memory.with_label_values(&[state]).set(int(memory.0 << 20));
             }
+        }
+        if let Some(pool) = wanted {
+            self.pool_settled.with_label_values::<&str>(&[]).set(i64::from(pool.settled));
         }
         if let Some(bytes) = status.host.image_cache_bytes {
             self.cache_bytes.with_label_values::<&str>(&[]).set(int(bytes));
@@ -303,8 +388,10 @@ impl StateSeries {
 
     fn reset(&self) {
         let gauges = [
+            &self.check_failed,
             &self.pool_cpus,
             &self.pool_memory,
+            &self.pool_settled,
             &self.enclave_state,
             &self.enclave_ready,
             &self.enclave_generation,
@@ -323,6 +410,9 @@ impl StateSeries {
             &self.fetch_size,
             &self.listener_open,
             &self.open,
+            &self.name_age,
+            &self.name_stale,
+            &self.name_addresses,
         ];
         gauges.iter().for_each(|series| series.reset());
         self.enclave_since.reset();
@@ -334,8 +424,11 @@ impl StateSeries {
             &self.bytes,
             &self.failures,
             &self.responses,
+            &self.name_failures,
         ];
         counters.iter().for_each(|series| series.reset());
+        self.connect_seconds.reset();
+        self.name_seconds.reset();
     }
 
     fn enclave(&self, enclave: &EnclaveStatus) {
@@ -396,6 +489,20 @@ impl StateSeries {
         for traffic in &report.traffic {
             self.traffic(traffic);
         }
+        for name in &report.names {
+            self.name(name);
+        }
+    }
+
+    fn name(&self, name: &NameReport) {
+        let labels = [name.hostname.as_str()];
+        if let Some(age) = name.answer_age_seconds {
+            self.name_age.with_label_values(&labels).set(int(age));
+        }
+        self.name_stale.with_label_values(&labels).set(i64::from(name.stale));
+        self.name_addresses.with_label_values(&labels).set(int(name.addresses));
+        self.name_failures.with_label_values(&labels).inc_by(name.failed);
+        self.name_seconds.set(&labels, &name.lookups);
     }
 
     fn traffic(&self, traffic: &TrafficReport) {
@@ -417,6 +524,7 @@ impl StateSeries {
         for (class, count) in &traffic.status_classes {
             self.responses.with_label_values(&[enclave, class]).inc_by(*count);
         }
+        self.connect_seconds.set(&[enclave, endpoint], &traffic.connects);
     }
 }
 

@@ -3,14 +3,15 @@
 
 use crate::asked::{Asked, FetchAnswer};
 use crate::events::{Event, Events};
-use crate::host::{Allocator, Clock, Host, ImageStore, LedgerStore, Outcome, ProxyLink, Supervisor};
+use crate::host::{Allocator, Clock, Host, ImageStore, LedgerStore, Outcome, ProxyLink, Supervisor, Surveyor};
 use crate::jobs::{Done, Jobs};
+use enclaved_core::allocator_file::Reservation;
 use enclaved_core::desired::{Desired, ImageRequest};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, EnclaveKey, EnclaveName, Timestamp};
 use enclaved_core::image::VerifiedImage;
-use enclaved_core::ledger::{Change, HeldBy, ImageOutcome, Ledger};
-use enclaved_core::observed::{HealthReport, JobFailure, JobKey, Observation, Observed};
+use enclaved_core::ledger::{Change, HeldBy, ImageOutcome, Ledger, ProcessIdentity};
+use enclaved_core::observed::{HealthReport, JobFailure, JobKey, Observation, Observed, ReserveEnded};
 use enclaved_core::plan::{Plan, Step, plan, restart};
 use enclaved_core::routes::ProxyReport;
 use enclaved_core::status::{Facts, Problem, Status, status};
@@ -43,6 +44,8 @@ pub enum Command {
     Hold(EnclaveName, oneshot::Sender<Result<(), String>>),
     /// Start it again.
     Release(EnclaveName, oneshot::Sender<Result<(), String>>),
+    /// Take an enclave that is held in doubt as it is.
+    Accept(EnclaveName, oneshot::Sender<Result<(), String>>),
     /// Fetch an image into the cache ahead of its use, or, unless it is to `begin`, tell how far that is. Answers at once.
     Fetch {
         /// Which.
@@ -138,8 +141,11 @@ pub async fn run<H: Host>(host: Arc<H>, inputs: Inputs, stop: CancellationToken)
         refreshed: BTreeMap::new(),
         asked: Asked::default(),
         health: BTreeMap::new(),
+        described: BTreeMap::new(),
         failed: BTreeMap::new(),
         succeeded: BTreeMap::new(),
+        reserving: None,
+        reserve_ended: None,
         unsaved: None,
         terminating: None,
     };
@@ -196,6 +202,7 @@ fn blind<H: Host>(host: &H, inputs: &Inputs, failure: &Failure) -> Report {
         boot_id: inputs.boot_id.clone(),
         instances: Observation::Unknown(failure.clone()),
         pool: Observation::Unknown(failure.clone()),
+        inventory: Observation::Unknown(failure.clone()),
         proxy: Observation::Unknown(failure.clone()),
         cache: Observation::Unknown(failure.clone()),
         refreshed: BTreeMap::new(),
@@ -203,9 +210,11 @@ fn blind<H: Host>(host: &H, inputs: &Inputs, failure: &Failure) -> Report {
         ahead: BTreeSet::new(),
         images: BTreeMap::new(),
         health: BTreeMap::new(),
+        described: BTreeMap::new(),
         running: BTreeSet::new(),
         failed: BTreeMap::new(),
         succeeded: BTreeMap::new(),
+        reserve_ended: None,
     };
     let facts = inputs.facts.borrow().clone();
     let (ledger, plan, now) = (Ledger::default(), Plan::default(), host.clock().now());
@@ -233,8 +242,14 @@ struct Loop<H: Host> {
     /// What is fetched ahead of its use.
     asked: Asked,
     health: BTreeMap<EnclaveKey, HealthReport>,
+    /// What nitro-cli said of what runs.
+    described: BTreeMap<EnclaveKey, (ProcessIdentity, Option<Failure>)>,
     failed: BTreeMap<JobKey, JobFailure>,
     succeeded: BTreeMap<JobKey, Timestamp>,
+    /// What the allocator is being asked for.
+    reserving: Option<Reservation>,
+    /// The last time that it was asked, once that is over.
+    reserve_ended: Option<ReserveEnded>,
     /// The ledger in memory is not on disk: when that was noticed, how often it failed, why.
     unsaved: Option<JobFailure>,
     /// Every enclave is to end, and the loop with them, at this time at the latest.
@@ -278,9 +293,10 @@ impl<H: Host> Loop<H> {
     async fn observe(&self) -> Observed {
         let known =
             self.ledger.generations().filter_map(|(key, record)| Some((key, record.launch()?.clone()))).collect();
-        let (instances, pool, proxy, cache) = tokio::join!(
+        let (instances, pool, inventory, proxy, cache) = tokio::join!(
             look("looking at the host's enclaves", self.host.supervisor().observe(&known)),
             look("looking at the host's enclave resources", self.host.allocator().observe()),
+            look("looking at what the host is made of", self.host.surveyor().observe()),
             look("asking the proxy process", self.host.proxy().observe()),
             look("looking at the image cache", self.host.images().observe()),
         );
@@ -288,6 +304,7 @@ impl<H: Host> Loop<H> {
             boot_id: self.boot_id.clone(),
             instances,
             pool,
+            inventory,
             proxy,
             cache,
             refreshed: self.refreshed.clone(),
@@ -295,9 +312,11 @@ impl<H: Host> Loop<H> {
             ahead: self.asked.fetched(self.now()),
             images: self.images.clone(),
             health: self.health.clone(),
+            described: self.described.clone(),
             running: self.jobs.running().clone(),
             failed: self.failed.clone(),
             succeeded: self.succeeded.clone(),
+            reserve_ended: self.reserve_ended.clone(),
         }
     }
 
@@ -319,6 +338,11 @@ impl<H: Host> Loop<H> {
         }
         for step in &plan.steps {
             self.events.emit(&Event::Step { step });
+            if let Step::Reserve { wish, .. } = step
+                && !self.jobs.running().contains(&JobKey::Reserve)
+            {
+                self.reserving = Some(wish.clone());
+            }
             self.jobs.start(&self.host, step);
         }
         changed
@@ -411,6 +435,9 @@ impl<H: Host> Loop<H> {
     fn job_ended(&mut self, key: JobKey, outcome: Outcome<Done>) {
         let at = self.now();
         self.events.emit(&Event::JobEnded { job: &key, outcome: &outcome });
+        if key == JobKey::Reserve {
+            self.reserve_ended = self.reserving.take().map(|wish| ReserveEnded { wish, at });
+        }
         match outcome {
             Ok(done) => {
                 self.failed.remove(&key);
@@ -437,6 +464,7 @@ impl<H: Host> Loop<H> {
                         let streak = same.map_or(1, |last| last.streak.saturating_add(1));
                         self.health.insert(key, HealthReport { at, result, streak });
                     }
+                    (JobKey::Describe, Done::Described(described)) => self.described.extend(described),
                     _ => {}
                 }
             }
@@ -469,6 +497,7 @@ impl<H: Host> Loop<H> {
         self.images.retain(|request, _| wanted(request));
         self.refreshed.retain(|request, _| wanted(request));
         self.health.retain(|key, _| ledger.generation(key).is_some());
+        self.described.retain(|key, _| ledger.generation(key).is_some());
         self.failed.retain(|job, failed| match job {
             JobKey::Fetch(request) | JobKey::Refresh(request) => wanted(request),
             JobKey::Launch(key) | JobKey::Stop(key) | JobKey::Forget(key) | JobKey::Probe(key) => {
@@ -476,7 +505,7 @@ impl<H: Host> Loop<H> {
             }
             // It is tried again much sooner, if it is still to go.
             JobKey::RemoveCached(_) => restart::pause_end(failed.at, STALE, now).is_some(),
-            JobKey::Reserve | JobKey::StartProxy | JobKey::Publish => true,
+            JobKey::Reserve | JobKey::StartProxy | JobKey::Publish | JobKey::Describe => true,
         });
     }
 
@@ -502,6 +531,15 @@ impl<H: Host> Loop<H> {
             Command::Release(name, reply) => {
                 let known = self.ledger.enclaves.contains_key(&name) || self.desired.enclaves.contains_key(&name);
                 let answer = if known { self.command(Change::Released(name)).await } else { Err(unknown(&name)) };
+                drop(reply.send(answer));
+            }
+            Command::Accept(name, reply) => {
+                let doubt = self.ledger.enclaves.get(&name).map(|enclave| enclave.doubt().is_some());
+                let answer = match doubt {
+                    Some(true) => self.command(Change::Accepted(name)).await,
+                    Some(false) => Err(format!("{name} is not held in doubt: there is nothing to decide")),
+                    None => Err(unknown(&name)),
+                };
                 drop(reply.send(answer));
             }
             Command::Fetch { request, begin, reply } => {

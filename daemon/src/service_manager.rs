@@ -101,6 +101,11 @@ fn line(status: &Status) -> String {
     for enclave in status.enclaves.iter().filter(|enclave| enclave.state != EnclaveState::Ready) {
         line.push_str(&format!("; {} {}", enclave.name, enclave.state.as_str()));
     }
+    if let Some(first) = status.host.failed_checks.first() {
+        let more = status.host.failed_checks.len() - 1;
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        line.push_str(&format!("; check {first}{more} failed, see enclavectl doctor"));
+    }
     if !status.problems.is_empty() {
         line.push_str(&format!("; {} problems, see enclavectl status", status.problems.len()));
     }
@@ -110,6 +115,8 @@ fn line(status: &Status) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use enclaved_core::diagnosis::Check;
+    use enclaved_core::status::HostStatus;
     use std::sync::atomic::AtomicU32;
     use tokio::time::Instant;
 
@@ -134,5 +141,18 @@ mod tests {
         assert_eq!(fed_within(limit).await, 0, "no pass for more than a minute");
         stop.cancel();
         feeding.await.unwrap();
+    }
+
+    fn status(failed_checks: Vec<Check>) -> Status {
+        Status { host: HostStatus { failed_checks, ..HostStatus::default() }, ..Status::default() }
+    }
+
+    #[test]
+    fn the_line_names_the_first_check_that_fails() {
+        assert_eq!(line(&status(Vec::new())), "0 of 0 enclaves ready");
+        let failed = line(&status(vec![Check::RoleCredentials]));
+        assert_eq!(failed, "0 of 0 enclaves ready; check role_credentials failed, see enclavectl doctor");
+        let failed = line(&status(vec![Check::Driver, Check::Device, Check::Disk]));
+        assert_eq!(failed, "0 of 0 enclaves ready; check driver and 2 more failed, see enclavectl doctor");
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo run --release -p enclaved-integration --bin bench -- images [--size 1GiB] [--rounds 5] [--json FILE]
+//! cargo run --release -p enclaved-integration --bin bench -- relay [--only ingress] [--rounds 5] [--json FILE]
 //! ```
 //!
 //! Prints one table for each comparison; what it looks like:
@@ -30,6 +31,7 @@
 //! A program that is missing is installed by `integration/tool`, outside the tree.
 
 mod images;
+mod relay;
 mod run;
 mod server;
 mod table;
@@ -51,6 +53,8 @@ struct Arguments {
 enum What {
     /// Getting an image from S3 beside `aws s3 cp`, and measuring one beside `nitro-cli describe-eif`.
     Images(images::Options),
+    /// Carrying raw connections beside nginx, haproxy and socat (Debian: nginx-light, libnginx-mod-stream, haproxy, socat).
+    Relay(relay::Options),
     /// Runs a program, and writes what it cost to a file. Used by the comparisons.
     #[command(hide = true)]
     Run {
@@ -71,6 +75,7 @@ enum What {
 pub fn main() -> ExitCode {
     let done = match Arguments::parse().what {
         What::Images(options) => images::compare(&options),
+        What::Relay(options) => relay::compare(&options),
         What::Run { report, command } => return run::in_child(&report, &command),
         What::Serve { file } => server::serve(&file),
         What::Fetch { source, folder } => images::fetch(&source, &folder),

@@ -48,6 +48,12 @@ impl Shape {
             let file = format!("devices/system/node/node0/hugepages/hugepages-2048kB/{name}");
             write(file, self.hugepages.to_string());
         }
+        write("devices/system/node/node0/hugepages/hugepages-2048kB/surplus_hugepages".to_owned(), "0".to_owned());
+        // Twice the pages, and 4 GiB, so that what is set aside leaves the parent its own.
+        let kib = (self.hugepages * 2048 * 2).saturating_add(4 << 20);
+        let meminfo = format!("Node 0 MemTotal: {kib} kB\nNode 0 MemFree: {kib} kB");
+        write("devices/system/node/node0/meminfo".to_owned(), meminfo);
+        write("devices/system/clocksource/clocksource0/current_clocksource".to_owned(), "tsc".to_owned());
         let last = self.cpus.saturating_sub(1);
         // What is in the pool is offline: the node's list leaves it out, but every CPU keeps the link to its node.
         let offline = |cpu: &u32| self.cores.iter().flatten().any(|other| other == cpu);
@@ -55,6 +61,11 @@ impl Shape {
         write("devices/system/node/node0/cpulist".to_owned(), online.join(","));
         write("devices/system/cpu/online".to_owned(), online.join(","));
         write("devices/system/cpu/present".to_owned(), format!("0-{last}"));
+        let half = (self.cpus / 2).max(1);
+        for cpu in (0..self.cpus).filter(|cpu| !offline(cpu)) {
+            let file = format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+            write(file, format!("{},{}", cpu % half, cpu % half + half));
+        }
         for [a, b] in &self.cores {
             for cpu in [a, b] {
                 let file = format!("devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");

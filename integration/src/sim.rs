@@ -9,15 +9,18 @@ pub use harness::{Harness, desired, image};
 
 use enclaved::host::{
     Allocator, Clock, Effect, Host, ImageStore, LedgerStore, LoadedLedger, Outcome, Prober, Progress, Proof, ProxyLink,
-    Supervisor,
+    Supervisor, Surveyor,
 };
-use enclaved_core::desired::{HealthCheck, ImageRequest};
+use enclaved_core::allocator_file::Reservation;
+use enclaved_core::desired::{HealthCheck, HostPolicy, ImageRequest};
 use enclaved_core::failure::Failure;
-use enclaved_core::id::{BootId, Cid, EifDigest, EnclaveKey, MemoryMib, Timestamp};
+use enclaved_core::id::{BootId, Cid, EifDigest, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
 use enclaved_core::image::VerifiedImage;
+use enclaved_core::inventory::{Cpu, CpuSet, Hugepages, Inventory, Node};
 use enclaved_core::ledger::{GenerationRecord, LaunchRecord, Ledger, ProcessIdentity};
+use enclaved_core::observed::Observation::{self, Known};
 use enclaved_core::observed::{AskedBy, CacheItem, CachedImage, End, ImageCache, Instance, InstanceState, Pool};
-use enclaved_core::plan::{Launch, Prefer};
+use enclaved_core::plan::{self, Launch, Prefer};
 use enclaved_core::routes::{ListenerKey, ListenerReport, ProxyReport, Routes};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,6 +34,8 @@ const LAUNCH: Duration = Duration::from_secs(2);
 const BOOT: Duration = Duration::from_secs(3);
 /// How long an enclave takes to end when it is asked to.
 const STOP: Duration = Duration::from_secs(2);
+/// How long the allocator takes.
+const ALLOCATE: Duration = Duration::from_secs(3);
 /// How long after an end it is known how it came about.
 const ACCOUNT: Duration = Duration::from_millis(300);
 /// How old the look can be on which a launch was decided: the loop gives every look ten seconds.
@@ -95,6 +100,17 @@ impl Launched {
     }
 }
 
+/// The allocator at work.
+#[derive(Debug)]
+struct Changing {
+    until: Instant,
+    wish: (u32, u64),
+    least: Option<(u32, u64)>,
+}
+
+/// The pool and the number of enclaves, and what the host looks like with them.
+type Surveyed = (((u32, u64), usize), Arc<Inventory>);
+
 #[derive(Debug)]
 struct State {
     boot_id: BootId,
@@ -107,6 +123,20 @@ struct State {
     routes: Option<Routes>,
     pool: (u32, u64),
     most: (u32, u64),
+    /// What the stock allocator's file asks for: the pool after a boot.
+    file: (u32, u64),
+    /// The allocator is at work, whoever waits for it.
+    changing: Option<Changing>,
+    /// What it came to last.
+    changed: Outcome<()>,
+    /// Memory that can be had as hugepages (MiB): the rest is in pieces.
+    in_one_piece: u64,
+    /// The stock service says that it succeeded, and does nothing.
+    effectless: bool,
+    /// What the allocator was asked for, each time.
+    reserves: Vec<(u32, u64)>,
+    /// The last inventory, and of what: pool and enclaves that run.
+    surveyed: Option<Surveyed>,
     /// What the sources have.
     images: BTreeMap<ImageRequest, VerifiedImage>,
     images_away: bool,
@@ -122,6 +152,8 @@ struct State {
     /// Hugepage memory that somebody else holds.
     foreign: u64,
     sick: bool,
+    /// Enclaves of which nitro-cli says something else than was launched.
+    described_otherwise: BTreeSet<EnclaveName>,
     next_pid: u32,
     sequence: u64,
     counts: BTreeMap<Effect, u32>,
@@ -168,6 +200,86 @@ impl State {
         self.spoilt.remove(&image.digest());
     }
 
+    /// `enclaved allocate` is started: it looks for itself whether an enclave runs, and goes on whoever waits for it.
+    fn begin_change(&mut self, wish: (u32, u64), least: Option<(u32, u64)>) -> Outcome<()> {
+        let runs = self.alive().next().map(|(key, _)| key.clone());
+        if let Some(key) = runs {
+            self.violations.push(format!("the pool is to be changed while {key} runs"));
+            return Err(Failure::new("an enclave runs"));
+        }
+        if self.changing.is_some() {
+            self.violations.push("the pool is to be changed twice at a time".to_owned());
+            return Err(Failure::new("the allocator is at work"));
+        }
+        if wish.0 > self.most.0 || wish.1 > self.most.1 {
+            self.violations.push(format!("{wish:?} is more than the host has"));
+            return Err(Failure::new("the host is too small"));
+        }
+        self.reserves.push(wish);
+        self.changing = Some(Changing { until: Instant::now() + ALLOCATE, wish, least });
+        Ok(())
+    }
+
+    /// What the allocator comes to, once its time is over: the wish, or the least, or the pool as it was.
+    fn change(&mut self) {
+        let Some(Changing { wish, least, .. }) = self.changing.take_if(|changing| changing.until <= Instant::now())
+        else {
+            return;
+        };
+        self.file = wish;
+        let had = [Some(wish), least].into_iter().flatten().find(|(_, memory)| *memory <= self.in_one_piece);
+        self.changed = match had {
+            _ if self.effectless => Ok(()),
+            Some(had) => {
+                self.pool = had;
+                Ok(())
+            }
+            None => Err(Failure::new("memory is in pieces")),
+        };
+    }
+
+    /// The host as its inventory: one memory node, two threads a core, the pool's cores from above.
+    fn inventory(&mut self) -> Arc<Inventory> {
+        let of = (self.pool, self.alive().count());
+        match &self.surveyed {
+            Some((last, inventory)) if *last == of => Arc::clone(inventory),
+            _ => {
+                let inventory = Arc::new(self.survey());
+                self.surveyed = Some((of, Arc::clone(&inventory)));
+                inventory
+            }
+        }
+    }
+
+    fn survey(&self) -> Inventory {
+        let cores = (self.most.0 + 2) / 2;
+        let core = |number: u32| CpuSet::new([number % cores, number % cores + cores]).unwrap_or_default();
+        let in_pool = |number: u32| number % cores >= cores - self.pool.0 / 2;
+        let cpu = |number: u32| {
+            let cpu = Cpu { online: !in_pool(number), node: Known(0), core: Known(core(number)) };
+            (number, cpu)
+        };
+        let pages = |total: u64| Hugepages { total, free: total, surplus: 0 };
+        let hugepages = BTreeMap::from([(1 << 20, pages(self.pool.1 / 1024)), (2048, pages(self.pool.1 % 1024 / 2))]);
+        let total_kib = Known((self.most.1 + HostPolicy::default().reserve_memory.0) * 1024);
+        let node = Node { total_kib, free_kib: Known(0), hugepages: Known(hugepages) };
+        fn unseen<T>() -> Observation<T> {
+            Observation::Unknown(Failure::new("nobody looks at it"))
+        }
+        Inventory {
+            instance_type: unseen(),
+            cpus: Known((0..cores * 2).map(cpu).collect()),
+            nodes: Known(BTreeMap::from([(0, node)])),
+            driver_loaded: Known(true),
+            pool: Known(CpuSet::new((0..cores * 2).filter(|number| in_pool(*number))).unwrap_or_default()),
+            device: unseen(),
+            nitro_cli: unseen(),
+            allocator_service: unseen(),
+            allocator_file: unseen(),
+            enclaves: Known(u32::try_from(self.alive().count()).unwrap_or(u32::MAX)),
+        }
+    }
+
     fn alive(&self) -> impl Iterator<Item = (&EnclaveKey, &Launched)> {
         self.launched.iter().filter(|(_, launched)| !launched.is_over())
     }
@@ -210,6 +322,9 @@ impl State {
         for endpoint in record.egress.iter().filter(|endpoint| !served(endpoint.vsock_port)) {
             wrong.push(format!("{key} is launched before its egress port {} listens", endpoint.vsock_port));
         }
+        if self.changing.is_some() {
+            wrong.push(format!("{key} is launched while the pool is being changed"));
+        }
         self.violations.append(&mut wrong);
         self.next_pid += 1;
         let process = LaunchRecord {
@@ -245,6 +360,13 @@ impl World {
             routes: None,
             pool,
             most,
+            file: pool,
+            changing: None,
+            changed: Ok(()),
+            in_one_piece: u64::MAX,
+            effectless: false,
+            reserves: Vec::new(),
+            surveyed: None,
             images: BTreeMap::new(),
             images_away: false,
             index: BTreeMap::new(),
@@ -254,6 +376,7 @@ impl World {
             open: BTreeMap::new(),
             foreign: 0,
             sick: false,
+            described_otherwise: BTreeSet::new(),
             next_pid: 1000,
             sequence: 0,
             counts: BTreeMap::new(),
@@ -274,7 +397,9 @@ impl World {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.change();
+        state
     }
 
     /// Does one effect, or what a fault makes of it.
@@ -414,6 +539,31 @@ impl World {
         self.lock().foreign = memory;
     }
 
+    /// So much memory (MiB) is in one piece until the next boot.
+    pub fn set_in_one_piece(&self, memory: u64) {
+        self.lock().in_one_piece = memory;
+    }
+
+    /// Whether the stock service does nothing and calls that a success.
+    pub fn set_effectless(&self, effectless: bool) {
+        self.lock().effectless = effectless;
+    }
+
+    /// What it is made of.
+    pub fn inventory(&self) -> Arc<Inventory> {
+        self.lock().inventory()
+    }
+
+    /// The pool: CPUs and memory (MiB).
+    pub fn pool(&self) -> (u32, u64) {
+        self.lock().pool
+    }
+
+    /// What the allocator was asked for so far, each time.
+    pub fn reserves(&self) -> Vec<(u32, u64)> {
+        self.lock().reserves.clone()
+    }
+
     /// Whether every enclave answers its probes badly.
     pub fn set_sick(&self, sick: bool) {
         self.lock().sick = sick;
@@ -422,6 +572,11 @@ impl World {
     /// Whether the planned fault has struck.
     pub fn fault_struck(&self) -> bool {
         self.lock().planned.is_none()
+    }
+
+    /// From now on nitro-cli says something else of that enclave than was launched.
+    pub fn describe_otherwise(&self, name: EnclaveName) {
+        self.lock().described_otherwise.insert(name);
     }
 
     /// The proxy process dies.
@@ -446,6 +601,10 @@ impl World {
         let boot = state.next_pid;
         state.boot_id = BootId(format!("boot-{boot}"));
         state.launched.clear();
+        // The stock service reserves what its file says, and memory is in one piece.
+        state.changing = None;
+        state.in_one_piece = u64::MAX;
+        state.pool = state.file;
         state.proxy = None;
         state.proxy_died = None;
         state.open.clear();
@@ -508,6 +667,23 @@ impl Supervisor for World {
         .await?;
         self.enclaves_changed.notify_one();
         Ok(())
+    }
+
+    async fn describe(&self, launched: &[plan::Launched]) -> Outcome<BTreeMap<EnclaveKey, Option<Failure>>> {
+        self.effect(Effect::SupervisorDescribe, |state| {
+            let youngest =
+                state.launched.values().filter(|launched| !launched.is_over()).map(|launched| launched.up_at).max();
+            if youngest.is_some_and(|up| up.elapsed() < Duration::from_secs(30)) {
+                state.violations.push("nitro-cli is asked while an enclave is young".to_owned());
+            }
+            let runs = |one: &&plan::Launched| state.launched.get(&one.key).is_some_and(|launched| !launched.is_over());
+            let said = launched.iter().filter(runs).map(|one| {
+                let otherwise = state.described_otherwise.contains(&one.key.name);
+                (one.key.clone(), otherwise.then(|| Failure::new("its mode is debug instead of no debug")))
+            });
+            Ok(said.collect())
+        })
+        .await
     }
 
     async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {
@@ -621,20 +797,26 @@ impl Allocator for World {
         self.effect(Effect::AllocatorObserve, |state| {
             let used: u64 = state.alive().map(|(_, launched)| launched.record.identity.memory.0).sum();
             let memory_free = MemoryMib(state.pool.1.saturating_sub(used + state.foreign));
-            Ok(Pool::Sized { cpus: state.pool.0, memory: MemoryMib(state.pool.1), memory_free })
+            let changing = state.changing.is_some();
+            Ok(Pool::Sized { cpus: state.pool.0, memory: MemoryMib(state.pool.1), memory_free, changing })
         })
         .await
     }
 
-    async fn reserve(&self, cpus: u32, memory: MemoryMib) -> Outcome<()> {
-        self.effect(Effect::AllocatorReserve, |state| {
-            if cpus > state.most.0 || memory.0 > state.most.1 {
-                return Err(Failure::new("the host is too small"));
-            }
-            state.pool = (state.pool.0.max(cpus), state.pool.1.max(memory.0));
-            Ok(())
-        })
-        .await
+    async fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> Outcome<()> {
+        let pair = |reservation: &Reservation| (reservation.cpus.count(), reservation.memory_mib.0);
+        let (wish, least) = (pair(wish), least.map(pair));
+        self.effect(Effect::AllocatorReserve, |state| state.begin_change(wish, least)).await?;
+        while self.lock().changing.is_some() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        self.lock().changed.clone()
+    }
+}
+
+impl Surveyor for World {
+    async fn observe(&self) -> Outcome<Option<Arc<Inventory>>> {
+        self.effect(Effect::SurveyorObserve, |state| Ok(Some(state.inventory()))).await
     }
 }
 
@@ -746,6 +928,7 @@ impl Host for World {
     type Supervisor = Self;
     type Images = Self;
     type Allocator = Self;
+    type Surveyor = Self;
     type Proxy = Self;
     type Prober = Self;
     type Ledger = Self;
@@ -758,6 +941,9 @@ impl Host for World {
         self
     }
     fn allocator(&self) -> &Self {
+        self
+    }
+    fn surveyor(&self) -> &Self {
         self
     }
     fn proxy(&self) -> &Self {

@@ -2,13 +2,14 @@
 //! the same file, sets all hugepages of the node to zero first, takes large pages first, and can say one thing and do another.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
-use enclaved::allocate::service::{RestartError, StockService};
+use enclaved::allocate::service::StockService;
 use enclaved::allocate::{Did, FORMAT, Places, Report, Request, allocate, publish};
-use enclaved::host::inventory::{HostInventory, Roots};
+use enclaved::host::inventory::{HostInventory, InventorySource, Roots};
+use enclaved::systemd_bus::JobError;
 use enclaved_core::allocator_file::{self, CpuRequest, Reservation};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{MemoryMib, Timestamp};
-use enclaved_core::inventory::CpuSet;
+use enclaved_core::inventory::{CpuSet, Inventory};
 use enclaved_core::sizing::Reserve;
 use enclaved_integration::host_tree::HostTree;
 use std::fs;
@@ -67,13 +68,14 @@ impl Host {
             request: self.path("run/request.json"),
             allocator_file: self.path("etc/nitro_enclaves/allocator.yaml"),
             compact_memory: self.path("proc/sys/vm/compact_memory"),
+            sysfs: self.path("sys"),
         };
         let inventory = HostInventory::new(Roots::below(self.tree.path()), self.path("usr/bin/nitro-cli"));
-        allocate(&places, Reserve::default(), &inventory, self, Timestamp::from_millis(1)).await
+        allocate(&places, Reserve::default(), &Kernel { host: self, inventory }, self, Timestamp::from_millis(1)).await
     }
 
     async fn allocate(&self, wish: Reservation, least: Option<Reservation>) -> Report {
-        let request = Request { format: FORMAT, wish, least };
+        let request = Request { format: FORMAT, id: 7, wish, least };
         let report = self.allocate_text(&serde_json::to_string(&request).unwrap()).await;
         assert_eq!(report.request, Some(request));
         report
@@ -105,11 +107,32 @@ impl Host {
     }
 }
 
+/// The tree as a kernel would show it: pages that are given back are not free any more.
+struct Kernel<'a> {
+    host: &'a Host,
+    inventory: HostInventory,
+}
+
+impl InventorySource for Kernel<'_> {
+    async fn read(&self) -> Inventory {
+        for pages in ["node0", "node1"].iter().flat_map(|node| [(node, 2048), (node, 1_048_576)]) {
+            let folder = format!("sys/devices/system/node/{}/hugepages/hugepages-{}kB", pages.0, pages.1);
+            let count = |file: &str| -> Option<u64> {
+                fs::read_to_string(self.host.path(&format!("{folder}/{file}"))).ok()?.trim().parse().ok()
+            };
+            if let (Some(all), Some(free)) = (count("nr_hugepages"), count("free_hugepages")) {
+                self.host.tree.write(&format!("{folder}/free_hugepages"), &format!("{}\n", free.min(all))).unwrap();
+            }
+        }
+        self.inventory.read().await
+    }
+}
+
 impl StockService for Host {
-    async fn restart(&self) -> Result<(), RestartError> {
+    async fn restart(&self) -> Result<(), JobError> {
         match self.faults.silent {
-            Some(true) => return Err(RestartError::NotRun(Failure::new("Unit is masked"))),
-            Some(false) => return Err(RestartError::Unknown(Failure::new("the connection ended"))),
+            Some(true) => return Err(JobError::NotRun(Failure::new("Unit is masked"))),
+            Some(false) => return Err(JobError::Unknown(Failure::new("the connection ended"))),
             None => {}
         }
         *self.restarts.lock().unwrap() += 1;
@@ -123,11 +146,7 @@ impl StockService for Host {
         self.set_pages(node, 2048, (memory % 1024).div_ceil(2));
         let none = CpuRequest::Pool(CpuSet::default());
         self.set_pool(if had && !self.faults.no_cpus { &wanted.cpus } else { &none });
-        if self.faults.says.unwrap_or(had) {
-            Ok(())
-        } else {
-            Err(RestartError::Failed(Failure::new("restarting: failed")))
-        }
+        if self.faults.says.unwrap_or(had) { Ok(()) } else { Err(JobError::Failed(Failure::new("restarting: failed"))) }
     }
 
     async fn journal(&self, lines: u32) -> Result<Vec<String>, Failure> {
@@ -221,13 +240,13 @@ async fn a_request_that_is_not_strictly_one_is_refused() {
     for (request, part) in [
         ("", "EOF"),
         ("{", "EOF"),
-        (r#"{"format":2,"wish":{"cpus":{"count":2},"memory_mib":512}}"#, "its format is 2"),
-        (r#"{"format":1,"wish":{"cpus":{"count":2},"memory_mib":512},"run":"sh"}"#, "unknown field `run`"),
-        (r#"{"format":1,"wish":{"cpus":{"count":2},"memory_mib":512,"x":1}}"#, "unknown field `x`"),
-        (r#"{"format":1,"wish":{"cpus":{"count":-2},"memory_mib":512}}"#, "invalid value"),
-        (r#"{"format":1,"wish":{"cpus":{"count":2.5},"memory_mib":512}}"#, "floating point"),
-        (r#"{"format":1,"wish":{"cpus":{"pool":"1,3\ncpu_count: 2"},"memory_mib":512}}"#, "is not a CPU list"),
-        (r#"{"format":1,"wish":{"cpus":{"count":2,"pool":"1"},"memory_mib":512}}"#, "expected"),
+        (r#"{"format":2,"id":7,"wish":{"cpus":{"count":2},"memory_mib":512}}"#, "its format is 2"),
+        (r#"{"format":1,"id":7,"wish":{"cpus":{"count":2},"memory_mib":512},"run":"sh"}"#, "unknown field `run`"),
+        (r#"{"format":1,"id":7,"wish":{"cpus":{"count":2},"memory_mib":512,"x":1}}"#, "unknown field `x`"),
+        (r#"{"format":1,"id":7,"wish":{"cpus":{"count":-2},"memory_mib":512}}"#, "invalid value"),
+        (r#"{"format":1,"id":7,"wish":{"cpus":{"count":2.5},"memory_mib":512}}"#, "floating point"),
+        (r#"{"format":1,"id":7,"wish":{"cpus":{"pool":"1,3\ncpu_count: 2"},"memory_mib":512}}"#, "is not a CPU list"),
+        (r#"{"format":1,"id":7,"wish":{"cpus":{"count":2,"pool":"1"},"memory_mib":512}}"#, "expected"),
         (&long, "longer than 65536 bytes"),
     ] {
         let report = host.allocate_text(request).await;
@@ -243,6 +262,7 @@ async fn a_request_that_is_not_strictly_one_is_refused() {
             request,
             allocator_file: host.path("etc/nitro_enclaves/allocator.yaml"),
             compact_memory: host.path("proc/sys/vm/compact_memory"),
+            sysfs: host.path("sys"),
         };
         let report = allocate(&places, Reserve::default(), &inventory, &host, Timestamp::from_millis(1)).await;
         assert!(why(&report).contains("is not taken"), "{report:?}");
@@ -332,42 +352,51 @@ async fn the_allocators_file_is_not_written_where_somebody_else_can_write() {
     assert_eq!((host.restarts(), host.file()), (0, before));
 }
 
-/// Runs the command as systemd would, with that configuration, and without a request: it can't get as far as the host.
-fn command(config: Option<&str>, arguments: &[&str]) -> (Option<i32>, String) {
+/// Runs the command as systemd would, with that configuration, and with a request that can't get as far as the host; what it reports.
+fn command(config: Option<&str>, request: &str) -> (Option<i32>, Report) {
     let folder = tempfile::tempdir().unwrap();
+    let run_dir = folder.path().join("run");
+    fs::create_dir(&run_dir).unwrap();
     let file = folder.path().join("enclaved.toml");
     if let Some(config) = config {
-        fs::write(&file, config).unwrap();
+        fs::write(&file, config.replace("RUN_DIR", run_dir.to_str().unwrap())).unwrap();
     }
+    fs::write(run_dir.join("allocate.json"), request).unwrap();
     let mut command = std::process::Command::new(enclaved_integration::binaries::find("enclaved").unwrap());
-    command.arg("allocate").args(arguments).arg("--config").arg(file);
-    command.arg("--request").arg(folder.path().join("request.json"));
-    command.arg("--report").arg(folder.path().join("report.json"));
+    command.arg("allocate").arg("--config").arg(file).arg("--report").arg(folder.path().join("report.json"));
+    if config.is_none_or(|config| !config.contains("RUN_DIR")) {
+        command.arg("--request").arg(run_dir.join("allocate.json"));
+    }
     let output = command.output().unwrap();
     let report: Report = serde_json::from_slice(&fs::read(folder.path().join("report.json")).unwrap()).unwrap();
-    let why = why(&report);
     assert!(String::from_utf8_lossy(&output.stderr).contains("what is reserved is not changed: "), "{output:?}");
-    (output.status.code(), why)
+    (output.status.code(), report)
 }
 
 #[test]
-fn the_pool_stays_the_administrators_unless_it_is_said_to_be_enclaveds() {
-    for (config, arguments, code, part) in [
-        (None, &[][..], 78, "host.allocator is \"verify\": the pool is the administrator's"),
-        (None, &["--manage"], 75, "is not taken"),
-        (Some("[host]\nallocator = \"verify\"\n"), &["--manage"], 75, "is not taken"),
-        (Some("[host]\nallocator = \"external\"\n"), &["--manage"], 78, "host.allocator is \"external\""),
+fn the_pool_stays_the_administrators_unless_the_configuration_says_that_it_is_enclaveds() {
+    for (config, code, part) in [
+        (None, 78, "the pool is the administrator's (host.allocator = \"manage\""),
+        (Some("[host]\n"), 78, "host.allocator is \"verify\": the pool is the administrator's"),
+        (Some("[host]\nallocator = \"verify\"\n"), 78, "host.allocator is \"verify\""),
+        (Some("[host]\nallocator = \"external\"\n"), 78, "host.allocator is \"external\""),
+        // Then its own request is read, from the daemon's folder.
+        (Some("[host]\nallocator = \"manage\"\nrun_dir = \"RUN_DIR\"\n"), 75, "is not taken: EOF"),
     ] {
-        let (exit, why) = command(config, arguments);
-        assert!(exit == Some(code) && why.contains(part), "{config:?} {arguments:?}: {exit:?} {why}");
+        let (exit, report) = command(config, "");
+        let why = why(&report);
+        assert!(exit == Some(code) && why.contains(part), "{config:?}: {exit:?} {why}");
     }
 }
 
 #[test]
-fn with_a_configuration_that_cannot_be_used_nothing_is_changed() {
-    for config in ["[host", "[host]\nreserve_memory_mib = \"much\"\n"] {
-        let (exit, why) = command(Some(config), &["--manage"]);
+fn with_a_configuration_that_cannot_be_used_nothing_is_changed_and_the_daemon_learns_why() {
+    let request = r#"{"format":1,"id":7,"wish":{"cpus":{"count":2},"memory_mib":512}}"#;
+    for config in ["[host", "[host]\nallocator = \"manage\"\nreserve_memory_mib = \"much\"\n"] {
+        let (exit, report) = command(Some(config), request);
+        let why = why(&report);
         assert!(exit == Some(78) && why.contains("the configuration can't be used"), "{exit:?} {why}");
+        assert_eq!(report.request.unwrap().id, 7, "it is an answer to the request");
     }
 }
 
@@ -400,16 +429,23 @@ async fn a_service_that_does_not_run_or_whose_end_is_not_known_is_left_alone() {
 }
 
 #[tokio::test]
-async fn a_move_that_would_leave_pages_reserved_on_the_other_node_is_refused() {
+async fn a_move_gives_the_pages_of_the_former_node_back_unless_somebody_uses_them() {
     let host = Host::new("m5.24xlarge");
     host.tree.write("sys/module/nitro_enclaves/parameters/ne_cpus", "1,49\n").unwrap();
     host.set_pages(0, 1_048_576, 4);
     let wish = Reservation { cpus: CpuRequest::Pool("24-47,72-95".parse().unwrap()), memory_mib: MemoryMib(188_500) };
+    // Somebody uses a page there: then they are not the pool's alone.
+    let folder = "sys/devices/system/node/node0/hugepages/hugepages-1048576kB";
+    host.tree.write(&format!("{folder}/free_hugepages"), "3\n").unwrap();
     let failure = why(&host.allocate(wish.clone(), None).await);
-    assert!(failure.contains("leaves the 4096 MiB in hugepages on node 0 reserved"), "{failure}");
+    assert!(
+        failure.contains("of the 4096 MiB in hugepages on node 0 only 3072 MiB are free: somebody uses"),
+        "{failure}"
+    );
     assert_eq!(host.restarts(), 0);
-    host.set_pages(0, 1_048_576, 0);
+    host.set_pages(0, 1_048_576, 4);
     assert_eq!(host.allocate(wish.clone(), None).await.did, Did::Reserved(wish));
+    assert_eq!(fs::read_to_string(host.path(&format!("{folder}/nr_hugepages"))).unwrap(), "0\n");
 }
 
 #[tokio::test]

@@ -4,7 +4,8 @@
 
 use enclaved_core::id::Cid;
 use enclaved_core::routes::{
-    EgressRoute, LinkReply, LinkRequest, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute, VsockTransport,
+    EgressLimits, EgressRoute, LinkReply, LinkRequest, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute, TcpRules,
+    VsockTransport,
 };
 use enclaved_integration::binaries;
 use enclaved_integration::service_manager::ServiceManager;
@@ -89,9 +90,17 @@ impl Host {
             hostname: self.upstream.ip().to_string(),
             port: self.upstream.port(),
             allow_addresses: vec![self.upstream.ip()],
+            sni: false,
+            limits: EgressLimits::default(),
         });
         let listen = "127.0.0.1:0".parse().unwrap();
-        routes.tcp.push(TcpRoute { enclave, listen, vsock_port: 7000, target: Some(Cid::FIRST) });
+        routes.tcp.push(TcpRoute {
+            enclave,
+            listen,
+            vsock_port: 7000,
+            target: Some(Cid::FIRST),
+            rules: TcpRules::default(),
+        });
         routes
     }
 
@@ -233,7 +242,7 @@ async fn the_last_routes_are_served_before_a_restarted_proxy_is_ready() {
     // What nobody serves yet waits; nobody publishes any routes.
     let (client, enclave) = (TcpStream::connect(tcp).await.unwrap(), UnixStream::connect(unix).await.unwrap());
     host.start();
-    host.wait_until("the status says so", |lines, _| lines.iter().any(|line| line == "STATUS=2 listeners open"));
+    host.wait_until("the status says so", |lines, _| lines.iter().any(|line| line == "STATUS=2 of 2 listeners open"));
     timeout(DEADLINE, exchange(client)).await.unwrap().unwrap();
     timeout(DEADLINE, exchange(enclave)).await.unwrap().unwrap();
 }

@@ -40,7 +40,7 @@ fn a_host_shows_what_it_has_what_enclaves_may_have_and_what_to_do() {
         "  may have: 2 CPUs and 13474 MiB (nominally 2 CPUs and 14 GiB; 2 CPUs and 2048 MiB stay with the parent)\n",
         "configured: 2 CPUs and 4096 MiB\n",
         "- nitro-enclaves-allocator.service is not enabled",
-        "- the configured enclaves need 2 CPUs and 4096 MiB, which is not reserved; all that they may have would be `---`, \
+        "- the configured enclaves need 2 CPUs and 4096 MiB, which is not reserved; all that enclaves may have would be `---`, \
          `memory_mib: 13474`, `cpu_count: 2` in /etc/nitro_enclaves/allocator.yaml",
     ] {
         assert_holds(&text, part);
@@ -50,8 +50,11 @@ fn a_host_shows_what_it_has_what_enclaves_may_have_and_what_to_do() {
 #[test]
 fn enclaves_that_do_not_fit_are_refused_with_both_ways_out() {
     let text = enclavectl(&configured("m5.xlarge", 4, 4096), false);
-    assert_holds(&text, "configured: does not fit\n");
-    assert_holds(&text, "- the enclaves do not fit this host: 4 CPUs are needed, 2 can be had");
+    assert_holds(&text, "configured: signer can't be launched\n");
+    assert_holds(
+        &text,
+        "- signer can't be launched: the enclaves do not fit this host: 4 CPUs are needed, 2 can be had",
+    );
     assert_holds(&text, "m5.2xlarge is the smallest m5 with room");
 }
 

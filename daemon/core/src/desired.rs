@@ -9,7 +9,7 @@ pub use source::{BadImageSource, ImageSource, Url};
 
 use crate::id::{EnclaveName, MemoryMib};
 use crate::image::ExpectedImage;
-use crate::routes::{HttpsListener, PathRoute, VsockTransport};
+use crate::routes::{EgressLimits, HttpsListener, PathRoute, TcpRules, VsockTransport};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -36,6 +36,10 @@ pub struct HostPolicy {
     pub reserve_cpus: u32,
     /// Memory that stays with the parent.
     pub reserve_memory: MemoryMib,
+    /// Who sets CPUs and memory aside for enclaves.
+    pub allocator: AllocatorMode,
+    /// How much of them is to be set aside.
+    pub pool: PoolPolicy,
     /// How long existing connections may go on after an enclave was asked to stop.
     pub drain: Duration,
     /// How many bytes of images are kept at most, beside those that run or ran last, which are always kept.
@@ -50,8 +54,57 @@ impl Default for HostPolicy {
         Self {
             reserve_cpus: 2,
             reserve_memory: MemoryMib(2048),
+            allocator: AllocatorMode::default(),
+            pool: PoolPolicy::default(),
             drain: Duration::from_secs(30),
             image_cache: IMAGE_CACHE,
+        }
+    }
+}
+
+/// Who sets the enclaves' CPUs and memory aside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum AllocatorMode {
+    /// enclaved, through `enclaved-allocator.service`, which runs the stock allocator as root.
+    Manage,
+    /// The host's administrator (`/etc/nitro_enclaves/allocator.yaml`); the daemon looks at the host and says what is
+    /// missing, with numbers and the lines that help.
+    #[default]
+    Verify,
+    /// Somebody else, such as a Kubernetes device plugin; the daemon neither sets nor looks at anything.
+    External,
+}
+
+impl AllocatorMode {
+    /// Its name in the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Manage => "manage",
+            Self::Verify => "verify",
+            Self::External => "external",
+        }
+    }
+}
+
+/// How much is set aside for enclaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum PoolPolicy {
+    /// Everything beyond the host's reserve, once, early after a boot, while memory is in one piece: neither updates nor growth
+    /// ever need the allocator again.
+    #[default]
+    All,
+    /// What the enclaves need. The pool changes with them, for which all of them have to end.
+    Exact,
+}
+
+impl PoolPolicy {
+    /// Its name in the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Exact => "exact",
         }
     }
 }
@@ -77,6 +130,8 @@ pub struct EnclaveSpec {
     pub health: Option<HealthCheck>,
     /// What it may reach.
     pub egress: Vec<EgressSpec>,
+    /// The parent's vsock port on which it reads the list of its endpoints; `None`: nowhere.
+    pub hosts_port: Option<u32>,
     /// What reaches it.
     pub ingress: IngressSpec,
 }
@@ -175,6 +230,18 @@ pub struct EgressSpec {
     pub loopback: Option<IpAddr>,
     /// Addresses that are served although the egress policy would refuse them.
     pub allow_addresses: Vec<IpAddr>,
+    /// Only TLS, and only with the hostname as the server's name.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sni: bool,
+    /// How much it carries.
+    #[serde(default, skip_serializing_if = "EgressLimits::is_default")]
+    pub limits: EgressLimits,
+}
+
+/// The list of endpoints as a JSON document: what `enclavectl hosts --json` prints and what an enclave reads on
+/// [`EnclaveSpec::hosts_port`].
+pub fn hosts_document(egress: &[EgressSpec]) -> String {
+    format!("{:#}\n", serde_json::json!(egress))
 }
 
 /// What reaches an enclave.
@@ -195,4 +262,6 @@ pub struct TcpPort {
     pub listen: SocketAddr,
     /// The enclave's vsock port.
     pub vsock_port: u32,
+    /// Who may use it, and how much.
+    pub rules: TcpRules,
 }

@@ -42,11 +42,45 @@ impl fmt::Display for Refusal {
     }
 }
 
+/// Addresses that this host takes for its own: one of an interface, or a whole range that is routed to itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OwnRange {
+    first: IpAddr,
+    length: u8,
+}
+
+impl OwnRange {
+    /// The addresses that share the first `length` bits with this one; all of its bits if it has fewer.
+    pub fn new(address: IpAddr, length: u8) -> Self {
+        Self { first: address, length }
+    }
+
+    /// Whether an address is among them, in this very form: see [`check`] for the others.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        let mask = |length: u8| u128::MAX.checked_shl(128 - u32::from(length.min(128))).unwrap_or(0);
+        match (self.first, address) {
+            // Judged in the upper bits, so that one mask does for both.
+            (IpAddr::V4(first), IpAddr::V4(address)) => {
+                let differ = u128::from(first.to_bits() ^ address.to_bits()) << 96;
+                differ & mask(self.length.min(32)) == 0
+            }
+            (IpAddr::V6(first), IpAddr::V6(address)) => (first.to_bits() ^ address.to_bits()) & mask(self.length) == 0,
+            _ => false,
+        }
+    }
+}
+
+impl From<IpAddr> for OwnRange {
+    fn from(address: IpAddr) -> Self {
+        Self::new(address, 128)
+    }
+}
+
 /// Judges one address of an endpoint.
 ///
-/// `allowed` is the endpoint's own list: what the operator names there is served whatever it is. `own` are the addresses
-/// of this host's interfaces.
-pub fn check(address: IpAddr, allowed: &[IpAddr], own: &[IpAddr]) -> Result<(), Refusal> {
+/// `allowed` is the endpoint's own list: what the operator names there is served whatever it is. `own` is what this host
+/// takes for its own.
+pub fn check(address: IpAddr, allowed: &[IpAddr], own: &[OwnRange]) -> Result<(), Refusal> {
     let plain = address.to_canonical();
     if allowed.iter().any(|listed| listed.to_canonical() == plain) {
         return Ok(());
@@ -69,8 +103,10 @@ pub fn check(address: IpAddr, allowed: &[IpAddr], own: &[IpAddr]) -> Result<(), 
     }
 }
 
-fn is_own(address: IpAddr, own: &[IpAddr]) -> bool {
-    own.iter().any(|own| own.to_canonical() == address)
+/// `address` is in its canonical form.
+fn is_own(address: IpAddr, own: &[OwnRange]) -> bool {
+    own.iter()
+        .any(|own| own.contains(address) || OwnRange { first: own.first.to_canonical(), ..*own }.contains(address))
 }
 
 /// The metadata services of EC2 (169.254.169.254), ECS (169.254.170.2) and EKS Pod Identity (169.254.170.23).
@@ -149,7 +185,9 @@ mod tests {
     use proptest::prelude::*;
 
     fn verdict(address: &str) -> Result<(), Refusal> {
-        check(address.parse().unwrap(), &[], &["10.0.0.5".parse().unwrap(), "2001:db8::5".parse().unwrap()])
+        let own = |text: &str, length| OwnRange::new(text.parse().unwrap(), length);
+        let own = [own("10.0.0.5", 32), own("2001:db8::5", 128), own("10.9.0.0", 16), own("2001:db8:9::", 48)];
+        check(address.parse().unwrap(), &[], &own)
     }
 
     #[test]
@@ -169,6 +207,10 @@ mod tests {
             ("240.0.0.0", Refusal::Reserved),
             ("255.255.255.255", Refusal::Reserved),
             ("10.0.0.5", Refusal::OwnAddress),
+            ("10.9.0.0", Refusal::OwnAddress),
+            ("10.9.255.255", Refusal::OwnAddress),
+            ("::ffff:10.9.1.1", Refusal::OwnAddress),
+            ("2001:db8:9:ffff::1", Refusal::OwnAddress),
             ("::", Refusal::Unspecified),
             ("::1", Refusal::Loopback),
             ("fe80::", Refusal::LinkLocal),
@@ -194,6 +236,10 @@ mod tests {
             "169.255.0.0",
             "223.255.255.255",
             "10.0.0.4",
+            "10.8.255.255",
+            "10.10.0.0",
+            "2001:db8:8:ffff::1",
+            "2001:db8:a::",
             "172.16.0.1",
             "192.168.0.1",
             "100.64.0.1",
@@ -239,6 +285,7 @@ mod tests {
         fn no_form_of_a_refused_ipv4_address_is_served(v4 in prop_oneof![
             Just(Ipv4Addr::new(169, 254, 169, 254)),
             Just(Ipv4Addr::new(10, 0, 0, 5)),
+            any::<[u8; 2]>().prop_map(|[c, d]| Ipv4Addr::new(10, 9, c, d)),
             any::<[u8; 3]>().prop_map(|[b, c, d]| Ipv4Addr::new(127, b, c, d)),
             any::<[u8; 2]>().prop_map(|[c, d]| Ipv4Addr::new(169, 254, c, d)),
             (224..=255_u8, any::<[u8; 3]>()).prop_map(|(a, [b, c, d])| Ipv4Addr::new(a, b, c, d)),
@@ -250,10 +297,20 @@ mod tests {
 
         #[test]
         fn what_the_operator_lists_is_served_and_only_that(listed: IpAddr, other: IpAddr) {
-            prop_assert_eq!(check(listed, &[listed], &[listed]), Ok(()));
+            prop_assert_eq!(check(listed, &[listed], &[listed.into()]), Ok(()));
             prop_assume!(listed.to_canonical() != other.to_canonical());
             prop_assert_eq!(check(other, &[listed], &[]), check(other, &[], &[]));
         }
+    }
+
+    #[test]
+    fn a_range_of_any_length_contains_its_own_and_no_more() {
+        let range = |length| OwnRange::new("10.9.0.0".parse().unwrap(), length);
+        let contains = |length, address: &str| range(length).contains(address.parse().unwrap());
+        assert!(contains(0, "255.0.0.1") && contains(32, "10.9.0.0") && contains(255, "10.9.0.0"));
+        assert!(!contains(32, "10.9.0.1") && contains(31, "10.9.0.1") && !contains(0, "::1"));
+        let all = OwnRange::new("::".parse().unwrap(), 0);
+        assert!(all.contains("ffff::1".parse().unwrap()) && !all.contains("1.2.3.4".parse().unwrap()));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub use crate::image_record::{ImageFacts, ImageOutcome, ImageRecord};
 
+use crate::allocator_file::Reservation;
 use crate::desired::{EgressSpec, ImageRequest};
 use crate::failure::Failure;
 use crate::id::{BootId, Cid, EifDigest, EnclaveKey, EnclaveName, Generation, Measurements, MemoryMib, Timestamp};
@@ -33,6 +34,21 @@ pub struct Ledger {
     pub enclaves: BTreeMap<EnclaveName, EnclaveRecord>,
     /// What image requests came to.
     pub images: Vec<ImageRecord>,
+    /// What the allocator was last asked for in this boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<PoolTried>,
+}
+
+/// The allocator's tries for one pool, in this boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PoolTried {
+    /// What it was asked for.
+    pub wish: Reservation,
+    /// How often, with success or without.
+    pub tries: u32,
+    /// When the last try was over.
+    pub at: Timestamp,
 }
 
 impl Default for Ledger {
@@ -43,6 +59,7 @@ impl Default for Ledger {
             next_cid: Cid::FIRST,
             enclaves: BTreeMap::new(),
             images: Vec::new(),
+            pool: None,
         }
     }
 }
@@ -74,6 +91,24 @@ pub struct EnclaveRecord {
     pub previous_image: Option<EifDigest>,
     /// The generations of which something is left.
     pub generations: BTreeMap<Generation, GenerationRecord>,
+    /// What nitro-cli's own description said of those that run.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub verdicts: BTreeMap<Generation, Verdict>,
+}
+
+/// What nitro-cli's description of a running enclave says beside what was launched. It is asked once for each launch: asking loads
+/// every enclave's process, and the first answer can take as long as hashing the image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Verdict {
+    /// When it was asked.
+    pub at: Timestamp,
+    /// In what it differs from what was launched; `None` if it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doubt: Option<Failure>,
+    /// An operator takes it as it is, since then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accepted: Option<Timestamp>,
 }
 
 /// How an operator came to hold an enclave stopped.
@@ -278,6 +313,19 @@ impl EnclaveRecord {
         let (since, by) = (self.held_since?, self.held_by);
         Some(format!("it is held stopped since {since}, by `{by}`; `enclavectl start {name}` launches it"))
     }
+
+    /// The generation that is held for what nitro-cli says of it, and that: nothing is done with it until an operator decides.
+    pub fn doubt(&self) -> Option<(Generation, &Failure)> {
+        let doubtful = |(generation, verdict): (&Generation, &Verdict)| {
+            let current = |record: &GenerationRecord| record.is_current() && record.launch().is_some();
+            self.generations.get(generation).is_some_and(current)
+                && verdict.doubt.is_some()
+                && verdict.accepted.is_none()
+        };
+        let (generation, verdict) =
+            self.verdicts.iter().find(|(generation, verdict)| doubtful((generation, verdict)))?;
+        verdict.doubt.as_ref().map(|doubt| (*generation, doubt))
+    }
 }
 
 impl GenerationRecord {
@@ -321,6 +369,13 @@ impl GenerationRecord {
 pub enum Change {
     /// The host was booted.
     Booted(BootId),
+    /// The allocator was asked for a pool, and that is over, with success or without.
+    PoolTried {
+        /// What it was asked for.
+        wish: Reservation,
+        /// When it was over.
+        at: Timestamp,
+    },
     /// An image was verified.
     ImageVerified {
         /// What was asked for.
@@ -383,6 +438,15 @@ pub enum Change {
     },
     /// It answered its health check.
     Ready(EnclaveKey),
+    /// nitro-cli was asked what it is.
+    Described {
+        /// Which.
+        key: EnclaveKey,
+        /// In what that differs from what was launched.
+        doubt: Option<Failure>,
+    },
+    /// An operator takes an enclave that is held in doubt as it is.
+    Accepted(EnclaveName),
     /// It takes no new requests.
     Draining {
         /// Which.
@@ -432,6 +496,7 @@ impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Booted(id) => write!(f, "note that the host was booted ({id})"),
+            Self::PoolTried { wish, .. } => write!(f, "note that {wish} was tried in this boot"),
             Self::ImageVerified { request, digest, .. } => {
                 write!(f, "note that {} is verified (sha256 {})", request.source, digest.short())
             }
@@ -443,6 +508,9 @@ impl fmt::Display for Change {
             Self::Launching(key) => write!(f, "decide to launch {key}"),
             Self::Booting { key, launch } => write!(f, "note that {key} runs as process {}", launch.process.pid),
             Self::Ready(key) => write!(f, "note that {key} is ready"),
+            Self::Described { key, doubt: None } => write!(f, "note that nitro-cli describes {key} as it was launched"),
+            Self::Described { key, doubt: Some(doubt) } => write!(f, "hold {key}: {doubt}"),
+            Self::Accepted(name) => write!(f, "take {name} as it is"),
             Self::Draining { key, why, .. } => write!(f, "drain {key}: {why}"),
             Self::Stopping { key, why } => write!(f, "decide to stop {key}: {why}"),
             Self::Ended { key, failure: Some(failure) } => write!(f, "note that {key} ended: {failure}"),
@@ -488,7 +556,16 @@ impl Ledger {
     /// Applies one change, at time `now`. A change that no longer fits (its generation is gone) changes nothing.
     pub fn apply(&mut self, change: Change, now: Timestamp) {
         match change {
-            Change::Booted(id) => self.boot_id = Some(id),
+            Change::Booted(id) => {
+                self.boot_id = Some(id);
+                // Memory is in one piece again.
+                self.pool = None;
+            }
+            Change::PoolTried { wish, at } => {
+                let before = self.pool.take().filter(|tried| tried.wish == wish);
+                let tries = before.map_or(0, |tried| tried.tries).saturating_add(1);
+                self.pool = Some(PoolTried { wish, tries, at });
+            }
             Change::ImageVerified { request, digest, measurements, facts } => {
                 let facts = Some(facts);
                 self.set_image(request, ImageOutcome::Verified { at: now, digest, measurements, facts });
@@ -537,6 +614,20 @@ impl Ledger {
                 });
                 self.note_image(&key);
             }
+            Change::Described { key, doubt } => {
+                if let Some(enclave) = self.enclaves.get_mut(&key.name)
+                    && enclave.generations.contains_key(&key.generation)
+                {
+                    enclave.verdicts.insert(key.generation, Verdict { at: now, doubt, accepted: None });
+                }
+            }
+            Change::Accepted(name) => {
+                let verdicts =
+                    self.enclaves.get_mut(&name).into_iter().flat_map(|enclave| enclave.verdicts.values_mut());
+                for verdict in verdicts.filter(|verdict| verdict.doubt.is_some()) {
+                    verdict.accepted.get_or_insert(now);
+                }
+            }
             Change::Draining { key, until, why } => self.set_phase(&key, |record| match record.launch() {
                 Some(launch) => Phase::Draining { since: now, until, launch: launch.clone(), why },
                 None => Phase::Stopping { since: now, launch: None, why },
@@ -554,6 +645,7 @@ impl Ledger {
             Change::Forgotten(key) => {
                 if let Some(enclave) = self.enclaves.get_mut(&key.name) {
                     enclave.generations.remove(&key.generation);
+                    enclave.verdicts.remove(&key.generation);
                 }
             }
             Change::Explained { key, failure } => {

@@ -2,6 +2,7 @@
 
 pub mod allocator_file;
 pub mod desired;
+pub mod diagnosis;
 pub mod egress_policy;
 pub mod failure;
 pub mod fetch;

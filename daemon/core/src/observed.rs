@@ -2,15 +2,18 @@
 //!
 //! What could not be seen is `Unknown`, never absent (invariant 2): nothing destructive may follow from it.
 
+use crate::allocator_file::Reservation;
 use crate::desired::ImageRequest;
 use crate::failure::Failure;
 use crate::id::{BootId, EifDigest, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
 use crate::image::VerifiedImage;
-use crate::ledger::{GenerationRecord, LaunchRecord};
+use crate::inventory::Inventory;
+use crate::ledger::{GenerationRecord, LaunchRecord, ProcessIdentity};
 use crate::routes::ProxyReport;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 /// Something that was looked at: seen, or not to be seen just now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +43,8 @@ pub struct Observed {
     pub instances: Observation<BTreeMap<EnclaveKey, Instance>>,
     /// The enclave resources of the host.
     pub pool: Observation<Pool>,
+    /// What the host is made of; `None`: that is not looked at.
+    pub inventory: Observation<Option<Arc<Inventory>>>,
     /// The proxy process.
     pub proxy: Observation<ProxyReport>,
     /// Images that were verified since this process started.
@@ -54,12 +59,25 @@ pub struct Observed {
     pub ahead: BTreeSet<EifDigest>,
     /// The last probe of each generation.
     pub health: BTreeMap<EnclaveKey, HealthReport>,
+    /// What nitro-cli said of generations that run, by the process that each had then: in what it differs from what was launched.
+    pub described: BTreeMap<EnclaveKey, (ProcessIdentity, Option<Failure>)>,
     /// Jobs at work now.
     pub running: BTreeSet<JobKey>,
     /// Jobs that failed, and have not succeeded since.
     pub failed: BTreeMap<JobKey, JobFailure>,
     /// When each job succeeded last, as far as it was in the last while.
     pub succeeded: BTreeMap<JobKey, Timestamp>,
+    /// The last time that this process had the allocator try something, once that is over.
+    pub reserve_ended: Option<ReserveEnded>,
+}
+
+/// The allocator was asked for something, and it is over, with success or without.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReserveEnded {
+    /// What was asked for.
+    pub wish: Reservation,
+    /// When it was over.
+    pub at: Timestamp,
 }
 
 /// One launch, as its traces on the host show it.
@@ -132,6 +150,8 @@ pub enum Pool {
         memory: MemoryMib,
         /// Memory in hugepages that nobody uses.
         memory_free: MemoryMib,
+        /// The allocator is just changing it: these numbers say nothing of what will be there.
+        changing: bool,
     },
 }
 
@@ -218,6 +238,8 @@ pub enum JobKey {
     Forget(EnclaveKey),
     /// Probe a generation's health.
     Probe(EnclaveKey),
+    /// Ask nitro-cli what runs.
+    Describe,
 }
 
 /// A job that failed, so that it is tried again with growing pauses.

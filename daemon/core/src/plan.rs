@@ -5,13 +5,16 @@
 //! records the intent and takes the step in the next pass (invariant 8).
 
 pub mod admission;
+mod describe;
 mod enclave;
 mod images;
+pub mod pool;
 pub mod restart;
 pub mod routing;
 
+use crate::allocator_file::Reservation;
 use crate::desired::{Desired, HealthCheck, ImageRequest};
-use crate::id::{Cid, EifDigest, EnclaveKey, EnclaveName, MemoryMib, Timestamp};
+use crate::id::{Cid, EifDigest, EnclaveKey, EnclaveName, Measurements, MemoryMib, Timestamp};
 use crate::image::VerifiedImage;
 use crate::ledger::{Change, GenerationRecord, LaunchRecord, Ledger, Phase};
 use crate::observed::{CacheItem, Instance, InstanceState, JobKey, Observation, Observed};
@@ -29,6 +32,8 @@ pub struct Plan {
     pub wake_at: Option<Timestamp>,
     /// What each enclave waits for, where it waits.
     pub waits: BTreeMap<EnclaveName, String>,
+    /// What becomes of the host's enclave pool.
+    pub pool: pool::PoolPlan,
 }
 
 /// One step.
@@ -54,12 +59,12 @@ pub enum Step {
     },
     /// Remove something from the image cache.
     RemoveCached(CacheItem),
-    /// Ask the allocator for resources for all enclaves.
+    /// Have the allocator change the pool. No enclave runs.
     Reserve {
-        /// CPUs in all.
-        cpus: u32,
-        /// Memory in all.
-        memory: MemoryMib,
+        /// What is asked for.
+        wish: Reservation,
+        /// What is asked for if that can't be had; `None`: no enclave needs any.
+        least: Option<Reservation>,
     },
     /// Start the proxy process.
     StartProxy,
@@ -85,6 +90,23 @@ pub enum Step {
         /// How.
         check: HealthCheck,
     },
+    /// Ask nitro-cli what runs, and compare it with these.
+    Describe(Vec<Launched>),
+}
+
+/// A generation that runs, as it was launched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Launched {
+    /// Which.
+    pub key: EnclaveKey,
+    /// Its CID.
+    pub cid: Cid,
+    /// The image's measurements.
+    pub measurements: Measurements,
+    /// Debug mode.
+    pub debug: bool,
+    /// Its process.
+    pub launch: LaunchRecord,
 }
 
 /// Where an image is looked for first, where a request may come to several.
@@ -116,7 +138,13 @@ impl fmt::Display for Step {
             Self::Fetch { request, .. } => write!(f, "fetch and verify {}", request.source),
             Self::Refresh { request, .. } => write!(f, "ask {} for a new image", request.source),
             Self::RemoveCached(item) => write!(f, "remove {item} from the cache"),
-            Self::Reserve { cpus, memory } => write!(f, "ask the allocator for {cpus} CPUs and {memory} in all"),
+            Self::Reserve { wish, least } => {
+                write!(f, "ask the allocator for {wish} in all")?;
+                match least {
+                    Some(least) if least != wish => write!(f, ", at the least {least}"),
+                    _ => Ok(()),
+                }
+            }
             Self::StartProxy => f.write_str("start the proxy process"),
             Self::Publish(routes) => write!(f, "publish routes {}", routes.revision()),
             Self::Launch(launch) => write!(
@@ -127,6 +155,10 @@ impl fmt::Display for Step {
             Self::Stop { key, launch } => write!(f, "stop {key} (process {})", launch.process.pid),
             Self::Forget(key) => write!(f, "remove the traces of {key}"),
             Self::Probe { key, .. } => write!(f, "probe {key}"),
+            Self::Describe(launched) => {
+                let keys: Vec<_> = launched.iter().map(|launched| launched.key.to_string()).collect();
+                write!(f, "ask nitro-cli whether {} is what was launched", keys.join(", "))
+            }
         }
     }
 }
@@ -134,14 +166,26 @@ impl fmt::Display for Step {
 /// Makes the plan. Total: it gives a plan for every input.
 pub fn plan(desired: &Desired, observed: &Observed, ledger: &Ledger, now: Timestamp) -> Plan {
     let routes = routing::routes(desired, ledger);
-    let mut planner = Planner { desired, observed, ledger, now, routes, launching: false, plan: Plan::default() };
+    let mut planner = Planner {
+        desired,
+        observed,
+        ledger,
+        now,
+        routes,
+        launching: false,
+        verdict: pool::verdict(desired, observed, ledger),
+        pool_changes: false,
+        plan: Plan::default(),
+    };
     planner.launching = planner.someone_is_launching();
     // Only together with a look at what the boot left: what is gone then was ended by it.
     if ledger.boot_id.as_ref() != Some(&observed.boot_id) && observed.instances.known().is_some() {
         planner.record(Change::Booted(observed.boot_id.clone()));
     }
+    planner.pool();
     planner.images();
     planner.enclaves();
+    planner.describe();
     planner.proxy();
     planner.refresh();
     planner.collect_images();
@@ -159,6 +203,10 @@ struct Planner<'a> {
     /// Somebody is between the decision to launch and the word of nitro-cli. Launches are serial: there is one
     /// heartbeat port.
     launching: bool,
+    /// What the host has, where it could be looked at.
+    verdict: Option<pool::Verdict>,
+    /// The pool is being changed, or is to be by this plan.
+    pool_changes: bool,
     plan: Plan,
 }
 
@@ -206,10 +254,7 @@ impl Planner<'_> {
         {
             return self.wake(again);
         }
-        let slow = matches!(
-            job,
-            JobKey::Stop(_) | JobKey::Forget(_) | JobKey::Reserve | JobKey::Launch(_) | JobKey::StartProxy
-        );
+        let slow = matches!(job, JobKey::Stop(_) | JobKey::Forget(_) | JobKey::Launch(_) | JobKey::StartProxy);
         if slow
             && let Some(last) = self.observed.succeeded.get(job)
             && let Some(again) = restart::pause_end(*last, restart::AGAIN, self.now)

@@ -15,8 +15,10 @@ use std::time::Duration;
 
 mod check;
 mod names;
+mod rules;
 pub use check::InvalidRoutes;
 pub use names::{is_domain, is_host};
+pub use rules::{BadIpNetwork, EgressLimits, IpNetwork, ProxyProtocol, TcpRules};
 
 /// How vsock is reached on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -47,6 +49,9 @@ pub struct Routes {
     pub sites: Vec<Site>,
     /// Raw TCP ports.
     pub tcp: Vec<TcpRoute>,
+    /// Where enclaves find the list of their own endpoints.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hosts: Vec<HostsRoute>,
     /// CIDs of enclaves that run, whether or not a route names them at present: one that drains, one that is not ready.
     /// Connections of a CID that is neither here nor in a route are cut, and so are those to an egress endpoint that is in
     /// no route of their CID any more, or with another upstream or other [`EgressRoute::allow_addresses`].
@@ -112,6 +117,26 @@ pub struct EgressRoute {
     /// itself, the metadata service): listed by the operator on purpose.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allow_addresses: Vec<IpAddr>,
+    /// Only TLS, and only with [`Self::hostname`] as the server's name.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sni: bool,
+    /// How much it carries.
+    #[serde(default, skip_serializing_if = "EgressLimits::is_default")]
+    pub limits: EgressLimits,
+}
+
+/// A vsock port of the parent on which one enclave reads the list of its endpoints: a JSON document, and the end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostsRoute {
+    /// Whose list it is.
+    pub enclave: EnclaveName,
+    /// The only peer that gets it.
+    pub cid: Cid,
+    /// Where the enclave connects to, on the parent's CID 3.
+    pub vsock_port: u32,
+    /// The JSON document.
+    pub document: String,
 }
 
 /// The one HTTPS listener.
@@ -158,6 +183,9 @@ pub struct TcpRoute {
     pub vsock_port: u32,
     /// The generation that takes new connections; while `None`, they are accepted and closed at once, counted.
     pub target: Option<Cid>,
+    /// Who may use it, and how much.
+    #[serde(default, skip_serializing_if = "TcpRules::is_default")]
+    pub rules: TcpRules,
 }
 
 /// What the control process asks the proxy over its link socket: one JSON document a line
@@ -221,6 +249,44 @@ pub struct ProxyReport {
     pub refused: BTreeMap<String, u64>,
     /// Connections and listeners that ended by a defect of the proxy (a panic). Anything but zero is worth a bug report.
     pub panics: u64,
+    /// The names of upstreams, each once however many endpoints lead there.
+    pub names: Vec<NameReport>,
+}
+
+/// What is known of an upstream's name. Counters since a route first held it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NameReport {
+    /// The name.
+    pub hostname: String,
+    /// How many addresses new connections choose from.
+    pub addresses: usize,
+    /// Seconds since these were last said; none where there are none.
+    pub answer_age_seconds: Option<u64>,
+    /// Whether they are older than their TTL because the last question failed.
+    pub stale: bool,
+    /// Questions that failed, or were answered with no address.
+    pub failed: u64,
+    /// How the last question failed, if it did.
+    pub error: Option<String>,
+    /// How long questions took, answered or not.
+    pub lookups: LatencyReport,
+}
+
+/// How long something took, by [`LatencyReport::BOUNDS_MS`].
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LatencyReport {
+    /// For each bound, how many took no longer than it and longer than the one before; and at the end those that took
+    /// longer than all. Empty where nothing was measured.
+    pub counts: Vec<u64>,
+    /// The sum, in microseconds.
+    pub sum_us: u64,
+}
+
+impl LatencyReport {
+    /// The bounds, in milliseconds. From a neighbour's answer to the limits of dialling.
+    pub const BOUNDS_MS: [u32; 12] = [1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 10_000];
 }
 
 /// One listener and whether it is open.
@@ -238,7 +304,7 @@ pub struct ListenerReport {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum ListenerKey {
-    /// An egress endpoint of one enclave.
+    /// An egress endpoint of one enclave, or the list of its endpoints.
     Egress {
         /// The peer it serves.
         cid: Cid,
@@ -279,6 +345,9 @@ pub struct TrafficReport {
     pub failed: BTreeMap<String, u64>,
     /// HTTPS only: answers by status class (`2xx`).
     pub status_classes: BTreeMap<String, u64>,
+    /// Egress only: how long it took to connect, name known, until the first address answered or none was left.
+    #[serde(default)]
+    pub connects: LatencyReport,
 }
 
 /// Which way traffic goes.
@@ -347,7 +416,9 @@ mod tests {
                 bytes_from_enclave: 4,
                 failed: BTreeMap::from([("no_target".into(), 5)]),
                 status_classes: BTreeMap::from([("2xx".into(), 6)]),
+                connects: LatencyReport { counts: vec![0, 7], sum_us: 8 },
             }],
+            names: vec![NameReport { hostname: "x".into(), answer_age_seconds: Some(9), ..NameReport::default() }],
             ..ProxyReport::default()
         };
         for reply in [LinkReply::Report(report), LinkReply::Refused { reason: "why".into() }] {

@@ -13,6 +13,8 @@ mod tests;
 
 pub use admit::{Admission, Share, Spare, admit};
 pub use capacity::{Capacity, NodeCapacity};
+#[cfg(test)]
+use refusal::mended;
 pub use refusal::{Breach, FamilyAdvice, Nearest, Refusal};
 
 use crate::desired::{EnclaveSpec, HostPolicy, UpdatePolicy};

@@ -5,7 +5,8 @@ mod make;
 
 pub use make::status;
 
-use crate::desired::ImageRequest;
+use crate::desired::{ImageRequest, PoolPolicy};
+use crate::diagnosis::Check;
 use crate::failure::Failure;
 use crate::id::{BootId, Cid, EifDigest, EnclaveName, Generation, MemoryMib, Pcr, Timestamp};
 use schemars::JsonSchema;
@@ -74,12 +75,42 @@ pub struct HostStatus {
     /// Enclave memory that nobody uses.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool_memory_free_mib: Option<MemoryMib>,
+    /// Enclave CPUs that no enclave uses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool_cpus_free: Option<u32>,
+    /// What is to be set aside, where that is enclaved's to decide (`allocator = "manage"`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<PoolStatus>,
     /// Whole images in the cache; absent where it can't be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_cache_images: Option<usize>,
     /// Bytes of images in the cache, unfinished downloads included.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_cache_bytes: Option<u64>,
+    /// When the checks of `enclavectl doctor` were made last by the control process, all or those that failed; absent until then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checked_at: Option<Timestamp>,
+    /// The checks that fail.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed_checks: Vec<Check>,
+}
+
+/// What is to be set aside for enclaves.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PoolStatus {
+    /// Everything beyond the reserve, or what the enclaves need.
+    pub policy: PoolPolicy,
+    /// CPUs to be set aside; absent where nothing is, or the host can't be sized up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wanted_cpus: Option<u32>,
+    /// Memory to be set aside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wanted_memory_mib: Option<MemoryMib>,
+    /// The pool is what is wanted, or near enough to it.
+    pub settled: bool,
+    /// Why it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting_for: Option<String>,
 }
 
 /// The proxy process.
@@ -106,7 +137,7 @@ pub struct ProxyStatus {
 /// Something that an operator should know.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Problem {
-    /// What it concerns: `config`, `host`, `proxy`, `ledger`, or an enclave's name.
+    /// What it concerns: `config`, `host`, `proxy`, `ledger`, `doctor`, or an enclave's name.
     pub about: String,
     /// What is wrong and what can be done.
     #[serde(flatten)]

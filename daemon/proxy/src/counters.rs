@@ -2,12 +2,12 @@
 //! takes a lock. Nothing here decides anything.
 
 use enclaved_core::id::{Cid, EnclaveName};
-use enclaved_core::routes::{Direction, TrafficReport};
+use enclaved_core::routes::{Direction, LatencyReport, TrafficReport};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -48,12 +48,28 @@ reasons! {
         ConnectTimeout = "connect_timeout",
         /// Too many at a time.
         Limit = "limit",
+        /// Too many new ones for too long.
+        Rate = "rate",
+        /// It did not begin as TLS does, where only TLS is allowed.
+        NotTls = "not_tls",
+        /// TLS that asked for no server by name, where one is demanded.
+        NoServerName = "no_sni",
+        /// TLS that asked for another server.
+        OtherServerName = "sni_mismatch",
+        /// It did not say in time which server it wants.
+        HelloTimeout = "hello_timeout",
+        /// It came from where nobody is let in from.
+        SourceRefused = "source_refused",
+        /// Too many from one source.
+        SourceLimit = "source_limit",
         /// No generation of the enclave takes connections.
         NoTarget = "no_target",
         /// One end reset the connection.
         Reset = "reset",
         /// Nothing was said for too long.
         Idle = "idle",
+        /// The connection was as old as one may become.
+        Lifetime = "lifetime",
         /// The enclave's generation, or its endpoint, left the routes.
         Cut = "cut",
         /// The enclave's answer was not HTTP, or broke off.
@@ -106,6 +122,28 @@ impl<R: Reason> Tally<R> {
     }
 }
 
+/// How long something took, counted by bounds.
+#[derive(Debug, Default)]
+pub(crate) struct Latency {
+    counts: [AtomicU64; LatencyReport::BOUNDS_MS.len() + 1],
+    sum_us: AtomicU64,
+}
+
+impl Latency {
+    pub(crate) fn record(&self, took: Duration) {
+        let within = |bound: &u32| took <= Duration::from_millis((*bound).into());
+        let at = LatencyReport::BOUNDS_MS.iter().position(within).unwrap_or(LatencyReport::BOUNDS_MS.len());
+        self.counts[at].fetch_add(1, Relaxed);
+        self.sum_us.fetch_add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), Relaxed);
+    }
+
+    pub(crate) fn report(&self) -> LatencyReport {
+        let counts: Vec<u64> = self.counts.iter().map(|count| count.load(Relaxed)).collect();
+        let measured = counts.iter().any(|count| *count > 0);
+        LatencyReport { counts: if measured { counts } else { Vec::new() }, sum_us: self.sum_us.load(Relaxed) }
+    }
+}
+
 /// Which traffic: the identity of one [`TrafficReport`].
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct TrafficKey {
@@ -122,6 +160,8 @@ pub(crate) struct Traffic {
     total: AtomicU64,
     pub(crate) to_enclave: AtomicU64,
     pub(crate) from_enclave: AtomicU64,
+    /// How long connecting to an upstream took.
+    pub(crate) connects: Latency,
     failed: Tally<Failure>,
     status: [AtomicU64; 5],
 }
@@ -134,6 +174,7 @@ impl Traffic {
             total: AtomicU64::new(0),
             to_enclave: AtomicU64::new(0),
             from_enclave: AtomicU64::new(0),
+            connects: Latency::default(),
             failed: Tally::new(),
             status: Default::default(),
         }
@@ -171,6 +212,7 @@ impl Traffic {
             bytes_from_enclave: self.from_enclave.load(Relaxed),
             failed: self.failed.report(),
             status_classes: classes.filter(|(_, count)| *count > 0).collect(),
+            connects: self.connects.report(),
         }
     }
 }
@@ -324,6 +366,18 @@ mod tests {
         assert!(sequence.has_changed().unwrap());
         sequence.mark_unchanged();
         assert_eq!((live.ingress_open(), traffic.open_now()), (0, 0));
+    }
+
+    #[test]
+    fn what_took_as_long_as_a_bound_is_counted_with_it_and_what_took_longer_with_the_next() {
+        let latency = Latency::default();
+        assert_eq!(latency.report(), LatencyReport::default());
+        for micros in [0, 1000, 1001, 10_000_000, 10_000_001] {
+            latency.record(Duration::from_micros(micros));
+        }
+        let LatencyReport { counts, sum_us } = latency.report();
+        assert_eq!((counts[0], counts[1], counts[11], counts[12]), (2, 1, 1, 1));
+        assert_eq!((counts.iter().sum::<u64>(), sum_us), (5, 20_002_002));
     }
 
     #[test]

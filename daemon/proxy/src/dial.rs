@@ -1,50 +1,51 @@
-//! Reaching an upstream: resolves its name, has each address judged by the egress policy, and connects to the first that
-//! answers, one after another. What is sent there is nobody's business here.
+//! Reaching an upstream: takes its addresses, has each judged by the egress policy, and connects to the first that answers, as
+//! RFC 8305 has it: families alternate, an address that is slow does not hold up the next. Names are `resolver`'s; what is
+//! sent is nobody's business here.
+//!
+//! Connections begin at one address after another, so that an upstream with several shares its load. An address that failed,
+//! or was slower than another, is tried last for [`AVOIDED`]; and the family that last answered is tried first, so that a host
+//! without IPv6 tries it no more often than it must.
 
-use crate::counters::Failure;
+use crate::counters::{Failure, Latency};
 use crate::host_addresses::Unknown;
 use crate::limits::Limits;
+use crate::resolver::{Name, NameError, Resolver};
 use crate::shared::Shared;
 use crate::tcp;
-use enclaved_core::egress_policy::{self, Refusal};
+use enclaved_core::egress_policy::{self, OwnRange, Refusal};
 use enclaved_core::routes::EgressRoute;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
+use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-/// Lookups of one endpoint at a time. The system's resolver occupies a thread for each, for as long as it likes; this keeps
-/// one endpoint with a dead resolver from taking them all.
-pub(crate) const LOOKUPS: usize = 4;
-
-/// Lookups of all endpoints at a time. They share the threads for blocking work (512) with everything else that needs one,
-/// such as saving the routes; with a dead resolver, a few hundred endpoints would take them all.
-pub(crate) const LOOKUPS_IN_ALL: usize = 64;
-
-/// Most addresses of an upstream that are considered.
+/// Most addresses that are tried for one connection.
 const ADDRESSES: usize = 16;
+
+/// For how long an address that failed is tried after the others.
+const AVOIDED: Duration = Duration::from_secs(30);
 
 /// Why an upstream was not reached. The endpoint is named by whoever reports it.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DialError {
-    #[error("the name does not resolve")]
-    Resolve(#[source] io::Error),
-    #[error("the name has no address")]
-    NoAddress,
-    #[error("resolving the name took longer than the limit")]
-    ResolveTimeout,
+    #[error(transparent)]
+    Name(#[from] NameError),
     #[error(
         "{address} is {refusal}, which an enclave must not reach: if it should, list it in the endpoint's allow_addresses"
     )]
     Refused { address: IpAddr, refusal: Refusal },
     #[error("no address can be judged")]
     OwnAddresses(#[from] Unknown),
-    #[error("could not connect to {address}")]
+    #[error("could not connect to {address}, the last of {tried} tried")]
     Connect {
         address: SocketAddr,
+        tried: usize,
         #[source]
         source: io::Error,
     },
@@ -55,7 +56,7 @@ pub(crate) enum DialError {
 impl DialError {
     pub(crate) fn failure(&self) -> Failure {
         match self {
-            Self::Resolve(_) | Self::NoAddress | Self::ResolveTimeout => Failure::Dns,
+            Self::Name(_) => Failure::Dns,
             Self::Refused { .. } | Self::OwnAddresses(_) => Failure::AddressRefused,
             Self::Connect { .. } => Failure::Connect,
             Self::ConnectTimeout => Failure::ConnectTimeout,
@@ -63,56 +64,105 @@ impl DialError {
     }
 }
 
-/// Connects to a route's upstream. Cancel-safe: what was begun is dropped.
-pub(crate) async fn dial(
-    route: &EgressRoute,
-    lookups: &Arc<Semaphore>,
-    shared: &Shared,
-) -> Result<TcpStream, DialError> {
-    let deadline = Instant::now() + shared.limits.dial;
-    let dial = async {
-        let addresses = resolve(route, lookups, shared).await?;
-        let addresses = permitted(&addresses, route, &shared.own_addresses.get()?)?;
-        let stream = first_to_answer(&addresses, deadline, &shared.limits, TcpStream::connect).await?;
-        tcp::prepare(&stream);
-        Ok(stream)
-    };
-    timeout_at(deadline, dial).await.unwrap_or(Err(DialError::ConnectTimeout))
+/// Where an endpoint leads, and what was learned of its addresses.
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    at: At,
+    port: u16,
+    allowed: Vec<IpAddr>,
+    /// Which address the next connection begins with.
+    turn: AtomicUsize,
+    /// The family that answered last is IPv4.
+    prefer_v4: AtomicBool,
+    /// Addresses that failed, and when.
+    avoided: Mutex<Vec<(IpAddr, Instant)>>,
 }
 
-async fn resolve(route: &EgressRoute, lookups: &Arc<Semaphore>, shared: &Shared) -> Result<Vec<SocketAddr>, DialError> {
-    if let Ok(address) = route.hostname.parse::<IpAddr>() {
-        return Ok(vec![SocketAddr::new(address, route.port)]);
+#[derive(Debug)]
+enum At {
+    Address(IpAddr),
+    Name(Arc<Name>),
+}
+
+impl Upstream {
+    /// Begins to resolve its name. Needs a runtime.
+    pub(crate) fn new(route: &EgressRoute, resolver: &Resolver) -> Self {
+        let EgressRoute { hostname, port, allow_addresses, .. } = route;
+        let at = hostname.parse().map_or_else(|_| At::Name(resolver.name(hostname)), At::Address);
+        let (turn, prefer_v4, avoided) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::default());
+        Self { at, port: *port, allowed: allow_addresses.clone(), turn, prefer_v4, avoided }
     }
-    let (host, port) = (route.hostname.clone(), route.port);
-    let lookup = async {
-        // The endpoint's first: one with a dead resolver waits for itself, and holds up no more than its share of the others.
-        let own = lookups.clone().acquire_owned().await.map_err(|_| DialError::ResolveTimeout)?;
-        let permit = shared.lookups.clone().acquire_owned().await.map_err(|_| DialError::ResolveTimeout)?;
-        // A task of its own: after a timeout, the permits stay with the lookup that still occupies a thread. It ends when
-        // the resolver gives up.
-        let task = tokio::spawn(async move {
-            let _permits = (own, permit);
-            let addresses = tokio::net::lookup_host((host, port)).await?;
-            let mut addresses = alternating(addresses.collect());
-            addresses.truncate(ADDRESSES);
-            Ok(addresses)
+
+    /// Connects. How long that took, once the name was known, is recorded. Cancel-safe: what was begun is dropped.
+    pub(crate) async fn dial(&self, connects: &Latency, shared: &Shared) -> Result<TcpStream, DialError> {
+        let limits = &shared.limits;
+        let deadline = Instant::now() + limits.dial;
+        let own = shared.own_addresses.get()?;
+        let addresses = match &self.at {
+            At::Address(address) => permitted(&[*address], &self.allowed, &own)?,
+            At::Name(name) => permitted(&name.addresses(limits.resolve).await?, &self.allowed, &own)?,
+        };
+        let addresses: Vec<_> = self.in_order(addresses).into_iter().map(|ip| SocketAddr::new(ip, self.port)).collect();
+        let (began, mut slower) = (Instant::now(), Vec::new());
+        let connecting = race(&addresses, limits, TcpStream::connect, &mut slower);
+        let connected = timeout_at(deadline, connecting).await.unwrap_or(Err(DialError::ConnectTimeout));
+        connects.record(began.elapsed());
+        if addresses.len() > 1 {
+            self.avoid(&slower);
+        }
+        let (stream, address) = connected?;
+        self.prefer_v4.store(address.is_ipv4(), Relaxed);
+        tcp::prepare(&stream);
+        Ok(stream)
+    }
+
+    /// The order in which to try them.
+    fn in_order(&self, addresses: Vec<IpAddr>) -> Vec<IpAddr> {
+        if addresses.len() < 2 {
+            return addresses;
+        }
+        let turn = self.turn.fetch_add(1, Relaxed);
+        let prefer_v4 = self.prefer_v4.load(Relaxed);
+        let (mut first, mut second): (Vec<_>, Vec<_>) =
+            addresses.into_iter().partition(|address| address.is_ipv4() == prefer_v4);
+        for family in [&mut first, &mut second] {
+            let turns = turn.checked_rem(family.len()).unwrap_or(0);
+            family.rotate_left(turns);
+        }
+        let mut addresses = alternating(first, second);
+        let mut avoided = self.avoided.lock().unwrap_or_else(PoisonError::into_inner);
+        if !avoided.is_empty() {
+            avoided.retain(|(_, since)| since.elapsed() < AVOIDED);
+            // Stable: the rest of the order stays.
+            addresses.sort_by_key(|address| avoided.iter().any(|(avoided, _)| avoided == address));
+        }
+        addresses.truncate(ADDRESSES);
+        addresses
+    }
+
+    fn avoid(&self, slower: &[SocketAddr]) {
+        if slower.is_empty() {
+            return;
+        }
+        let (mut avoided, now) = (self.avoided.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+        avoided.retain(|(address, since)| {
+            since.elapsed() < AVOIDED && !slower.iter().any(|slower| slower.ip() == *address)
         });
-        task.await.unwrap_or_else(|error| Err(io::Error::other(error))).map_err(DialError::Resolve)
-    };
-    let addresses = timeout(shared.limits.resolve, lookup).await.unwrap_or(Err(DialError::ResolveTimeout))?;
-    if addresses.is_empty() { Err(DialError::NoAddress) } else { Ok(addresses) }
+        avoided.extend(slower.iter().map(|address| (address.ip(), now)));
+        let surplus = avoided.len().saturating_sub(4 * ADDRESSES);
+        avoided.drain(..surplus);
+    }
 }
 
 /// The addresses that the policy lets through, in their order; if none, why the first is not.
-fn permitted(addresses: &[SocketAddr], route: &EgressRoute, own: &[IpAddr]) -> Result<Vec<SocketAddr>, DialError> {
+fn permitted(addresses: &[IpAddr], allowed: &[IpAddr], own: &[OwnRange]) -> Result<Vec<IpAddr>, DialError> {
     let mut first_refusal = None;
     let mut permitted = Vec::with_capacity(addresses.len());
     for address in addresses {
-        match egress_policy::check(address.ip(), &route.allow_addresses, own) {
+        match egress_policy::check(*address, allowed, own) {
             Ok(()) => permitted.push(*address),
             Err(refusal) => {
-                first_refusal.get_or_insert(DialError::Refused { address: address.ip(), refusal });
+                first_refusal.get_or_insert(DialError::Refused { address: *address, refusal });
             }
         }
     }
@@ -122,168 +172,75 @@ fn permitted(addresses: &[SocketAddr], route: &EgressRoute, own: &[IpAddr]) -> R
     }
 }
 
-/// Tries one address after another until one answers. Each gets its share of the time that is left, so that none is left
-/// out because those before it are silent.
-async fn first_to_answer<T, A: Future<Output = io::Result<T>>>(
+/// Tries one address after another, each a while after the one before it or at once when that one failed; the first to
+/// answer wins, and the others are dropped. Those that failed or were overtaken are added to `slower`.
+async fn race<T, A: Future<Output = io::Result<T>>>(
     addresses: &[SocketAddr],
-    deadline: Instant,
     limits: &Limits,
     attempt: impl Fn(SocketAddr) -> A,
-) -> Result<T, DialError> {
-    let mut last = DialError::NoAddress;
-    for (tried, address) in addresses.iter().enumerate() {
-        let left = u32::try_from(addresses.len() - tried).unwrap_or(u32::MAX);
-        let share = deadline.saturating_duration_since(Instant::now()) / left;
-        match timeout(share.min(limits.connect), attempt(*address)).await {
-            Ok(Ok(connected)) => return Ok(connected),
-            Ok(Err(source)) => last = DialError::Connect { address: *address, source },
-            Err(_) => last = DialError::ConnectTimeout,
+    slower: &mut Vec<SocketAddr>,
+) -> Result<(T, SocketAddr), DialError> {
+    let mut waiting = addresses.iter().copied();
+    let mut running = Vec::new();
+    let mut next = pin!(sleep(limits.next_attempt));
+    let (mut begin, mut last) = (true, DialError::ConnectTimeout);
+    poll_fn(|cx| {
+        loop {
+            if std::mem::take(&mut begin)
+                && let Some(address) = waiting.next()
+            {
+                running.push((address, Box::pin(timeout(limits.connect, attempt(address)))));
+                next.as_mut().reset(Instant::now() + limits.next_attempt);
+            }
+            let mut at = 0;
+            while let Some((address, attempt)) = running.get_mut(at) {
+                let address = *address;
+                match attempt.as_mut().poll(cx) {
+                    Poll::Pending => at += 1,
+                    Poll::Ready(Ok(Ok(connected))) => {
+                        drop(running.swap_remove(at));
+                        // One that was begun later has had less time.
+                        let before =
+                            |other: &&(SocketAddr, _)| position(addresses, other.0) < position(addresses, address);
+                        slower.extend(running.iter().filter(before).map(|(address, _)| *address));
+                        return Poll::Ready(Ok((connected, address)));
+                    }
+                    Poll::Ready(failed) => {
+                        last = match failed {
+                            Ok(Err(source)) => DialError::Connect { address, tried: slower.len() + 1, source },
+                            _ => DialError::ConnectTimeout,
+                        };
+                        slower.push(address);
+                        drop(running.swap_remove(at));
+                        begin = true;
+                    }
+                }
+            }
+            if waiting.len() == 0 {
+                if running.is_empty() {
+                    return Poll::Ready(Err(std::mem::replace(&mut last, DialError::ConnectTimeout)));
+                }
+                return Poll::Pending;
+            }
+            if !begin && next.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            begin = true;
         }
-    }
-    Err(last)
+    })
+    .await
 }
 
-/// Alternates between the address families, and keeps the resolver's order otherwise: a family that leads nowhere is then
-/// at most every other attempt.
-fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
-    let count = addresses.len();
-    let first_is_ipv6 = addresses.first().is_some_and(SocketAddr::is_ipv6);
-    let (first, second): (Vec<_>, Vec<_>) =
-        addresses.into_iter().partition(|address| address.is_ipv6() == first_is_ipv6);
+fn position(addresses: &[SocketAddr], of: SocketAddr) -> usize {
+    addresses.iter().position(|address| *address == of).unwrap_or(addresses.len())
+}
+
+/// One of each by turns; what one has more than the other comes at the end.
+fn alternating(first: Vec<IpAddr>, second: Vec<IpAddr>) -> Vec<IpAddr> {
+    let count = first.len().max(second.len());
     let (mut first, mut second) = (first.into_iter(), second.into_iter());
-    // A family that is used up leaves its turns to the other.
     (0..count).flat_map(|_| [first.next(), second.next()]).flatten().collect()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use enclaved_core::id::Cid;
-    use std::time::Duration;
-    use tokio::net::TcpListener;
-
-    fn route(hostname: &str, port: u16, allow: &[&str]) -> EgressRoute {
-        EgressRoute {
-            enclave: "signer".parse().unwrap(),
-            cid: Cid::FIRST,
-            vsock_port: 8000,
-            hostname: hostname.to_owned(),
-            port,
-            allow_addresses: allow.iter().map(|address| address.parse().unwrap()).collect(),
-        }
-    }
-
-    async fn dial_with(route: &EgressRoute) -> Result<TcpStream, DialError> {
-        dial(route, &Arc::new(Semaphore::new(LOOKUPS)), &Shared::new(Limits::default())).await
-    }
-
-    #[tokio::test]
-    async fn a_name_that_leads_to_the_host_is_refused_unless_the_address_is_listed() {
-        let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = upstream.local_addr().unwrap().port();
-        for hostname in ["localhost", "127.0.0.1", "::ffff:127.0.0.1"] {
-            let error = dial_with(&route(hostname, port, &[])).await.unwrap_err();
-            assert!(matches!(error, DialError::Refused { .. }), "{hostname}: {error:?}");
-            assert_eq!(error.failure(), Failure::AddressRefused);
-        }
-        dial_with(&route("localhost", port, &["127.0.0.1"])).await.unwrap();
-        dial_with(&route("127.0.0.1", port, &["127.0.0.1"])).await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn an_address_that_does_not_answer_is_passed_over() {
-        let dead = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let dead_address = dead.local_addr().unwrap();
-        drop(dead);
-        let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let live_address = upstream.local_addr().unwrap();
-        let connect = async |addresses: &[SocketAddr]| {
-            let deadline = Instant::now() + Limits::default().dial;
-            first_to_answer(addresses, deadline, &Limits::default(), TcpStream::connect).await
-        };
-        let stream = connect(&[dead_address, live_address]).await.unwrap();
-        assert_eq!(stream.peer_addr().unwrap(), live_address);
-        let error = connect(&[dead_address]).await.unwrap_err();
-        assert_eq!(error.failure(), Failure::Connect);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn every_address_is_tried_within_the_time_for_all_and_none_for_longer_than_its_limit() {
-        let limits = Limits::default();
-        for silent in [0, 1, 2, 5, ADDRESSES - 1] {
-            let addresses: Vec<SocketAddr> =
-                (0..=silent).map(|number| ([10, 0, 0, u8::try_from(number).unwrap()], 443).into()).collect();
-            let answers = *addresses.last().unwrap();
-            let attempt = |address| async move {
-                if address != answers {
-                    std::future::pending::<()>().await;
-                }
-                Ok(address)
-            };
-            let start = Instant::now();
-            let reached = first_to_answer(&addresses, start + limits.dial, &limits, attempt).await;
-            assert_eq!(reached.unwrap(), answers);
-            let (took, silent) = (start.elapsed(), u32::try_from(silent).unwrap());
-            assert!(took < limits.dial && took <= limits.connect * silent, "{silent} before it: {took:?}");
-        }
-    }
-
-    #[test]
-    fn families_alternate_in_the_resolvers_order_beginning_with_its_first() {
-        let addresses = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<SocketAddr>>();
-        let resolved = addresses(&["[2600::1]:1", "[2600::2]:1", "[2600::3]:1", "10.0.0.1:1", "10.0.0.2:1"]);
-        let expected = addresses(&["[2600::1]:1", "10.0.0.1:1", "[2600::2]:1", "10.0.0.2:1", "[2600::3]:1"]);
-        assert_eq!(alternating(resolved), expected);
-        let resolved = addresses(&["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1", "[2600::1]:1"]);
-        let expected = addresses(&["10.0.0.1:1", "[2600::1]:1", "10.0.0.2:1", "10.0.0.3:1"]);
-        assert_eq!(alternating(resolved), expected);
-        assert_eq!(alternating(addresses(&["[::1]:1", "[::2]:1"])), addresses(&["[::1]:1", "[::2]:1"]));
-        assert_eq!(alternating(Vec::new()), Vec::new());
-    }
-
-    #[tokio::test]
-    async fn only_addresses_that_the_policy_lets_through_are_tried() {
-        let addresses = ["169.254.169.254:80".parse().unwrap(), "10.0.0.9:80".parse().unwrap()];
-        let route = route("x", 80, &[]);
-        assert_eq!(permitted(&addresses, &route, &[]).unwrap(), addresses[1..]);
-        let error = permitted(&addresses, &route, &["10.0.0.9".parse().unwrap()]).unwrap_err();
-        assert!(matches!(error, DialError::Refused { refusal: Refusal::Metadata, .. }), "{error:?}");
-    }
-
-    #[test]
-    fn lookups_without_an_end_leave_threads_for_other_work() {
-        // A single thread for blocking work, which stands for a resolver that answers nobody.
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
-        runtime.block_on(async {
-            let mut shared = Shared::new(Limits { resolve: Duration::from_millis(5), ..Limits::default() });
-            let (release, released) = std::sync::mpsc::channel::<()>();
-            let dead = tokio::task::spawn_blocking(move || released.recv());
-            let route = route("localhost", 1, &[]);
-            let mut endpoints = Vec::new();
-            for _ in 0..LOOKUPS_IN_ALL + 1 {
-                let endpoint = Arc::new(Semaphore::new(LOOKUPS));
-                let error = dial(&route, &endpoint, &shared).await.unwrap_err();
-                assert!(matches!(error, DialError::ResolveTimeout), "{error:?}");
-                endpoints.push(endpoint);
-            }
-            let running = endpoints.iter().filter(|endpoint| endpoint.available_permits() < LOOKUPS).count();
-            assert_eq!(running, LOOKUPS_IN_ALL, "these hold a thread, or wait for one");
-            drop(release);
-            dead.await.unwrap().unwrap_err();
-            // They end, and new ones begin.
-            let all = u32::try_from(LOOKUPS_IN_ALL).unwrap();
-            let ended = timeout(Duration::from_secs(20), shared.lookups.acquire_many(all)).await;
-            drop(ended.unwrap().unwrap());
-            shared.limits = Limits::default();
-            let error = dial(&route, &endpoints[0], &shared).await.unwrap_err();
-            assert!(matches!(error, DialError::Refused { .. }), "{error:?}");
-        });
-    }
-
-    #[tokio::test]
-    async fn a_name_that_cannot_exist_fails_as_dns() {
-        let error = dial_with(&route("does-not-exist.invalid", 443, &[])).await.unwrap_err();
-        assert_eq!(error.failure(), Failure::Dns);
-    }
-}
+mod tests;

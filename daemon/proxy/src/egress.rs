@@ -1,9 +1,16 @@
 //! Egress: enclaves reach their endpoints, and only their own. A connection is served when the peer's CID has an endpoint on
-//! that vsock port; where the name leads is up to `dial`.
+//! that vsock port; where the name leads is up to `dial`. On AF_VSOCK a port is one listener for all enclaves, and the peer's
+//! CID says whose endpoint is meant.
 
+mod hello;
+pub(crate) mod hosts;
+mod rate;
+
+use self::hosts::Hosts;
+use self::rate::Rate;
 use crate::counters::{Failure, Open, Refused, Traffic};
 use crate::current::Current;
-use crate::dial::{self, dial};
+use crate::dial::Upstream;
 use crate::error_text::chain;
 use crate::inherited::Unusable;
 use crate::listening::{Service, Socket};
@@ -19,7 +26,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
-use tokio::sync::Semaphore;
+use std::sync::atomic::Ordering::Relaxed;
+use tokio::io::AsyncWriteExt;
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 /// What an operator lets an enclave reach. Connections live on for as long as the routes contain it, on whatever vsock port.
@@ -29,13 +38,15 @@ pub(crate) struct Grant {
     pub(crate) hostname: String,
     pub(crate) port: u16,
     allow_addresses: BTreeSet<IpAddr>,
+    /// What began before only TLS with that name was allowed may be something else.
+    sni: bool,
 }
 
 impl From<&EgressRoute> for Grant {
     fn from(route: &EgressRoute) -> Self {
-        let EgressRoute { cid, hostname, port, allow_addresses, .. } = route;
+        let EgressRoute { cid, hostname, port, allow_addresses, sni, .. } = route;
         let allow_addresses = allow_addresses.iter().copied().collect();
-        Self { cid: *cid, hostname: hostname.clone(), port: *port, allow_addresses }
+        Self { cid: *cid, hostname: hostname.clone(), port: *port, allow_addresses, sni: *sni }
     }
 }
 
@@ -46,33 +57,48 @@ pub(crate) struct Endpoint {
     /// Ends every connection of its [`Grant`]: that of another CID, or of a changed endpoint, is another.
     pub(crate) cut: CancellationToken,
     traffic: Arc<Traffic>,
-    lookups: Arc<Semaphore>,
+    upstream: Upstream,
+    rate: Rate,
     failures: Throttle,
 }
 
+/// What an enclave has on a vsock port of the parent.
+#[derive(Debug, Clone)]
+pub(crate) enum Offer {
+    Endpoint(Arc<Endpoint>),
+    Hosts(Arc<Hosts>),
+}
+
 impl Endpoint {
-    pub(crate) fn new(route: EgressRoute, cut: CancellationToken, traffic: Arc<Traffic>) -> Self {
-        Self { route, cut, traffic, lookups: Arc::new(Semaphore::new(dial::LOOKUPS)), failures: Throttle::new() }
+    /// Begins to resolve its name, so that it is known when the enclave comes.
+    pub(crate) fn new(route: EgressRoute, cut: CancellationToken, traffic: Arc<Traffic>, shared: &Shared) -> Self {
+        let rate = Rate::new(route.limits.connections_per_second.unwrap_or(shared.limits.egress_rate));
+        let upstream = Upstream::new(&route, &shared.resolver);
+        Self { route, cut, traffic, upstream, rate, failures: Throttle::new() }
     }
 
-    async fn carry(&self, mut enclave: Stream, shared: &Shared) {
+    async fn carry(&self, mut enclave: Stream, turn: Instant, shared: &Shared) {
         // A token of its own: waiting on a shared one takes its lock at every turn.
         let cut = self.cut.child_token();
         let carried = tokio::select! {
             // Cancel-safe: a token stays cancelled.
             () = cut.cancelled() => Err((Failure::Cut, None)),
             // Not finished is what it must be when the enclave loses the endpoint: dropping it resets the upstream.
-            carried = self.dial_and_relay(&mut enclave, shared) => carried,
+            carried = self.dial_and_relay(&mut enclave, turn, shared) => carried,
         };
         if let Err((failure, text)) = carried {
             self.fail(failure, text.as_deref());
         }
     }
 
-    async fn dial_and_relay(&self, enclave: &mut Stream, shared: &Shared) -> Result<(), (Failure, Option<String>)> {
-        let upstream =
-            dial(&self.route, &self.lookups, shared).await.map_err(|error| (error.failure(), Some(chain(&error))))?;
-        let mut upstream = ResetOnDrop::new(upstream);
+    async fn dial_and_relay(
+        &self,
+        enclave: &mut Stream,
+        turn: Instant,
+        shared: &Shared,
+    ) -> Result<(), (Failure, Option<String>)> {
+        // On the heap: what this needs is not kept for as long as the relay lives.
+        let mut upstream = Box::pin(self.reach(enclave, turn, shared)).await?;
         let ended = relay(enclave, &mut *upstream, &self.traffic, &shared.limits).await;
         if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
             upstream.ended_well();
@@ -82,6 +108,33 @@ impl Endpoint {
             tracing::debug!(endpoint = %self.traffic.key().endpoint, %broken, "a relay broke off");
             (broken.failure(), None)
         })
+    }
+
+    /// Connects to the upstream when it is this connection's turn, and if it is what the endpoint takes.
+    async fn reach(
+        &self,
+        enclave: &mut Stream,
+        turn: Instant,
+        shared: &Shared,
+    ) -> Result<ResetOnDrop, (Failure, Option<String>)> {
+        if turn > Instant::now() {
+            sleep_until(turn).await;
+        }
+        // Before the upstream hears of it.
+        let hello = if self.route.sni {
+            let hello = hello::expect(enclave, &self.route.hostname, shared.limits.egress_hello).await;
+            hello.map_err(|error| (error.failure(), Some(chain(&error))))?
+        } else {
+            Vec::new()
+        };
+        let dialled = self.upstream.dial(&self.traffic.connects, shared).await;
+        let mut upstream = ResetOnDrop::new(dialled.map_err(|error| (error.failure(), Some(chain(&error))))?);
+        if !hello.is_empty() {
+            let passed = timeout(shared.limits.dial, upstream.write_all(&hello)).await;
+            passed.map_err(|_| (Failure::Idle, None))?.map_err(|_| (Failure::Reset, None))?;
+            self.traffic.from_enclave.fetch_add(hello.len() as u64, Relaxed);
+        }
+        Ok(upstream)
     }
 
     fn fail(&self, failure: Failure, text: Option<&str>) {
@@ -101,7 +154,7 @@ impl Endpoint {
 pub(crate) struct EgressPort {
     transport: Transport,
     point: ListenPoint,
-    pub(crate) endpoints: Current<HashMap<Cid, Arc<Endpoint>>>,
+    pub(crate) offers: Current<HashMap<Cid, Offer>>,
     shared: Arc<Shared>,
     strangers: Throttle,
 }
@@ -110,10 +163,10 @@ impl EgressPort {
     pub(crate) fn new(
         transport: Transport,
         point: ListenPoint,
-        endpoints: HashMap<Cid, Arc<Endpoint>>,
+        offers: HashMap<Cid, Offer>,
         shared: Arc<Shared>,
     ) -> Self {
-        Self { transport, point, endpoints: Current::new(endpoints), shared, strangers: Throttle::new() }
+        Self { transport, point, offers: Current::new(offers), shared, strangers: Throttle::new() }
     }
 }
 
@@ -169,7 +222,7 @@ impl Service for EgressPort {
     }
 
     fn serve(self: &Arc<Self>, (enclave, peer): (Stream, Option<Cid>)) {
-        let Some(endpoint) = peer.and_then(|cid| self.endpoints.get().get(&cid).cloned()) else {
+        let Some(offer) = peer.and_then(|cid| self.offers.get().get(&cid).cloned()) else {
             self.shared.counters.refused.count(Refused::UnknownPeer);
             if let Some(left_out) = self.strangers.pass() {
                 let (peer, point) = (peer.map(Cid::get), self.point);
@@ -177,15 +230,24 @@ impl Service for EgressPort {
             }
             return;
         };
+        let endpoint = match offer {
+            Offer::Endpoint(endpoint) => endpoint,
+            Offer::Hosts(hosts) => return hosts.serve(enclave, &self.shared),
+        };
         let open = Open::egress(&endpoint.traffic);
-        let limit = self.shared.limits.egress_connections;
-        if endpoint.traffic.open_now() > limit as u64 {
+        let limit =
+            endpoint.route.limits.max_connections.map_or(self.shared.limits.egress_connections as u64, u64::from);
+        if endpoint.traffic.open_now() > limit {
             endpoint.fail(Failure::Limit, Some(&format!("it has {limit} connections already")));
             return;
         }
+        let Some(turn) = endpoint.rate.turn() else {
+            endpoint.fail(Failure::Rate, Some("it makes new connections faster than its connections_per_second"));
+            return;
+        };
         let shared = self.shared.clone();
         self.shared.spawn(async move {
-            endpoint.carry(enclave, &shared).await;
+            endpoint.carry(enclave, turn, &shared).await;
             drop(open);
         });
     }
@@ -196,7 +258,7 @@ mod tests {
     use super::*;
     use crate::counters::TrafficKey;
     use crate::limits::Limits;
-    use enclaved_core::routes::Direction;
+    use enclaved_core::routes::{Direction, EgressLimits};
     use tokio::io::AsyncReadExt;
     use tokio::net::{TcpListener, UnixStream};
 
@@ -212,11 +274,13 @@ mod tests {
             hostname: address.ip().to_string(),
             port: address.port(),
             allow_addresses: vec![address.ip()],
+            sni: false,
+            limits: EgressLimits::default(),
         };
         let key = TrafficKey { enclave: route.enclave.clone(), direction: Direction::Egress, endpoint: "x".into() };
-        let endpoint = Arc::new(Endpoint::new(route, CancellationToken::new(), shared.counters.traffic(key)));
+        let endpoint = Endpoint::new(route, CancellationToken::new(), shared.counters.traffic(key), &shared);
         let point = ListenPoint { cid: None, port: 8000 };
-        let endpoints = HashMap::from([(Cid::FIRST, endpoint)]);
+        let endpoints = HashMap::from([(Cid::FIRST, Offer::Endpoint(Arc::new(endpoint)))]);
         (Arc::new(EgressPort::new(Transport::AfVsock, point, endpoints, shared)), upstream)
     }
 

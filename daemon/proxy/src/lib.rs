@@ -21,6 +21,7 @@ mod listening;
 mod manager;
 mod plane;
 mod relay;
+mod resolver;
 mod shared;
 mod store;
 mod tcp;
@@ -33,6 +34,7 @@ pub use limits::Limits;
 pub use manager::Manager;
 
 use certificates::internal_ca::InternalCa;
+use enclaved_core::egress_policy::OwnRange;
 use ingress::https::Https;
 use ingress::tls;
 use ingress::upstream::Upstreams;
@@ -41,6 +43,7 @@ use plane::Plane;
 use shared::Shared;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,6 +54,14 @@ use vsock::Transport;
 
 /// How long connections have to end once they were cut.
 const CUT: Duration = Duration::from_secs(2);
+
+/// The addresses of this host, and ranges that it routes to itself, which the egress policy refuses.
+///
+/// # Errors
+/// The kernel's tables could not be read.
+pub fn own_addresses() -> io::Result<Vec<OwnRange>> {
+    host_addresses::read().map_err(io::Error::other)
+}
 
 /// Where a proxy keeps its state and is reached.
 #[derive(Debug, Clone)]

@@ -18,15 +18,26 @@ pub struct Limits {
     pub relay_idle: Duration,
     /// A relayed connection that is closed in one direction ends when the other has been silent for this long.
     pub relay_half_closed: Duration,
-    /// How long resolving an upstream's name may take.
+    /// A relayed connection ends when it is this old, whatever it carries. None: it may become as old as it likes, as
+    /// database pools and log streams do.
+    pub relay_lifetime: Option<Duration>,
+    /// How long a connection waits for the first answer to its upstream's name. Later ones wait for none.
     pub resolve: Duration,
-    /// How long one address of an upstream may take to accept a connection; less where many have to share [`Self::dial`].
+    /// How long one address of an upstream may take to accept a connection.
     pub connect: Duration,
+    /// An address that has not answered for this long does not keep the next from being tried beside it (RFC 8305, 5: the
+    /// connection attempt delay, 250 ms).
+    pub next_attempt: Duration,
     /// How long reaching an upstream may take in all, over all its addresses.
     pub dial: Duration,
-    /// Connections of one egress endpoint at a time; more are closed at once.
+    /// Connections of one egress endpoint at a time; more are closed at once. (Where the routes say nothing else.)
     pub egress_connections: usize,
-    /// Connections of one raw TCP port at a time; more are closed at once.
+    /// New connections of one egress endpoint a second; more wait, for a second at most, and are closed at once if that is
+    /// not enough. (Where the routes say nothing else.)
+    pub egress_rate: u32,
+    /// How long an enclave may take to say which TLS server it wants, where that matters.
+    pub egress_hello: Duration,
+    /// Connections of one raw TCP port at a time; more are closed at once. (Where the routes say nothing else.)
     pub tcp_connections: usize,
     /// HTTPS connections at a time; more are closed at once.
     pub https_connections: usize,
@@ -58,10 +69,14 @@ impl Default for Limits {
             drain: Duration::from_secs(5),
             relay_idle: Duration::from_secs(24 * 3600),
             relay_half_closed: Duration::from_secs(600),
+            relay_lifetime: None,
             resolve: Duration::from_secs(5),
-            connect: Duration::from_secs(4),
+            connect: Duration::from_secs(10),
+            next_attempt: Duration::from_millis(250),
             dial: Duration::from_secs(15),
             egress_connections: 4096,
+            egress_rate: 1000,
+            egress_hello: Duration::from_secs(10),
             tcp_connections: 4096,
             https_connections: 8192,
             handshake: Duration::from_secs(10),

@@ -4,7 +4,8 @@
 //! One owner: snapshots are applied one after another, under a lock that no connection ever takes.
 
 use crate::counters::{Live, TrafficKey};
-use crate::egress::{EgressPort, Endpoint, Grant};
+use crate::egress::hosts::Hosts;
+use crate::egress::{EgressPort, Endpoint, Grant, Offer};
 use crate::error_text::chain;
 use crate::ingress::https::{Https, HttpsPort};
 use crate::ingress::sites::{self, Sites};
@@ -112,6 +113,7 @@ impl Plane {
     /// What has to be done from time to time: certificates, idle connections, a snapshot that is not on disk yet.
     pub(crate) async fn maintain(&self) {
         self.https.upstreams.reap();
+        self.shared.resolver.look();
         if !self.https.sites.get().domains().is_empty() {
             self.maintain_certificates().await;
         }
@@ -157,15 +159,18 @@ impl Plane {
             accept_errors: counters.accept_errors.load(Relaxed),
             refused: counters.refused.report(),
             panics: counters.panics.load(Relaxed),
+            names: self.shared.resolver.report(),
         }
     }
 
     fn listeners(&self, state: &State) -> Vec<ListenerReport> {
         let Some((routes, _)) = &state.served else { return Vec::new() };
         let transport = Transport::from(&routes.vsock);
-        let egress = routes.egress.iter().map(|EgressRoute { cid, vsock_port, .. }| {
-            let slot = Slot::Egress(transport.listen_point(*cid, *vsock_port));
-            (ListenerKey::Egress { cid: *cid, vsock_port: *vsock_port }, slot)
+        let hosts = routes.hosts.iter().map(|route| (route.cid, route.vsock_port));
+        let egress = routes.egress.iter().map(|route| (route.cid, route.vsock_port)).chain(hosts);
+        let egress = egress.map(|(cid, vsock_port)| {
+            let slot = Slot::Egress(transport.listen_point(cid, vsock_port));
+            (ListenerKey::Egress { cid, vsock_port }, slot)
         });
         let https = routes.https.iter().map(|https| {
             let listen = https.listen;
@@ -230,7 +235,6 @@ impl Plane {
         let (later, at_once): (BTreeMap<_, _>, BTreeMap<_, _>) =
             closed.into_iter().partition(|(slot, _)| same_transport && matches!(slot, Slot::Egress(_)));
         close_all(at_once).await;
-
         self.apply_egress(state, &routes, &transport);
         for open in state.slots.values_mut() {
             open.listening.settled().await;
@@ -263,7 +267,7 @@ impl Plane {
     }
 
     fn apply_egress(&self, state: &mut State, routes: &Routes, transport: &Transport) {
-        let mut points: BTreeMap<ListenPoint, HashMap<Cid, Arc<Endpoint>>> = BTreeMap::new();
+        let mut points: BTreeMap<ListenPoint, HashMap<Cid, Offer>> = BTreeMap::new();
         for route in &routes.egress {
             let Some(cut) = state.grants.get(&Grant::from(route)) else { continue };
             let point = transport.listen_point(route.cid, route.vsock_port);
@@ -271,18 +275,25 @@ impl Plane {
             let endpoint = endpoint.unwrap_or_else(|| {
                 let name = format!("{}:{}", route.hostname, route.port);
                 let traffic = self.shared.counters.traffic(key(&route.enclave, Direction::Egress, name));
-                Arc::new(Endpoint::new(route.clone(), cut.clone(), traffic))
+                Arc::new(Endpoint::new(route.clone(), cut.clone(), traffic, &self.shared))
             });
-            points.entry(point).or_default().insert(route.cid, endpoint);
+            points.entry(point).or_default().insert(route.cid, Offer::Endpoint(endpoint));
         }
-        for (point, endpoints) in points {
+        for route in &routes.hosts {
+            let Some(live) = state.lives.get(&route.cid) else { continue };
+            let traffic = self.shared.counters.traffic(key(&route.enclave, Direction::Egress, "hosts".to_owned()));
+            let hosts = Hosts::new(route.document.clone(), live.cut.clone(), traffic);
+            let point = transport.listen_point(route.cid, route.vsock_port);
+            points.entry(point).or_default().insert(route.cid, Offer::Hosts(Arc::new(hosts)));
+        }
+        for (point, offers) in points {
             match state.slots.get(&Slot::Egress(point)) {
                 Some(Open { service: Service::Egress(port), listening }) => {
-                    port.endpoints.set(endpoints);
+                    port.offers.set(offers);
                     listening.retry_now();
                 }
                 _ => {
-                    let port = EgressPort::new(transport.clone(), point, endpoints, self.shared.clone());
+                    let port = EgressPort::new(transport.clone(), point, offers, self.shared.clone());
                     let port = Arc::new(port);
                     let listening = Listening::start(port.clone(), self.shared.clone());
                     state.slots.insert(Slot::Egress(point), Open { listening, service: Service::Egress(port) });
@@ -298,6 +309,7 @@ impl Plane {
                 transport: transport.clone(),
                 vsock_port: route.vsock_port,
                 target: route.target.and_then(|cid| state.lives.get(&cid).cloned()),
+                rules: route.rules.clone(),
                 traffic: self.shared.counters.traffic(key(&route.enclave, Direction::Tcp, name)),
             };
             match state.slots.get(&Slot::Tcp(route.listen)) {
@@ -352,7 +364,9 @@ fn key(enclave: &EnclaveName, direction: Direction, endpoint: String) -> Traffic
 }
 
 fn slots(routes: &Routes, transport: &Transport) -> BTreeSet<Slot> {
-    let egress = routes.egress.iter().map(|route| Slot::Egress(transport.listen_point(route.cid, route.vsock_port)));
+    let hosts = routes.hosts.iter().map(|route| (route.cid, route.vsock_port));
+    let egress = routes.egress.iter().map(|route| (route.cid, route.vsock_port)).chain(hosts);
+    let egress = egress.map(|(cid, port)| Slot::Egress(transport.listen_point(cid, port)));
     let https = routes.https.iter().map(|https| Slot::Https(https.listen));
     let tcp = routes.tcp.iter().map(|route| Slot::Tcp(route.listen));
     egress.chain(https).chain(tcp).collect()
@@ -366,8 +380,13 @@ fn update_lives(lives: &mut BTreeMap<Cid, Arc<Live>>, routes: &Routes, shared: &
         .filter_map(|site| site.target)
         .chain(routes.tcp.iter().filter_map(|route| route.target))
         .collect();
-    let named =
-        routes.egress.iter().map(|route| route.cid).chain(targets.iter().copied()).chain(routes.live.iter().copied());
+    let named = routes
+        .egress
+        .iter()
+        .map(|route| route.cid)
+        .chain(routes.hosts.iter().map(|route| route.cid))
+        .chain(targets.iter().copied())
+        .chain(routes.live.iter().copied());
     let named: BTreeSet<_> = named.collect();
     let (stay, ended) = std::mem::take(lives).into_iter().partition(|(cid, _)| named.contains(cid));
     *lives = stay;
@@ -400,6 +419,6 @@ fn update_grants(
 /// The endpoint that is served there now, if it is this very one: then its state lives on.
 fn existing_endpoint(slot: Option<&Open>, route: &EgressRoute, cut: &CancellationToken) -> Option<Arc<Endpoint>> {
     let Some(Open { service: Service::Egress(port), .. }) = slot else { return None };
-    let endpoint = port.endpoints.get().get(&route.cid)?.clone();
+    let Offer::Endpoint(endpoint) = port.offers.get().get(&route.cid)?.clone() else { return None };
     (endpoint.route == *route && endpoint.cut == *cut).then_some(endpoint)
 }

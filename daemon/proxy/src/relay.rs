@@ -1,24 +1,37 @@
 //! The relay: carries bytes both ways between an enclave and another end, whatever the two are. One for all uses. Who may
 //! be connected with whom is decided before; what the bytes mean is nobody's business here.
 //!
+//! An end that closes has its own direction ended and nothing else; one that is reset has the other reset. A relay ends when it
+//! was silent for too long, sooner if one direction is closed, and if it is configured so when it is too old. While one end
+//! takes nothing, nothing is read from the other, so its reset is not seen there: it is asked for every few seconds.
+//!
 //! An idle relay holds no buffer. Bytes are read into a buffer of the thread and written on in the same turn; only what the
 //! other side does not take is kept, in a buffer of the relay's own, and until that is gone nothing more is read: a slow
 //! reader stalls its sender and costs [`CHUNK`] at most.
 
 use crate::counters::{Failure, Traffic};
 use crate::limits::Limits;
+use crate::vsock::Stream;
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use rustix::net::sockopt;
 use std::cell::RefCell;
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// Most bytes that are read at once, and most that are held for one direction.
 pub(crate) const CHUNK: usize = 64 << 10;
+
+/// How often an end that nothing is read from, because the other takes nothing, is asked whether it still lives.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// Chunks that are carried before other tasks get their turn.
 const TURNS: usize = 16;
@@ -36,6 +49,8 @@ pub(crate) enum Broken {
     Deaf { end: End, source: io::Error },
     /// Silence for longer than the limits allow.
     Idle,
+    /// It is as old as the limits allow.
+    TooOld,
 }
 
 /// One of the two ends.
@@ -50,6 +65,7 @@ impl Broken {
         match self {
             Self::Reset { .. } | Self::Deaf { .. } => Failure::Reset,
             Self::Idle => Failure::Idle,
+            Self::TooOld => Failure::Lifetime,
         }
     }
 }
@@ -64,9 +80,37 @@ impl fmt::Display for Broken {
                 write!(f, "{end} closed before it had taken everything: {source}")
             }
             Self::Idle => f.pad("nothing was said for too long"),
+            Self::TooOld => f.pad("it was open for as long as it may be"),
         }
     }
 }
+
+/// What an end of a relay is.
+pub(crate) trait Carried: AsyncRead + AsyncWrite + Unpin {
+    /// How the connection failed, if it did and nobody was told yet. Only asked while nothing is read from it: whoever reads
+    /// is told by that.
+    fn failed(&self) -> Option<io::Error> {
+        None
+    }
+}
+
+impl Carried for TcpStream {
+    fn failed(&self) -> Option<io::Error> {
+        self.take_error().ok().flatten()
+    }
+}
+
+impl Carried for Stream {
+    fn failed(&self) -> Option<io::Error> {
+        match self {
+            Self::Kernel(stream) => sockopt::socket_error(stream).ok()?.err().map(io::Error::from),
+            Self::Hybrid(stream) => stream.take_error().ok().flatten(),
+        }
+    }
+}
+
+/// A connection that changed its protocol, which hides the socket.
+impl Carried for TokioIo<Upgraded> {}
 
 /// Carries bytes until both ends have closed. Closing in one direction is passed on and leaves the other open. Counts each
 /// byte when it has been handed over. The caller drops both ends when this returns.
@@ -77,12 +121,12 @@ pub(crate) async fn relay<E, O>(
     limits: &Limits,
 ) -> Result<(), Broken>
 where
-    E: AsyncRead + AsyncWrite + Unpin,
-    O: AsyncRead + AsyncWrite + Unpin,
+    E: Carried,
+    O: Carried,
 {
     let mut inwards = Direction::new(End::Other);
     let mut outwards = Direction::new(End::Enclave);
-    let mut quiet = pin!(Quiet::new(limits));
+    let mut quiet = Quiet::new(limits);
     poll_fn(|cx| {
         let (inwards_state, outwards_state) = SCRATCH.with_borrow_mut(|scratch| {
             let inwards = inwards.poll(cx, other, enclave, scratch, &traffic.to_enclave);
@@ -94,8 +138,21 @@ where
             return Poll::Ready(inwards.take_broken().or(outwards.take_broken()).map_or(Ok(()), Err));
         }
         let moved = std::mem::take(&mut inwards.moved) | std::mem::take(&mut outwards.moved);
-        ready!(quiet.as_mut().poll(cx, moved, inwards_done || outwards_done));
-        Poll::Ready(Err(Broken::Idle))
+        let (inwards_stall, outwards_stall) = (inwards.stalled(), outwards.stalled());
+        loop {
+            match ready!(quiet.poll(cx, moved, inwards_done || outwards_done, inwards_stall || outwards_stall)) {
+                Due::Look => {
+                    if inwards_stall && let Some(source) = other.failed() {
+                        return Poll::Ready(Err(Broken::Reset { end: End::Other, source }));
+                    }
+                    if outwards_stall && let Some(source) = enclave.failed() {
+                        return Poll::Ready(Err(Broken::Reset { end: End::Enclave, source }));
+                    }
+                }
+                Due::Idle => return Poll::Ready(Err(Broken::Idle)),
+                Due::TooOld => return Poll::Ready(Err(Broken::TooOld)),
+            }
+        }
     })
     .await
 }
@@ -200,6 +257,11 @@ impl Direction {
         Poll::Pending
     }
 
+    /// The writer did not take all that was read, so nothing more is read.
+    fn stalled(&self) -> bool {
+        self.sent < self.held.len()
+    }
+
     fn hold(&mut self, rest: &[u8]) {
         self.held.clear();
         self.held.extend_from_slice(rest);
@@ -238,13 +300,23 @@ impl Direction {
     }
 }
 
-/// Finds silence. The timer is not set again for each byte: when it fires, the last byte's time says whether it is due.
+/// Finds silence and age. The timer is not set again for each byte: when it fires, the last byte's time says whether it is
+/// due.
 struct Quiet {
     last: Instant,
-    half_closed: bool,
-    idle: std::time::Duration,
-    idle_half_closed: std::time::Duration,
+    ends: Option<Instant>,
+    idle: Duration,
+    idle_half_closed: Duration,
+    /// On the heap, so that a relay can be moved.
     timer: Pin<Box<Sleep>>,
+}
+
+/// What is due.
+enum Due {
+    /// A look at the end that nothing is read from.
+    Look,
+    Idle,
+    TooOld,
 }
 
 impl Quiet {
@@ -252,30 +324,38 @@ impl Quiet {
         let last = Instant::now();
         Self {
             last,
-            half_closed: false,
+            ends: limits.relay_lifetime.map(|lifetime| last + lifetime),
             idle: limits.relay_idle,
             idle_half_closed: limits.relay_half_closed,
             timer: Box::pin(sleep_until(last + limits.relay_idle)),
         }
     }
 
-    /// Ready when it has been quiet for too long.
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>, moved: bool, half_closed: bool) -> Poll<()> {
+    fn poll(&mut self, cx: &mut Context<'_>, moved: bool, half_closed: bool, stalled: bool) -> Poll<Due> {
         if moved {
             self.last = Instant::now();
         }
-        let limit = if half_closed { self.idle_half_closed } else { self.idle };
-        let due = self.last + limit;
-        if half_closed && !self.half_closed {
-            self.half_closed = true;
-            self.timer.as_mut().reset(due);
+        let silent = self.last + if half_closed { self.idle_half_closed } else { self.idle };
+        let due = self.ends.map_or(silent, |ends| ends.min(silent));
+        let next = |now: Instant| if stalled { due.min(now + LOOK) } else { due };
+        // It fires at the latest when something is due; too early does no harm.
+        if self.timer.deadline() > due || (stalled && self.timer.deadline() > self.last + LOOK) {
+            let next = next(Instant::now());
+            if self.timer.deadline() > next {
+                self.timer.as_mut().reset(next);
+            }
         }
         loop {
             ready!(self.timer.as_mut().poll(cx));
-            if Instant::now() >= due {
-                return Poll::Ready(());
+            let now = Instant::now();
+            self.timer.as_mut().reset(next(now));
+            if self.ends.is_some_and(|ends| ends <= now) {
+                return Poll::Ready(Due::TooOld);
+            } else if silent <= now {
+                return Poll::Ready(Due::Idle);
+            } else if stalled {
+                return Poll::Ready(Due::Look);
             }
-            self.timer.as_mut().reset(due);
         }
     }
 }

@@ -1,14 +1,13 @@
 //! What every part of the data plane shares: bounds, counters, the tasks of its connections and the ways to end them.
 
 use crate::counters::Counters;
-use crate::dial;
 use crate::host_addresses::HostAddresses;
 use crate::limits::Limits;
 use crate::manager::Manager;
+use crate::resolver::Resolver;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -18,8 +17,8 @@ pub(crate) struct Shared {
     pub(crate) manager: Manager,
     pub(crate) counters: Arc<Counters>,
     pub(crate) own_addresses: HostAddresses,
-    /// Lookups of all endpoints.
-    pub(crate) lookups: Arc<Semaphore>,
+    /// The names of upstreams.
+    pub(crate) resolver: Resolver,
     /// Nothing new from now on; requests in flight are finished.
     pub(crate) closing: CancellationToken,
     /// Every connection ends now.
@@ -40,7 +39,7 @@ impl Shared {
             manager,
             counters: Arc::new(Counters::new()),
             own_addresses: HostAddresses::default(),
-            lookups: Arc::new(Semaphore::new(dial::LOOKUPS_IN_ALL)),
+            resolver: Resolver::of_the_system(),
             closing: CancellationToken::new(),
             cut: CancellationToken::new(),
             tasks: TaskTracker::new(),

@@ -36,6 +36,7 @@ pub(crate) fn listen(address: SocketAddr) -> Result<TcpListener, ListenError> {
         // Connections of a predecessor that linger in TIME_WAIT do not keep the port from its successor.
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
+        prepare(&socket);
         socket.listen(BACKLOG)
     };
     open().map_err(|source| ListenError { address, source })
@@ -44,6 +45,7 @@ pub(crate) fn listen(address: SocketAddr) -> Result<TcpListener, ListenError> {
 /// Takes a socket that listens on that address already.
 pub(crate) fn adopt(address: SocketAddr, socket: OwnedFd) -> Result<TcpListener, Unusable> {
     Expected::Tcp(address).check(&socket)?;
+    prepare(&socket);
     let socket = std::net::TcpListener::from(socket);
     socket.set_nonblocking(true).and_then(|()| TcpListener::from_std(socket)).map_err(Unusable::Io)
 }
@@ -71,18 +73,18 @@ impl Socket for TcpListener {
     }
 }
 
-/// Sets what every connection has: no delay for small writes, keepalive. A socket that refuses an option is used without.
-pub(crate) fn prepare(stream: &TcpStream) {
-    let set = || -> io::Result<()> {
-        stream.set_nodelay(true)?;
-        sockopt::set_socket_keepalive(stream, true)?;
-        sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
-        sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
-        sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
-        Ok(())
+/// Sets what every connection has: no delay for small writes, keepalive. Connections have it from the socket that accepted
+/// them, so it is set on those that listen and those that connect. A socket that refuses an option is used without.
+pub(crate) fn prepare(socket: &impl AsFd) {
+    let set = || -> rustix::io::Result<()> {
+        sockopt::set_tcp_nodelay(socket, true)?;
+        sockopt::set_socket_keepalive(socket, true)?;
+        sockopt::set_tcp_keepidle(socket, KEEPALIVE_IDLE)?;
+        sockopt::set_tcp_keepintvl(socket, KEEPALIVE_INTERVAL)?;
+        sockopt::set_tcp_keepcnt(socket, KEEPALIVE_PROBES)
     };
     if let Err(error) = set() {
-        tracing::debug!(%error, "could not set the options of a TCP connection");
+        tracing::debug!(%error, "could not set the options of a TCP socket");
     }
 }
 
@@ -124,5 +126,21 @@ impl Deref for ResetOnDrop {
 impl DerefMut for ResetOnDrop {
     fn deref_mut(&mut self) -> &mut TcpStream {
         &mut self.stream
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn accepted_connections_have_the_options_of_the_socket_that_listens() {
+        let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let (_client, accepted) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        let (connection, _) = accepted.unwrap();
+        assert!(connection.nodelay().unwrap() && sockopt::socket_keepalive(&connection).unwrap());
+        assert_eq!(sockopt::tcp_keepidle(&connection).unwrap(), KEEPALIVE_IDLE);
+        assert_eq!(sockopt::tcp_keepintvl(&connection).unwrap(), KEEPALIVE_INTERVAL);
+        assert_eq!(sockopt::tcp_keepcnt(&connection).unwrap(), KEEPALIVE_PROBES);
     }
 }

@@ -41,7 +41,7 @@ async fn line(plane: &Plane) -> String {
     let (listeners, closed) = plane.listening().await;
     match (listeners, closed.first()) {
         (0, _) => "no routes, nothing to serve".to_owned(),
-        (_, None) => format!("{listeners} listeners open"),
+        (_, None) => format!("{listeners} of {listeners} listeners open"),
         (_, Some(first)) => {
             format!("{} of {listeners} listeners open; not open: {first}", listeners - closed.len())
         }

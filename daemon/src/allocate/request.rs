@@ -13,12 +13,14 @@ pub const FORMAT: u32 = 1;
 /// A request of the longest CPU lists is shorter.
 const MAX_REQUEST: u64 = 64 * 1024;
 
-/// `{"format": 1, "wish": {"cpus": {"count": 6}, "memory_mib": 28672}, "least": {"cpus": {"pool": "1,5"}, "memory_mib": 512}}`
+/// `{"format": 1, "id": 7, "wish": {"cpus": {"count": 6}, "memory_mib": 28672}, "least": {"cpus": {"pool": "1,5"}, "memory_mib": 512}}`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Request {
     /// [`FORMAT`].
     pub format: u32,
+    /// By which its writer knows the answer to it: no two requests have the same.
+    pub id: u64,
     /// What is to be reserved.
     pub wish: Reservation,
     /// What is to be reserved if the wish can't be had, memory being in pieces.

@@ -4,10 +4,11 @@
 //!
 //! No judgement of values beyond type and range: that is [`meaning`](super::meaning)'s.
 
-use super::{AllocatorMode, OnStop, SupervisorKind};
+use super::{OnStop, SupervisorKind};
+use enclaved_core::desired::{AllocatorMode, PoolPolicy};
 use enclaved_core::desired::{OnUnhealthy, RestartPolicy, UpdatePolicy};
 use enclaved_core::id::{EifDigest, EnclaveName, Pcr};
-use enclaved_core::routes::VsockTransport;
+use enclaved_core::routes::{ProxyProtocol, VsockTransport};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::Deserialize;
 use std::borrow::Cow;
@@ -51,6 +52,8 @@ pub(super) struct HostForm {
     pub reserve_memory_mib: u64,
     /// Who sets the enclaves' CPUs and memory aside.
     pub allocator: AllocatorMode,
+    /// How much of them is set aside, where enclaved does that (`allocator = "manage"`).
+    pub pool: PoolPolicy,
     /// What supervises the enclaves.
     pub supervisor: SupervisorKind,
     /// What becomes of the enclaves when the daemon is asked to stop.
@@ -81,6 +84,7 @@ impl Default for HostForm {
             reserve_memory_mib: 2048,
             image_cache_mib: enclaved_core::desired::IMAGE_CACHE >> 20,
             allocator: AllocatorMode::default(),
+            pool: PoolPolicy::default(),
             supervisor: SupervisorKind::default(),
             on_stop: OnStop::default(),
             drain: "30s".into(),
@@ -201,6 +205,10 @@ pub(super) struct EnclaveForm {
     #[serde(default)]
     #[schemars(length(max = 256))]
     pub egress: Vec<EgressForm>,
+    /// The parent's vsock port (on CID 3) on which the enclave reads the list of its own endpoints, the JSON that
+    /// `enclavectl hosts NAME --json` prints: it connects, reads to the end, and sends nothing. Left out: nowhere.
+    #[schemars(range(min = 1, max = 4_294_967_294_u32))]
+    pub hosts_port: Option<u32>,
     /// What reaches it.
     #[serde(default)]
     pub ingress: IngressForm,
@@ -322,6 +330,16 @@ pub(super) struct EgressForm {
     #[serde(default)]
     #[schemars(with = "Vec<IpAddr>", length(max = 64))]
     pub allow_addresses: Vec<String>,
+    /// Takes only TLS connections, and only those that ask for `hostname` as the server's name (SNI), in clear.
+    #[serde(default)]
+    pub sni: bool,
+    /// Connections at a time; more are closed at once. Left out: 4096.
+    #[schemars(range(min = 1, max = 65536))]
+    pub max_connections: Option<u32>,
+    /// New connections a second. What comes faster waits for its turn, a second at most; more are closed at once. Left
+    /// out: 1000.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub connections_per_second: Option<u32>,
 }
 
 fn https_port() -> u16 {
@@ -341,7 +359,7 @@ pub(super) struct IngressForm {
     /// Other vsock ports for paths that begin with a prefix, in whole segments; the longest wins.
     #[schemars(length(max = 256))]
     pub routes: Vec<RouteForm>,
-    /// Raw TCP ports: `9000`, or `{ listen = 5432, vsock_port = 15432 }`.
+    /// Raw TCP ports: `9000`, or `{ listen = 5432, vsock_port = 15432, allow = ["10.0.0.0/8"] }`.
     #[schemars(length(max = 256))]
     pub ports: Vec<PortForm>,
     /// Caution's attestation service: the same as `routes = [{ path = "/attestation", vsock_port = 49502 }]`.
@@ -381,6 +399,20 @@ pub(super) struct FullPortForm {
     /// The vsock port inside the enclave.
     #[schemars(range(min = 1, max = 4_294_967_294_u32))]
     pub vsock_port: u32,
+    /// What the enclave is sent before the bytes of a connection, to learn where it comes from: `"v2"`, the binary header of
+    /// the PROXY protocol. Left out: nothing.
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// Networks and addresses from which connections are taken. Left out: from everywhere.
+    #[serde(default)]
+    #[schemars(length(max = 256), example = ["10.0.0.0/8"])]
+    pub allow: Vec<String>,
+    /// Connections at a time; more are closed at once. Left out: 4096.
+    #[schemars(range(min = 1, max = 65536))]
+    pub max_connections: Option<u32>,
+    /// Connections of one IPv4 address, or of one IPv6 network of 64 bits, at a time; more are closed at once. Left out: no
+    /// such limit.
+    #[schemars(range(min = 1, max = 65536))]
+    pub max_connections_per_source: Option<u32>,
 }
 
 /// Where clients connect.

@@ -91,6 +91,8 @@ impl Judge<'_> {
         let policy = HostPolicy {
             reserve_cpus: form.reserve_cpus,
             reserve_memory: MemoryMib(form.reserve_memory_mib),
+            allocator: form.allocator,
+            pool: form.pool,
             drain: drain.unwrap_or_default(),
             image_cache: form.image_cache_mib.saturating_mul(1 << 20),
         };
@@ -122,9 +124,8 @@ impl Judge<'_> {
         }
         let default_socket = || if units { UNIT_PROXY_SOCKET.into() } else { form.run_dir.join("proxy.sock") };
         let proxy_socket = form.proxy_socket.clone().unwrap_or_else(default_socket);
-        let HostForm { allocator, supervisor, on_stop, state_dir, run_dir, proxy_state_dir, sysfs, .. } = form;
-        let settings =
-            HostSettings { supervisor, allocator, on_stop, state_dir, run_dir, proxy_state_dir, proxy_socket, sysfs };
+        let HostForm { supervisor, on_stop, state_dir, run_dir, proxy_state_dir, sysfs, .. } = form;
+        let settings = HostSettings { supervisor, on_stop, state_dir, run_dir, proxy_state_dir, proxy_socket, sysfs };
         (policy, settings)
     }
 

@@ -5,22 +5,23 @@ use super::{CtlError, table};
 use crate::config::{self, Config};
 use crate::host::inventory::{HostInventory, InventorySource, Roots};
 use enclaved_core::allocator_file;
+use enclaved_core::desired::{AllocatorMode, HostPolicy};
 use enclaved_core::failure::Failure;
 use enclaved_core::inventory::{Device, Inventory, Node};
 use enclaved_core::observed::Observation::{self, Known, Unknown};
-use enclaved_core::sizing::pool::{PoolChange, PoolNow, PoolPolicy, change, wanted};
-use enclaved_core::sizing::{Admission, Capacity, Demand, Refusal, Reserve, admit};
+use enclaved_core::plan::pool::{Candidate, Verdict, judge, lines};
+use enclaved_core::sizing::pool::PoolChange;
+use enclaved_core::sizing::{Capacity, Demand, Reserve};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// All of it, decided.
 struct Findings {
     inventory: Inventory,
+    mode: AllocatorMode,
     reserve: Reserve,
-    capacity: Result<Capacity, Failure>,
-    pool: Result<PoolNow, Failure>,
-    /// Whether the configured enclaves fit; `None`: there are none, or the configuration can't be read.
-    fit: Option<Result<Admission, Box<Refusal>>>,
+    verdict: Verdict,
     advice: Vec<String>,
 }
 
@@ -46,21 +47,19 @@ pub(super) async fn host(config_file: &Path, root: &Path, json: bool) -> Result<
 }
 
 fn find(inventory: Inventory, config: Option<&Config>) -> Findings {
-    let reserve = config.map_or_else(Reserve::default, |config| (&config.desired.host).into());
+    let policy = config.map_or_else(HostPolicy::default, |config| config.desired.host.clone());
+    let reserve = Reserve::from(&policy);
     let enclaves = config.into_iter().flat_map(|config| &config.desired.enclaves);
-    let demands: Vec<Demand> = enclaves.map(|(name, spec)| Demand::of(name, spec, None)).collect();
-    let capacity = Capacity::of(&inventory, reserve);
-    let pool = PoolNow::of(&inventory);
-    let fit = capacity.as_ref().ok().filter(|_| !demands.is_empty());
-    let fit = fit.map(|capacity| admit(capacity, &demands).map_err(Box::new));
+    let candidates: Vec<Candidate> =
+        enclaves.map(|(name, spec)| Candidate { demand: Demand::of(name, spec, None), runs: None }).collect();
+    let verdict = judge(policy.pool, reserve, &inventory, &candidates, &inventory.enclaves);
     let mut advice = Vec::new();
     about_the_driver(&inventory, &mut advice);
     about_the_tools(&inventory, &mut advice);
-    match &capacity {
-        Ok(capacity) => about_the_pool(&inventory, capacity, &pool, &demands, &mut advice),
-        Err(failure) => advice.push(format!("what enclaves may have is not known: {failure}")),
+    if policy.allocator != AllocatorMode::External {
+        about_the_pool(&inventory, policy.allocator, &verdict, &mut advice);
     }
-    Findings { inventory, reserve, capacity, pool, fit, advice }
+    Findings { inventory, mode: policy.allocator, reserve, verdict, advice }
 }
 
 fn about_the_driver(inventory: &Inventory, advice: &mut Vec<String>) {
@@ -120,48 +119,48 @@ fn about_the_tools(inventory: &Inventory, advice: &mut Vec<String>) {
     }
 }
 
-fn about_the_pool(
-    inventory: &Inventory,
-    capacity: &Capacity,
-    pool: &Result<PoolNow, Failure>,
-    demands: &[Demand],
-    advice: &mut Vec<String>,
-) {
-    let now = match pool {
+fn about_the_pool(inventory: &Inventory, mode: AllocatorMode, verdict: &Verdict, advice: &mut Vec<String>) {
+    if let Err(failure) = &verdict.capacity {
+        return advice.push(format!("what enclaves may have is not known: {failure}"));
+    }
+    advice.extend(verdict.refused.iter().map(|(name, refusal)| format!("{name} can't be launched: {refusal}")));
+    if let Some(refusal) = &verdict.no_spare {
+        advice.push(format!("there is no room for blue-green updates: {refusal}"));
+    }
+    advice.extend(verdict.stray.iter().map(|stray| stray.failure().to_string()));
+    let now = match &verdict.now {
         Ok(now) => now,
         // Said already.
         Err(_) if inventory.driver_loaded == Known(false) => return,
         Err(failure) => return advice.push(format!("what is reserved is not known: {failure}")),
     };
-    let wanted = match wanted(PoolPolicy::All, capacity, demands) {
-        Ok(wanted) => wanted,
-        Err(refusal) => return advice.push(refusal.to_string()),
-    };
-    let enough = wanted.as_ref().is_some_and(|wanted| wanted.least.as_ref().is_none_or(|least| now.has(least)));
-    let (to, why) = match change(wanted, now, &inventory.enclaves) {
+    let (to, why) = match verdict.change.clone() {
         PoolChange::Nothing => return,
-        PoolChange::Due(to) => (to, String::new()),
+        PoolChange::Due { to, .. } => (to, String::new()),
         PoolChange::Waits { to, why, .. } => (to, format!(" ({why})")),
     };
-    let lines = allocator_file::write(&to.wish);
-    let lines: Vec<_> = lines.lines().filter(|line| !line.starts_with('#')).map(|line| format!("`{line}`")).collect();
+    let all = if to.least.as_ref() == Some(&to.wish) { "that" } else { "all that enclaves may have" };
     let what = match &to.least {
-        _ if enough => "all that enclaves may have would be".to_owned(),
-        Some(least) => {
-            format!("the configured enclaves need {least}, which is not reserved; all that they may have would be")
+        Some(least) if !now.has(least) => {
+            format!("the configured enclaves need {least}, which is not reserved; {all} ")
         }
-        None => "nothing is configured; all that enclaves may have would be".to_owned(),
+        Some(_) => format!("{all} "),
+        None => format!("nothing is configured; {all} "),
     };
-    advice.push(format!(
-        "{what} {} in {}, and `systemctl restart nitro-enclaves-allocator`{why}",
-        lines.join(", "),
-        allocator_file::PATH
-    ));
+    advice.push(match mode {
+        AllocatorMode::Manage => format!("{what}is {}, and enclaved has it reserved{why}", to.wish),
+        AllocatorMode::Verify | AllocatorMode::External => format!(
+            "{what}would be {} in {}, and `systemctl restart nitro-enclaves-allocator`{why}",
+            lines(&to.wish),
+            allocator_file::PATH
+        ),
+    });
 }
 
 fn as_json(findings: &Findings) -> Result<Value, CtlError> {
     let bug = |error: serde_json::Error| CtlError::Bug(format!("writing the inventory: {error}"));
-    let may_have = match &findings.capacity {
+    let verdict = &findings.verdict;
+    let may_have = match &verdict.capacity {
         Ok(capacity) => {
             let nodes: Vec<Value> = capacity
                 .nodes
@@ -179,21 +178,20 @@ fn as_json(findings: &Findings) -> Result<Value, CtlError> {
         }
         Err(failure) => json!({ "unknown": failure }),
     };
-    let pool = match &findings.pool {
+    let pool = match &verdict.now {
         Ok(now) => json!({ "cpus": now.cpus, "memory_mib": now.memory }),
         Err(failure) => json!({ "unknown": failure }),
     };
-    let fit = match &findings.fit {
-        None => Value::Null,
-        Some(Ok(admission)) => json!({ "fits": admission }),
-        Some(Err(refusal)) => json!({ "refused": refusal.failure() }),
-    };
+    let refused: BTreeMap<_, _> = verdict.refused.iter().map(|(name, refusal)| (name, refusal.failure())).collect();
+    let wanted = verdict.wanted.as_ref().map(|wanted| &wanted.wish);
     Ok(json!({
         "inventory": serde_json::to_value(&findings.inventory).map_err(bug)?,
         "reserve": { "cpus": findings.reserve.cpus, "memory_mib": findings.reserve.memory },
         "enclaves_may_have": may_have,
         "pool": pool,
-        "configured": fit,
+        "pool_wanted": wanted,
+        "allocator": findings.mode.as_str(),
+        "configured": { "fits": verdict.admission, "refused": refused },
         "advice": findings.advice,
     }))
 }
@@ -239,7 +237,7 @@ fn as_text(findings: &Findings) -> String {
     ));
     pairs.push((
         "reserved",
-        match &findings.pool {
+        match &findings.verdict.now {
             Ok(now) if now.cpus.is_empty() => format!("no CPUs, {} in hugepages", now.memory),
             Ok(now) => format!("{} CPUs ({}), {} in hugepages", now.cpus.len(), now.cpus, now.memory),
             Err(failure) => unknown(failure),
@@ -251,20 +249,23 @@ fn as_text(findings: &Findings) -> String {
     ));
     pairs.push((
         "may have",
-        match &findings.capacity {
+        match &findings.verdict.capacity {
             Ok(capacity) => may_have(capacity, *reserve),
             Err(failure) => unknown(failure),
         },
     ));
-    match &findings.fit {
-        None => {}
-        Some(Ok(admission)) => {
-            let spare = admission.spare.map_or_else(String::new, |spare| {
-                format!(", of which {} CPUs and {} are for blue-green updates", spare.cpus, spare.memory)
-            });
-            pairs.push(("configured", format!("{} CPUs and {}{spare}", admission.cpus, admission.memory)));
-        }
-        Some(Err(_)) => pairs.push(("configured", "does not fit".to_owned())),
+    if let Some(admission) = &findings.verdict.admission {
+        let spare = admission.spare.map_or_else(String::new, |spare| {
+            format!(", of which {} CPUs and {} are for blue-green updates", spare.cpus, spare.memory)
+        });
+        pairs.push(("configured", format!("{} CPUs and {}{spare}", admission.cpus, admission.memory)));
+    }
+    if !findings.verdict.refused.is_empty() {
+        let names: Vec<_> = findings.verdict.refused.keys().map(ToString::to_string).collect();
+        pairs.push(("configured", format!("{} can't be launched", names.join(", "))));
+    }
+    if let Some(wanted) = findings.verdict.wanted.as_ref().filter(|_| findings.mode == AllocatorMode::Manage) {
+        pairs.push(("to reserve", wanted.wish.to_string()));
     }
     let mut text = table::pairs(&pairs);
     for advice in &findings.advice {

@@ -3,7 +3,7 @@
 use super::table::{Align, pairs, render};
 use super::text::{cut, progress, span};
 use enclaved_core::id::{EnclaveName, Timestamp};
-use enclaved_core::status::{EnclaveState, EnclaveStatus, Health, Problem, Status};
+use enclaved_core::status::{EnclaveState, EnclaveStatus, Health, PoolStatus, Problem, Status};
 use serde_json::Value;
 
 /// Digits of a digest that tell images apart.
@@ -140,7 +140,7 @@ fn host(status: &Status) -> String {
         true => format!("running (pid {}), {} listeners open{failed}{https}{routes}", proxy.pid, proxy.listeners_open),
         false => "NOT RUNNING".to_owned(),
     };
-    pairs(&[
+    let mut lines = vec![
         ("host", format!("{}{pool}", if place.is_empty() { "(not on EC2)".to_owned() } else { place.join(", ") })),
         (
             "enclaved",
@@ -155,7 +155,25 @@ fn host(status: &Status) -> String {
             ),
         ),
         ("proxy", proxy),
-    ])
+    ];
+    if let Some(pool) = &host.pool {
+        lines.push(("pool", self::pool(pool)));
+    }
+    pairs(&lines)
+}
+
+/// What enclaved is to set aside, and why it is not there.
+fn pool(pool: &PoolStatus) -> String {
+    let wanted = match (pool.wanted_cpus, pool.wanted_memory_mib) {
+        (Some(cpus), Some(memory)) => format!("{cpus} CPUs, {memory} wanted"),
+        _ => "nothing wanted".to_owned(),
+    };
+    let state = match &pool.waiting_for {
+        None if pool.settled => "reserved".to_owned(),
+        None => "not reserved yet".to_owned(),
+        Some(why) => format!("NOT RESERVED: {why}"),
+    };
+    format!("managed, \"{}\"; {wanted}, {state}", pool.policy.as_str())
 }
 
 const HEADS: &[(&str, Align)] = &[
@@ -311,6 +329,27 @@ signer    3  ready  2m 10s ago   18     2  1024 MiB  abababababab  cdcdcdcdcdcd 
 ledger    -  held   -             -     2  1024 MiB  -             -             -               0  -
 ";
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn a_pool_that_enclaved_manages_has_a_line_that_says_what_is_wanted_and_why_it_is_not_there() {
+        let mut status = sample(json!([]));
+        let pool = |settled, waiting_for: Option<&str>| PoolStatus {
+            wanted_cpus: Some(6),
+            wanted_memory_mib: Some(enclaved_core::id::MemoryMib(28_672)),
+            settled,
+            waiting_for: waiting_for.map(str::to_owned),
+            ..PoolStatus::default()
+        };
+        for (pool, line) in [
+            (pool(true, None), "\n    pool: managed, \"all\"; 6 CPUs, 28672 MiB wanted, reserved\n"),
+            (pool(false, Some("1 enclave runs")), "wanted, NOT RESERVED: 1 enclave runs\n"),
+            (PoolStatus { settled: true, ..PoolStatus::default() }, "\"all\"; nothing wanted, reserved\n"),
+        ] {
+            status.host.pool = Some(pool);
+            let text = overview(&status, false);
+            assert!(text.contains(line), "{text}");
+        }
     }
 
     #[test]

@@ -1,8 +1,11 @@
-//! The host's enclave resources, as the driver and the kernel show them in sysfs. Reads only: what is to be changed is
-//! said, with the content of the file that changes it.
+//! The host's enclave resources, as the driver and the kernel show them in sysfs. Reads only; who may have them changed asks for it
+//! in `managed`.
+
+pub mod managed;
 
 use super::{Allocator, Outcome};
 use crate::atomic_file;
+use enclaved_core::allocator_file::Reservation;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::MemoryMib;
 use enclaved_core::inventory::{CpuSet, parse};
@@ -33,29 +36,10 @@ impl Allocator for SysfsAllocator {
         Ok(look(&self.sysfs).await?.into())
     }
 
-    async fn reserve(&self, cpus: u32, memory: MemoryMib) -> Outcome<()> {
-        let seen = look(&self.sysfs).await?;
-        if seen.cpus >= cpus && seen.memory >= memory {
-            // Whoever asks found that it does not fit: so what is there in all is not what is lacking.
-            let message = format!(
-                "the enclave pool has {} CPUs and {} in hugepages, which is enough for the {cpus} CPUs and {memory} that are \
-                 needed in all; but {} of the hugepages are free: somebody else holds the difference",
-                seen.cpus, seen.memory, seen.memory_free
-            );
-            return Err(Failure::new(message).with_remedy(
-                "`nitro-cli describe-enclaves` lists all enclaves of this host: end those that are not wanted",
-            ));
-        }
-        let message = format!(
-            "the enclave pool has {} CPUs and {} in hugepages; {cpus} CPUs and {memory} are needed",
-            seen.cpus, seen.memory
-        );
-        let (cpus, memory) = (cpus.max(seen.cpus), memory.max(seen.memory).0);
-        let remedy = format!(
-            "put exactly these three lines into /etc/nitro_enclaves/allocator.yaml: `---`, `memory_mib: {memory}`, `cpu_count: {cpus}`; \
-             end all enclaves and run `systemctl restart nitro-enclaves-allocator`; if the pool then has less than that, reboot"
-        );
-        Err(Failure::new(message).with_remedy(remedy))
+    async fn reserve(&self, wish: &Reservation, _least: Option<&Reservation>) -> Outcome<()> {
+        Err(Failure::new(format!(
+            "{wish} are not reserved: host.allocator is \"verify\", the pool is the administrator's"
+        )))
     }
 }
 
@@ -68,8 +52,10 @@ impl Allocator for ExternalAllocator {
         Ok(Pool::External)
     }
 
-    async fn reserve(&self, _cpus: u32, _memory: MemoryMib) -> Outcome<()> {
-        Ok(())
+    async fn reserve(&self, wish: &Reservation, _least: Option<&Reservation>) -> Outcome<()> {
+        Err(Failure::new(format!(
+            "{wish} are not reserved: host.allocator is \"external\", the pool is somebody else's"
+        )))
     }
 }
 
@@ -83,7 +69,7 @@ struct Seen {
 
 impl From<Seen> for Pool {
     fn from(seen: Seen) -> Self {
-        Self::Sized { cpus: seen.cpus, memory: seen.memory, memory_free: seen.memory_free }
+        Self::Sized { cpus: seen.cpus, memory: seen.memory, memory_free: seen.memory_free, changing: false }
     }
 }
 
@@ -175,6 +161,7 @@ fn not_understood(path: &Path, text: &str) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use enclaved_core::allocator_file::CpuRequest;
     use tempfile::TempDir;
 
     /// Size in kB, pages, free pages.
@@ -210,33 +197,12 @@ mod tests {
         let nodes: &[(&str, &[Pages])] =
             &[("0-3\n", &[(2048, 512, 100), (1_048_576, 2, 1)]), ("4-7\n", &[(2048, 10_000, 10_000)])];
         let (_folder, allocator) = sysfs(Some("1,3\n"), nodes);
-        let expected = Pool::Sized { cpus: 2, memory: MemoryMib(3072), memory_free: MemoryMib(1224) };
+        let expected = Pool::Sized { cpus: 2, memory: MemoryMib(3072), memory_free: MemoryMib(1224), changing: false };
         assert_eq!(allocator.observe().await.unwrap(), expected);
         let (_folder, allocator) = sysfs(Some("\n"), nodes);
-        let expected = Pool::Sized { cpus: 0, memory: MemoryMib(23_072), memory_free: MemoryMib(21_224) };
+        let expected =
+            Pool::Sized { cpus: 0, memory: MemoryMib(23_072), memory_free: MemoryMib(21_224), changing: false };
         assert_eq!(allocator.observe().await.unwrap(), expected);
-    }
-
-    #[tokio::test]
-    async fn a_pool_that_is_too_small_is_told_in_numbers_with_the_lines_that_enlarge_it() {
-        let (_folder, allocator) = sysfs(Some("2-3"), &[("0-7", &[(2048, 512, 512)])]);
-        let failure = allocator.reserve(4, MemoryMib(512)).await.unwrap_err();
-        assert!(failure.message.contains("has 2 CPUs and 1024 MiB in hugepages; 4 CPUs and 512 MiB"), "{failure}");
-        let remedy = failure.remedy.unwrap();
-        assert!(remedy.contains("`---`, `memory_mib: 1024`, `cpu_count: 4`"), "{remedy}");
-        assert!(remedy.contains("systemctl restart nitro-enclaves-allocator"), "{remedy}");
-        assert!(allocator.reserve(1, MemoryMib(1025)).await.is_err());
-    }
-
-    #[tokio::test]
-    async fn a_pool_that_is_large_enough_and_held_by_others_is_no_success() {
-        let (_folder, allocator) = sysfs(Some("2-3"), &[("0-7", &[(2048, 512, 100)])]);
-        let failure = allocator.reserve(2, MemoryMib(1024)).await.unwrap_err();
-        assert!(
-            failure.message.contains("1024 MiB") && failure.message.contains("200 MiB of the hugepages are free"),
-            "{failure}"
-        );
-        assert!(failure.remedy.unwrap().contains("describe-enclaves"));
     }
 
     #[tokio::test]
@@ -262,9 +228,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_external_allocator_is_neither_looked_at_nor_asked() {
+    async fn what_is_somebody_elses_is_not_reserved_and_an_external_pool_not_even_looked_at() {
         assert_eq!(ExternalAllocator.observe().await.unwrap(), Pool::External);
-        ExternalAllocator.reserve(u32::MAX, MemoryMib(u64::MAX)).await.unwrap();
+        let wish = Reservation { cpus: CpuRequest::Count(2), memory_mib: MemoryMib(64) };
+        let failure = ExternalAllocator.reserve(&wish, None).await.unwrap_err();
+        assert!(failure.message.contains("somebody else's"), "{failure}");
+        let (_folder, allocator) = sysfs(Some("2-3"), &[("0-7", &[(2048, 512, 100)])]);
+        assert!(allocator.reserve(&wish, None).await.unwrap_err().message.contains("the administrator's"));
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ use enclaved_core::failure::Failure;
 use enclaved_core::id::EnclaveKey;
 use enclaved_core::ledger::LaunchRecord;
 use enclaved_core::observed::Instance;
-use enclaved_core::plan::Launch;
+use enclaved_core::plan::{Launch, Launched};
 use rustix::process::Signal;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -131,6 +131,10 @@ impl Supervisor for Direct {
         }
         stopping.wait().await;
         Ok(())
+    }
+
+    async fn describe(&self, launched: &[Launched]) -> Outcome<BTreeMap<EnclaveKey, Option<Failure>>> {
+        self.launches.describe(launched).await
     }
 
     async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {

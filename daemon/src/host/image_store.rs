@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `download` | one download: requests side by side into one file |
 //! | `remote`, `s3`, `https` | places that images are got from |
+//! | `glance` | whether an image could be had, without getting it |
 //! | `cache`, `index`, `sidecar`, `stamp` | the folder, what requests came to, what can be continued, what is still what it was |
 //! | `measure`, `front`, `checksum` | reading behind a download: measurements and checksum |
 //! | `disk` | every operation on the disk, so that a test can end the process after each |
@@ -15,6 +16,7 @@ mod checksum;
 mod disk;
 mod download;
 mod front;
+mod glance;
 mod https;
 mod index;
 mod local;
@@ -37,6 +39,7 @@ use enclaved_core::id::EifDigest;
 use enclaved_core::image::{VerifiedImage, verify};
 use enclaved_core::observed::{CacheItem, ImageCache};
 use enclaved_core::plan::Prefer;
+pub use glance::{Glance, is_cached};
 use https::Https;
 use index::Entry;
 pub(crate) use measure::{IntakeError, measure_whole};

@@ -1,6 +1,7 @@
 //! Reads what a host is made of: sysfs, procfs, its device, its files, and the version of nitro-cli. Reads only, and understands
 //! nothing: what the texts mean is `enclaved_core::inventory`'s. What can't be read becomes `Unknown` with its reason.
 
+use super::{Outcome, Surveyor};
 use crate::{atomic_file, child_environment};
 use enclaved_core::allocator_file;
 use enclaved_core::failure::Failure;
@@ -15,17 +16,20 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
 
 /// sysfs files are a page long at most, except lists of many CPUs.
 const MAX_FILE: u64 = 64 * 1024;
 /// A line for every Unix socket of the host.
-const MAX_SOCKETS: u64 = 64 << 20;
+pub(crate) const MAX_SOCKETS: u64 = 64 << 20;
 /// More entries than any folder here has.
 const MAX_ENTRIES: usize = 65_536;
 /// How long `nitro-cli --version` may take: it prints one line.
 const VERSION_PATIENCE: Duration = Duration::from_secs(5);
+/// What the daemon has seen is looked at anew after this, whether or not anything seems to have changed.
+const AGE: Duration = Duration::from_secs(60);
 /// The stock allocator's unit.
 pub const ALLOCATOR_UNIT: &str = "nitro-enclaves-allocator.service";
 
@@ -84,6 +88,81 @@ impl InventorySource for HostInventory {
             Ok(inventory) => Inventory { nitro_cli, ..inventory },
             Err(error) => nothing_seen(&Failure::new(format!("looking at the host was cut off: {error}"))),
         }
+    }
+}
+
+/// The host as it is seen by the daemon, again and again. Most of what a host is made of stays as it is, so all of it is read only when
+/// what changes has changed, or after a while. nitro-cli is not asked for its version.
+#[derive(Debug)]
+pub struct Survey {
+    /// `None`: nothing is looked at.
+    roots: Option<Roots>,
+    seen: Arc<Mutex<Option<Seen>>>,
+}
+
+#[derive(Debug)]
+struct Seen {
+    at: Instant,
+    changing: Changing,
+    inventory: Arc<Inventory>,
+}
+
+/// What changes on a host that runs, and matters for what is set aside.
+#[derive(Debug, PartialEq, Eq)]
+struct Changing {
+    online: Result<String, Failure>,
+    pool: Result<String, Failure>,
+    pages: BTreeMap<String, Result<BTreeMap<u64, Hugepages>, Failure>>,
+    enclaves: Result<u32, Failure>,
+}
+
+impl Survey {
+    /// Looks there.
+    pub fn new(roots: Roots) -> Self {
+        Self { roots: Some(roots), seen: Arc::default() }
+    }
+
+    /// Looks at nothing.
+    pub fn blind() -> Self {
+        Self { roots: None, seen: Arc::default() }
+    }
+}
+
+impl Surveyor for Survey {
+    async fn observe(&self) -> Outcome<Option<Arc<Inventory>>> {
+        let Some(roots) = self.roots.clone() else { return Ok(None) };
+        let seen = Arc::clone(&self.seen);
+        let read = tokio::task::spawn_blocking(move || {
+            let changing = changing(&roots);
+            // A panic while it was held would leave what was there before, which is as good as any.
+            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*seen {
+                Some(seen) if seen.changing == changing && seen.at.elapsed() < AGE => Arc::clone(&seen.inventory),
+                _ => {
+                    let inventory = Arc::new(read_files(&roots));
+                    *seen = Some(Seen { at: Instant::now(), changing, inventory: Arc::clone(&inventory) });
+                    inventory
+                }
+            }
+        });
+        read.await.map(Some).map_err(|error| Failure::new(format!("looking at the host was cut off: {error}")))
+    }
+}
+
+fn changing(roots: &Roots) -> Changing {
+    let Roots { sysfs, procfs, .. } = roots;
+    // On a host without NUMA there are no nodes.
+    let nodes = list(&sysfs.join("devices/system/node")).unwrap_or_default();
+    let nodes = nodes.into_iter().filter(|(name, _)| parse::numbered(name, "node").is_some());
+    let mut pages: BTreeMap<_, _> = nodes.map(|(name, path)| (name, hugepages_in(&path.join("hugepages")))).collect();
+    if pages.is_empty() {
+        pages.insert(String::new(), hugepages_in(&sysfs.join("kernel/mm/hugepages")));
+    }
+    Changing {
+        online: text(&sysfs.join("devices/system/cpu/online")),
+        pool: text(&sysfs.join("module/nitro_enclaves/parameters/ne_cpus")),
+        pages,
+        enclaves: running(procfs),
     }
 }
 
@@ -171,10 +250,10 @@ fn whole_memory(sysfs: &Path, procfs: &Path) -> Node {
 
 fn memory(meminfo: &Path, hugepages: &Path) -> Node {
     let field = |name| parsed(meminfo, |text| parse::meminfo_kib(text, name));
-    Node { total_kib: field("MemTotal"), free_kib: field("MemFree"), hugepages: observed(pages(hugepages)) }
+    Node { total_kib: field("MemTotal"), free_kib: field("MemFree"), hugepages: observed(hugepages_in(hugepages)) }
 }
 
-fn pages(folder: &Path) -> Result<BTreeMap<u64, Hugepages>, Failure> {
+fn hugepages_in(folder: &Path) -> Result<BTreeMap<u64, Hugepages>, Failure> {
     let mut sizes = BTreeMap::new();
     for (name, path) in list(folder)? {
         let Some(size) = parse::page_size_kib(&name) else { continue };

@@ -13,7 +13,7 @@ use enclaved_core::failure::Failure;
 use enclaved_core::id::EnclaveKey;
 use enclaved_core::ledger::LaunchRecord;
 use enclaved_core::observed::{Instance, InstanceState};
-use enclaved_core::plan::Launch;
+use enclaved_core::plan::{Launch, Launched};
 use rustix::process::Signal;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -297,6 +297,10 @@ impl Supervisor for Systemd {
         }
         stopping.wait().await;
         Ok(())
+    }
+
+    async fn describe(&self, launched: &[Launched]) -> Outcome<BTreeMap<EnclaveKey, Option<Failure>>> {
+        self.launches.describe(launched).await
     }
 
     async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {

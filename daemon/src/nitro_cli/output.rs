@@ -4,7 +4,7 @@
 use super::RunRequest;
 use super::report::{Captured, printable};
 use enclaved_core::failure::Failure;
-use enclaved_core::id::{MemoryMib, Timestamp};
+use enclaved_core::id::{MemoryMib, Pcr, Timestamp};
 use enclaved_core::ledger::{LaunchRecord, ProcessIdentity};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -69,6 +69,21 @@ pub struct Described {
     pub state: State,
     /// Its mode.
     pub flags: Flag,
+    /// What nitro-cli's process measured in the image file when it was first asked; older versions give none. Computed by the host:
+    /// no attestation.
+    pub measurements: Option<HostMeasurements>,
+}
+
+/// The measurements in `describe-enclaves`. `HashAlgorithm` beside them is not to be parsed.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub struct HostMeasurements {
+    /// Kernel, command line and all ramdisks.
+    pub pcr0: Option<Pcr>,
+    /// Kernel, command line and the first ramdisk.
+    pub pcr1: Option<Pcr>,
+    /// The other ramdisks.
+    pub pcr2: Option<Pcr>,
 }
 
 /// The state of an enclave as the driver gives it. It stays `Running` while the inside hangs.

@@ -8,13 +8,14 @@ use enclaved::events::Events;
 use enclaved::metrics::Metrics;
 use enclaved::reconciler::{Command, Inputs, LoopError, Report, run};
 use enclaved_core::desired::{
-    Desired, EgressSpec, EnclaveSpec, HealthCheck, HostPolicy, ImageRequest, ImageSource, IngressSpec, OnUnhealthy,
-    Probe, RestartPolicy, TcpPort, UpdatePolicy,
+    AllocatorMode, Desired, EgressSpec, EnclaveSpec, HealthCheck, HostPolicy, ImageRequest, ImageSource, IngressSpec,
+    OnUnhealthy, Probe, RestartPolicy, TcpPort, UpdatePolicy,
 };
 use enclaved_core::id::{EnclaveKey, EnclaveName, MemoryMib};
 use enclaved_core::image::{ExpectedImage, Limits, Measurer, VerifiedImage, verify};
 use enclaved_core::ledger::Phase;
 use enclaved_core::plan::routing;
+use enclaved_core::routes::{EgressLimits, TcpRules};
 use enclaved_core::status::{Facts, Status};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -55,6 +56,8 @@ pub fn desired(enclaves: &[(&str, &ImageRequest, u32, u64)]) -> Desired {
             vsock_port: 8000,
             loopback: None,
             allow_addresses: Vec::new(),
+            sni: false,
+            limits: EgressLimits::default(),
         };
         let check = HealthCheck {
             probe: Probe::Connect { port: 8080 },
@@ -75,11 +78,16 @@ pub fn desired(enclaves: &[(&str, &ImageRequest, u32, u64)]) -> Desired {
             restart: RestartPolicy::Always,
             health: Some(check),
             egress: vec![egress],
-            ingress: IngressSpec { tcp: vec![TcpPort { listen, vsock_port: 8080 }], ..IngressSpec::default() },
+            hosts_port: None,
+            ingress: IngressSpec {
+                tcp: vec![TcpPort { listen, vsock_port: 8080, rules: TcpRules::default() }],
+                ..IngressSpec::default()
+            },
         };
         all.insert(name.parse::<EnclaveName>().expect("a name"), spec);
     }
-    Desired { host: HostPolicy::default(), enclaves: all, ..Desired::default() }
+    let host = HostPolicy { allocator: AllocatorMode::Manage, ..HostPolicy::default() };
+    Desired { host, enclaves: all, ..Desired::default() }
 }
 
 /// The control process on a simulated host.
@@ -189,6 +197,21 @@ impl Harness {
     pub async fn release(&mut self, name: &EnclaveName) {
         self.held.retain(|held| held != name);
         self.ask(|reply| Command::Release(name.clone(), reply)).await;
+    }
+
+    /// `enclavectl adopt NAME`, once.
+    ///
+    /// # Errors
+    /// It is refused.
+    ///
+    /// # Panics
+    /// If the control process does not run, or does not answer.
+    #[expect(clippy::expect_used, reason = "a test fixture")]
+    pub async fn accept(&self, name: &EnclaveName) -> Result<(), String> {
+        let (reply, answer) = oneshot::channel();
+        let commands = &self.process.as_ref().expect("it was started").commands;
+        commands.send(Command::Accept(name.clone(), reply)).await.expect("it takes commands");
+        answer.await.expect("it answers")
     }
 
     /// `enclavectl fetch`: asks for an image ahead of its use, and waits for what it comes to.

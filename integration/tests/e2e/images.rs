@@ -5,7 +5,7 @@ use crate::traffic::Client;
 use enclaved_core::status::{EnclaveState, EnclaveStatus};
 use enclaved_integration::eif::Eif;
 use enclaved_integration::imds::ImdsFault;
-use enclaved_integration::s3::S3Fault;
+use enclaved_integration::s3::{Asked, S3Fault};
 use std::collections::BTreeSet;
 
 /// The image of the sample application, with a kernel of that many bytes.
@@ -88,8 +88,9 @@ async fn what_s3_refuses_is_said_with_the_objects_name_and_tried_again() {
 async fn a_download_that_breaks_off_midway_goes_on() {
     let host = Host::empty().await;
     put(&host, image(&host, 1 << 20)).await;
-    // The first request only looks at the object: it has no body that could break off.
-    host.machine.s3.add_fault(S3Fault::BreakOff { after: 300_000 }, Some(3));
+    // HEAD requests, the daemon's checks among them, only look at the object: they have no body that could break off.
+    let gets = |asked: &Asked| asked.method == "GET";
+    host.machine.s3.controls().add_fault_when(S3Fault::BreakOff { after: 300_000 }, Some(2), gets);
     host.configure(&host.signer());
     host.start();
     let status = host.until_ready().await;
@@ -104,12 +105,12 @@ async fn bytes_that_were_changed_on_the_way_are_fetched_again_and_never_launched
     let host = Host::empty().await;
     put(&host, image(&host, 10_000)).await;
     // Within the kernel: everything else of the image is as it should be.
-    host.machine.s3.add_fault(S3Fault::Corrupt { at: 5000 }, Some(2));
+    let gets = |asked: &Asked| asked.method == "GET";
+    host.machine.s3.controls().add_fault_when(S3Fault::Corrupt { at: 5000 }, Some(1), gets);
     host.configure(&host.signer());
     host.start();
     let status = host.until_ready().await;
     let lines = host.log_lines("came damaged");
-    // The first request only looks at the object; the second one's bytes were changed.
     assert!(lines.len() == 1 && lines[0].contains("signer.eif"), "{lines:?}");
     assert_eq!((of(&status, "signer").restarts, host.launches().len()), (0, 1));
 }

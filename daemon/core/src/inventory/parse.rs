@@ -122,6 +122,13 @@ pub fn listening_below(proc_net_unix: &str, folder: &str) -> u32 {
     u32::try_from(proc_net_unix.lines().filter(listens).count()).unwrap_or(u32::MAX)
 }
 
+/// Whether `/proc/net/unix` is that of the host: it shows the socket of systemd or of the system's D-Bus. A network namespace of one's
+/// own shows none of the host's sockets, so that no enclave would seem to run.
+pub fn shows_the_hosts_sockets(proc_net_unix: &str) -> bool {
+    let of_the_host = ["/run/systemd/private", "/run/dbus/system_bus_socket"];
+    proc_net_unix.lines().filter_map(|line| line.split_whitespace().nth(7)).any(|name| of_the_host.contains(&name))
+}
+
 /// A number of CPUs with its noun.
 pub(crate) fn cpus(count: u32) -> impl fmt::Display {
     format!("{count} {}", if count == 1 { "CPU" } else { "CPUs" })
@@ -131,6 +138,15 @@ pub(crate) fn cpus(count: u32) -> impl fmt::Display {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_network_namespace_of_ones_own_is_told_from_a_host_without_enclaves() {
+        let head = "Num       RefCount Protocol Flags    Type St Inode Path\n";
+        let own = "0000000000000000: 00000002 00000000 00010000 0001 01 4711 /tmp/mine.sock\n";
+        let host = "0000000000000000: 00000002 00000000 00010000 0001 01 4711 /run/systemd/private\n";
+        assert!(!shows_the_hosts_sockets(&format!("{head}{own}")));
+        assert!(shows_the_hosts_sockets(&format!("{head}{own}{host}")));
+    }
 
     #[test]
     fn memory_is_read_from_both_forms_of_meminfo() {

@@ -55,7 +55,7 @@ pub fn fits(
     if staying.len() >= MAX_ENCLAVES {
         return Err(Shortage::Enclaves);
     }
-    let Pool::Sized { cpus: pool_cpus, memory: pool_memory, memory_free } = pool else { return Ok(()) };
+    let Pool::Sized { cpus: pool_cpus, memory: pool_memory, memory_free, .. } = pool else { return Ok(()) };
     let memory_held = |held: &[(EnclaveKey, &GenerationRecord)]| {
         held.iter().fold(0_u64, |sum, (_, record)| sum.saturating_add(memory_of(record).0))
     };

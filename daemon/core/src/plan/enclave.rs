@@ -50,6 +50,7 @@ impl Planner<'_> {
             self.endpoints(name, spec, record);
         }
         match wanted {
+            Some(spec) if self.held_in_doubt(name, spec, record) => {}
             Some(spec) => self.pursue(name, spec, record, instances),
             None => self.abandon(name, spec.is_none(), record, instances),
         }
@@ -256,7 +257,11 @@ impl Planner<'_> {
         let (digest, measurements) = match self.ledger.image(&spec.image) {
             Some(ImageOutcome::Verified { digest, measurements, .. }) => (*digest, *measurements),
             Some(ImageOutcome::Failed { .. }) | None => {
-                self.fetch(name, &spec.image);
+                match self.refused(name) {
+                    // Not even its image is fetched for nothing.
+                    Some(refused) => self.wait(name, format!("it can't be launched: {refused}")),
+                    None => self.fetch(name, &spec.image),
+                }
                 // What runs goes on meanwhile. A launch that was decided and never taken would only be in the way of others'.
                 for (generation, of) in &current {
                     let (key, launching) = (key(generation), matches!(of.phase, Phase::Launching { .. }));
@@ -270,10 +275,10 @@ impl Planner<'_> {
             }
         };
         let target = Identity { image: digest, cpus: spec.cpus, memory: spec.memory, debug: spec.debug };
-        let unfit = self.launchable(spec).err();
+        let unfit = self.launchable(spec).err().map(|unfit| unfit.failure).or_else(|| self.refused(name));
         let Some(((newest, of), older)) = current.split_last() else {
             return match unfit {
-                Some(unfit) => self.wait(name, format!("it can't be launched: {}", unfit.failure)),
+                Some(unfit) => self.wait(name, format!("it can't be launched: {unfit}")),
                 None => self.plan_next(name, spec, record, target, measurements),
             };
         };
@@ -291,10 +296,7 @@ impl Planner<'_> {
             && (of.identity != target || !launched)
         {
             // What runs goes on; what was only planned is taken back.
-            self.wait(
-                name,
-                format!("{} can't be launched: {}", if launched { "its update" } else { "it" }, unfit.failure),
-            );
+            self.wait(name, format!("{} can't be launched: {unfit}", if launched { "its update" } else { "it" }));
             return if launched {
                 self.watch(&key(newest), of, spec);
             } else {
@@ -328,7 +330,7 @@ impl Planner<'_> {
         match self.room_for(spec, Some(name)) {
             Some(Ok(())) => self.end(key(newest), of, &StopReason::Replaced, instances),
             Some(Err(shortage)) => {
-                self.reserve(name, &shortage);
+                self.no_room(name, &shortage);
                 self.watch(&key(newest), of, spec);
             }
             None => {
@@ -414,6 +416,9 @@ impl Planner<'_> {
         if let Err(reason) = self.egress_open(record) {
             return self.wait(name, reason);
         }
+        if self.waits_for_the_pool(name) {
+            return;
+        }
         let room = match &self.observed.pool {
             Observation::Unknown(failure) => {
                 return self.wait(name, format!("the host's enclave pool cannot be seen: {failure}"));
@@ -428,7 +433,7 @@ impl Planner<'_> {
             if spec.update == UpdatePolicy::Auto && fits_alone {
                 self.make_way(key, instances);
             }
-            return self.reserve(name, &shortage);
+            return self.no_room(name, &shortage);
         }
         if self.launching {
             return self.wait(name, "another enclave is being launched; launches are serial");
@@ -464,23 +469,6 @@ impl Planner<'_> {
         }
     }
 
-    /// Asks the allocator to make room for all that is wanted.
-    fn reserve(&mut self, name: &EnclaveName, shortage: &admission::Shortage) {
-        let ending = |of: &GenerationRecord| matches!(of.phase, Phase::Draining { .. } | Phase::Stopping { .. });
-        if self.ledger.generations().any(|(_, of)| ending(of)) {
-            return self.wait(name, format!("{shortage}; a generation that is ending will give some back"));
-        }
-        let said = self.observed.failed.get(&JobKey::Reserve).map(|failed| format!("; {}", failed.failure));
-        self.wait(name, format!("{shortage}{}", said.unwrap_or_default()));
-        let specs = self.desired.enclaves.values();
-        let cpus = specs.clone().fold(0_u32, |sum, spec| sum.saturating_add(spec.cpus));
-        let memory = specs.fold(0_u64, |sum, spec| sum.saturating_add(spec.memory.0));
-        let step = Step::Reserve { cpus, memory: crate::id::MemoryMib(memory) };
-        if !self.plan.steps.contains(&step) {
-            self.job(&JobKey::Reserve, restart::RESERVE, step);
-        }
-    }
-
     /// Takes the decided launch. Taken again after a crash right here, for the supervisor has no trace of it.
     fn launch(&mut self, key: &EnclaveKey, record: &GenerationRecord, spec: &EnclaveSpec, instances: &Instances) {
         let job = JobKey::Launch(key.clone());
@@ -489,6 +477,9 @@ impl Planner<'_> {
                 // Decided while its egress was open; the proxy may have gone since.
                 if let Err(reason) = self.egress_open(record) {
                     return self.wait(&key.name, reason);
+                }
+                if self.waits_for_the_pool(&key.name) {
+                    return;
                 }
                 let said = self.observed.failed.get(&job).map(|failed| failed.failure.to_string());
                 self.wait(&key.name, said.unwrap_or_else(|| "it is being launched".to_owned()));
@@ -502,7 +493,7 @@ impl Planner<'_> {
     }
 
     /// Probes what runs, and draws the consequences.
-    fn watch(&mut self, key: &EnclaveKey, record: &GenerationRecord, spec: &EnclaveSpec) {
+    pub(super) fn watch(&mut self, key: &EnclaveKey, record: &GenerationRecord, spec: &EnclaveSpec) {
         let (booting, since) = match &record.phase {
             Phase::Booting { since, .. } => (true, *since),
             Phase::Ready { since, .. } => (false, *since),

@@ -17,6 +17,8 @@ pub const LAUNCH: Backoff = Backoff { first: Duration::from_secs(1), most: Durat
 pub const IMAGE: Backoff = Backoff { first: Duration::from_secs(2), most: Duration::from_secs(300) };
 /// Cheap local steps (the proxy, the supervisor).
 pub const STEP: Backoff = Backoff { first: Duration::from_millis(200), most: Duration::from_secs(15) };
+/// Asking nitro-cli again what runs: each question loads every enclave's process.
+pub const DESCRIBE: Backoff = Backoff { first: Duration::from_secs(60), most: Duration::from_secs(3600) };
 /// Asking the allocator again.
 pub const RESERVE: Backoff = Backoff { first: Duration::from_secs(5), most: Duration::from_secs(300) };
 

@@ -1,9 +1,9 @@
 //! The routes that follow from what is wanted and what the ledger says of each generation.
 
-use crate::desired::{Desired, EgressSpec};
+use crate::desired::{Desired, EgressSpec, hosts_document};
 use crate::id::{Cid, EnclaveName};
 use crate::ledger::{EnclaveRecord, Ledger, Phase};
-use crate::routes::{EgressRoute, ROUTES_FORMAT, Routes, Site, TcpRoute};
+use crate::routes::{EgressRoute, HostsRoute, ROUTES_FORMAT, Routes, Site, TcpRoute};
 
 /// The snapshot for the proxy. It depends on nothing that is observed: an observation that fails changes no route.
 pub fn routes(desired: &Desired, ledger: &Ledger) -> Routes {
@@ -14,6 +14,7 @@ pub fn routes(desired: &Desired, ledger: &Ledger) -> Routes {
         https: desired.https.clone(),
         sites: Vec::new(),
         tcp: Vec::new(),
+        hosts: Vec::new(),
         live: live(ledger),
     };
     for (name, spec) in &desired.enclaves {
@@ -31,7 +32,20 @@ pub fn routes(desired: &Desired, ledger: &Ledger) -> Routes {
             listen: port.listen,
             vsock_port: port.vsock_port,
             target,
+            rules: port.rules.clone(),
         }));
+        if let Some(vsock_port) = spec.hosts_port {
+            let generations = ledger.enclaves.get(name).into_iter().flat_map(|enclave| enclave.generations.values());
+            let live = generations.filter(|record| !matches!(record.phase, Phase::Ended { .. }));
+            // The new port may be that of an endpoint which an older generation still has.
+            let free = live.filter(|record| record.egress.iter().all(|endpoint| endpoint.vsock_port != vsock_port));
+            routes.hosts.extend(free.map(|record| HostsRoute {
+                enclave: name.clone(),
+                cid: record.cid,
+                vsock_port,
+                document: hosts_document(&record.egress),
+            }));
+        }
     }
     routes
 }
@@ -73,5 +87,7 @@ fn route(enclave: &EnclaveName, cid: Cid, endpoint: &EgressSpec) -> EgressRoute 
         hostname: endpoint.hostname.clone(),
         port: endpoint.port,
         allow_addresses: endpoint.allow_addresses.clone(),
+        sni: endpoint.sni,
+        limits: endpoint.limits,
     }
 }

@@ -1,7 +1,7 @@
 //! Whether a snapshot of the routes makes sense. A snapshot that does not is refused as a whole and nothing changes; what
 //! can only be found out by trying (a port in use, a name that does not resolve) is no subject here.
 
-use super::{EgressRoute, ROUTES_FORMAT, Routes, Site, VsockTransport, is_domain, is_host};
+use super::{EgressRoute, HostsRoute, ROUTES_FORMAT, Routes, Site, VsockTransport, is_domain, is_host};
 use std::collections::HashSet;
 
 /// Why a snapshot cannot be served.
@@ -31,18 +31,25 @@ impl Routes {
             refuse!("the directory of the hybrid vsock transport, \"{}\", is not absolute", dir.display());
         }
         self.check_egress()?;
+        self.check_hosts()?;
         self.check_listeners()?;
         self.check_sites()
     }
 
     fn check_egress(&self) -> Result<(), InvalidRoutes> {
         let mut seen = HashSet::new();
-        for EgressRoute { enclave, cid, vsock_port, hostname, port, .. } in &self.egress {
+        for EgressRoute { enclave, cid, vsock_port, hostname, port, sni, limits, .. } in &self.egress {
             if !vsock_port_exists(*vsock_port) {
                 refuse!("an egress endpoint of {enclave} listens on vsock port {vsock_port}, which does not exist");
             }
             if *port == 0 {
                 refuse!("the egress endpoint {hostname} of {enclave} has TCP port 0");
+            }
+            if *sni && hostname.parse::<std::net::IpAddr>().is_ok() {
+                refuse!("the egress endpoint {hostname} of {enclave} is an address, which TLS has no server name for");
+            }
+            if [limits.max_connections, limits.connections_per_second].contains(&Some(0)) {
+                refuse!("the egress endpoint {hostname} of {enclave} has a limit of 0");
             }
             if !is_host(hostname) {
                 refuse!(
@@ -52,6 +59,22 @@ impl Routes {
             }
             if !seen.insert((cid, vsock_port)) {
                 refuse!("two egress endpoints of {enclave} listen on vsock port {vsock_port} for CID {cid}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Egress endpoints and lists of endpoints share the parent's vsock ports.
+    fn check_hosts(&self) -> Result<(), InvalidRoutes> {
+        let mut seen: HashSet<_> = self.egress.iter().map(|route| (route.cid, route.vsock_port)).collect();
+        for HostsRoute { enclave, cid, vsock_port, .. } in &self.hosts {
+            if !vsock_port_exists(*vsock_port) {
+                refuse!("the list of endpoints of {enclave} is on vsock port {vsock_port}, which does not exist");
+            }
+            if !seen.insert((*cid, *vsock_port)) {
+                refuse!(
+                    "the list of endpoints of {enclave} shares vsock port {vsock_port} with something else for CID {cid}"
+                );
             }
         }
         Ok(())
@@ -69,6 +92,9 @@ impl Routes {
                     route.enclave,
                     route.vsock_port
                 );
+            }
+            if [route.rules.max_connections, route.rules.max_connections_per_source].contains(&Some(0)) {
+                refuse!("TCP {} of {} has a limit of 0", route.listen, route.enclave);
             }
             if !seen.insert(route.listen) {
                 refuse!("two listeners share {}", route.listen);
@@ -127,7 +153,7 @@ fn vsock_port_exists(port: u32) -> bool {
 mod tests {
     use super::*;
     use crate::id::Cid;
-    use crate::routes::{HttpsListener, PathRoute, TcpRoute};
+    use crate::routes::{EgressLimits, HttpsListener, PathRoute, TcpRoute, TcpRules};
 
     fn good() -> Routes {
         let path = |prefix: &str| PathRoute { prefix: prefix.into(), vsock_port: 8080 };
@@ -141,6 +167,14 @@ mod tests {
                 hostname: "kms.us-east-1.amazonaws.com".into(),
                 port: 443,
                 allow_addresses: Vec::new(),
+                sni: true,
+                limits: EgressLimits { max_connections: Some(1), connections_per_second: Some(1) },
+            }],
+            hosts: vec![HostsRoute {
+                enclave: "signer".parse().unwrap(),
+                cid: Cid::FIRST,
+                vsock_port: 8001,
+                document: "[]".into(),
             }],
             https: Some(HttpsListener { listen: "127.0.0.1:443".parse().unwrap() }),
             sites: vec![Site {
@@ -154,6 +188,7 @@ mod tests {
                 listen: "127.0.0.1:9000".parse().unwrap(),
                 vsock_port: 9000,
                 target: Some(Cid::FIRST),
+                rules: TcpRules::default(),
             }],
             live: Vec::new(),
         }
@@ -180,6 +215,12 @@ mod tests {
             ("hostname \"a b\"", |r| r.egress[0].hostname = "a b".into()),
             ("hostname \"a..b\"", |r| r.egress[0].hostname = "a..b".into()),
             ("hostname \"a\\n\"", |r| r.egress[0].hostname = "a\n".into()),
+            ("no server name", |r| r.egress[0].hostname = "192.0.2.1".into()),
+            ("limit of 0", |r| r.egress[0].limits.connections_per_second = Some(0)),
+            ("limit of 0", |r| r.tcp[0].rules.max_connections_per_source = Some(0)),
+            ("with something else", |r| r.hosts[0].vsock_port = r.egress[0].vsock_port),
+            ("with something else", |r| r.hosts.push(r.hosts[0].clone())),
+            ("vsock port 0", |r| r.hosts[0].vsock_port = 0),
             ("two listeners", |r| r.tcp.push(r.tcp[0].clone())),
             ("two listeners", |r| r.tcp[0].listen = r.https.as_ref().unwrap().listen),
             ("vsock port 0", |r| r.tcp[0].vsock_port = 0),

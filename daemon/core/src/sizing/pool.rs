@@ -3,27 +3,14 @@
 use super::admit::admit;
 use super::{Admission, Capacity, Demand, Refusal};
 use crate::allocator_file::{CpuRequest, Reservation};
+pub use crate::desired::PoolPolicy;
 use crate::failure::Failure;
 use crate::id::MemoryMib;
 use crate::inventory::{CpuSet, Inventory, known};
 use crate::observed::Observation;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
 /// Less than everything beyond the reserve is good enough by one part in so many: memory that is in pieces is not worth a restart.
 const GOOD_ENOUGH: u64 = 16;
-
-/// How much is reserved for enclaves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum PoolPolicy {
-    /// Everything beyond the host's reserve, once, early after a boot, while memory is in one piece: neither updates nor growth
-    /// ever need the allocator again.
-    #[default]
-    All,
-    /// What the enclaves need. The pool changes with them, for which all of them have to end.
-    Exact,
-}
 
 /// A pool that would do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +41,12 @@ pub enum PoolChange {
     /// Nothing: it has what is wanted.
     Nothing,
     /// It can be changed now.
-    Due(WantedPool),
+    Due {
+        /// To what.
+        to: WantedPool,
+        /// Whether some wanted enclave has no room until then. If not, nothing is amiss.
+        urgent: bool,
+    },
     /// It is to be changed, but can't be: an enclave runs, or may run.
     Waits {
         /// To what.
@@ -193,27 +185,72 @@ pub fn within(capacity: &Capacity, reservation: &Reservation) -> Result<(), Fail
     )))
 }
 
-/// Whether a move to the node of those CPUs would leave pages behind. The stock allocator sets the pages of the new pool's node only, so
-/// the old node's stay reserved: neither the parent nor an enclave can use them. A node's pages count while the pool's CPUs lie on it;
-/// whose the pages of other nodes are can't be told from here.
+/// The nodes whose hugepages a move of the pool to the node of those CPUs would leave behind. The stock allocator sets the pages of
+/// the new pool's node only, so the old node's stay reserved: neither the parent nor an enclave could use them. A node's pages count
+/// while the pool's CPUs lie on it; whose the pages of other nodes are can't be told from here ([`stray_pages`]).
 ///
 /// # Errors
-/// On which node how much would be left, or what could not be seen.
-pub fn leaves_nothing_behind(inventory: &Inventory, reservation: &Reservation) -> Result<(), Failure> {
-    let Some(to) = node_of(inventory, reservation)? else { return Ok(()) };
+/// What could not be seen, or that somebody uses pages there, so that they are not the pool's alone to give back.
+pub fn left_behind(inventory: &Inventory, reservation: &Reservation) -> Result<Vec<u32>, Failure> {
+    let Some(to) = node_of(inventory, reservation)? else { return Ok(Vec::new()) };
+    let mut left = Vec::new();
     for from in inventory.pool_nodes()?.into_iter().filter(|node| *node != to) {
-        let (left, _) = inventory.hugepages_on(from)?;
-        if left.0 > 0 {
+        let (memory, free) = inventory.hugepages_on(from)?;
+        if free < memory {
             return Err(Failure::new(format!(
-                "{reservation} would move the pool from memory node {from} to {to}, and the allocator leaves the {left} in hugepages on \
-                 node {from} reserved, for nobody to use"
+                "{reservation} would move the pool from memory node {from} to {to}, and of the {memory} in hugepages on node {from} \
+                 only {free} are free: somebody uses the rest"
             ))
-            .with_remedy(format!(
-                "free them first: write 0 to every /sys/devices/system/node/node{from}/hugepages/*/nr_hugepages"
-            )));
+            .with_remedy(format!("end what uses them, or reserve CPUs of node {from}")));
+        }
+        if memory.0 > 0 {
+            left.push(from);
         }
     }
-    Ok(())
+    Ok(left)
+}
+
+/// Hugepages on a node where no enclave will be. Nobody but whoever made them can tell whose they are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StrayPages {
+    /// The node.
+    pub node: u32,
+    /// All there are.
+    pub memory: MemoryMib,
+    /// Those that nobody uses.
+    pub free: MemoryMib,
+}
+
+impl StrayPages {
+    /// What an operator should know of them.
+    pub fn failure(&self) -> Failure {
+        let Self { node, memory, free } = self;
+        Failure::new(format!(
+            "{memory} in hugepages on memory node {node} are for no enclave, as all enclaves are on another node; {free} of them are \
+             used by nobody"
+        ))
+        .with_remedy(format!(
+            "unless somebody else reserved them, free them: write 0 to every \
+             /sys/devices/system/node/node{node}/hugepages/*/nr_hugepages"
+        ))
+    }
+}
+
+/// The hugepages that lie neither on that node, where the enclaves are to be, nor on the node of the pool as it is (which a change of
+/// the pool takes care of).
+///
+/// # Errors
+/// What could not be seen.
+pub fn stray_pages(inventory: &Inventory, node: u32) -> Result<Vec<StrayPages>, Failure> {
+    let pool = inventory.pool_nodes()?;
+    let mut stray = Vec::new();
+    for number in known(&inventory.nodes)?.keys().filter(|number| **number != node && !pool.contains(number)) {
+        let (memory, free) = inventory.hugepages_on(*number)?;
+        if memory.0 > 0 {
+            stray.push(StrayPages { node: *number, memory, free });
+        }
+    }
+    Ok(stray)
 }
 
 /// The memory node on which that is to be, as far as it says so; by count on a host with several the allocator chooses.
@@ -235,8 +272,9 @@ pub fn node_of(inventory: &Inventory, reservation: &Reservation) -> Result<Optio
 /// What is to be done to have that pool. `running`: how many enclaves run, whoever started them.
 pub fn change(wanted: Option<WantedPool>, now: &PoolNow, running: &Observation<u32>) -> PoolChange {
     let Some(wanted) = wanted.filter(|wanted| !now.is(wanted)) else { return PoolChange::Nothing };
+    let urgent = wanted.least.as_ref().is_some_and(|least| !now.has(least));
     let why = match running {
-        Observation::Known(0) => return PoolChange::Due(wanted),
+        Observation::Known(0) => return PoolChange::Due { to: wanted, urgent },
         Observation::Known(count) => {
             let runs = if *count == 1 { "1 enclave runs".to_owned() } else { format!("{count} enclaves run") };
             format!("{runs}, and the allocator changes the pool only when none does; it is changed once all have ended")
@@ -248,7 +286,6 @@ pub fn change(wanted: Option<WantedPool>, now: &PoolNow, running: &Observation<u
             )
         }
     };
-    let urgent = wanted.least.as_ref().is_some_and(|least| !now.has(least));
     PoolChange::Waits { to: wanted, urgent, why }
 }
 

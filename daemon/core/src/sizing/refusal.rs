@@ -204,7 +204,7 @@ pub(super) fn refuse(capacity: &Capacity, demands: &[Demand], node: usize, breac
 }
 
 /// The same enclaves without what is wrong with each by itself: whole cores, and memory for their images.
-fn mended(capacity: &Capacity, demands: &[Demand]) -> Vec<Demand> {
+pub(super) fn mended(capacity: &Capacity, demands: &[Demand]) -> Vec<Demand> {
     let threads = capacity.threads_per_core;
     let mend = |demand: &Demand| {
         // More than any host has is no more wrong than a little more, and can be computed with.

@@ -166,7 +166,7 @@ fn a_change_waits_while_an_enclave_runs_or_may_run() {
     let wanted = || wanted(PoolPolicy::All, &host, &[recreate("a", 2, 1024)]).unwrap();
     assert_eq!(change(wanted(), &pool(6, 28_672), &Observation::Known(1)), PoolChange::Nothing);
     assert_eq!(change(None, &pool(0, 0), &NONE_RUNS), PoolChange::Nothing);
-    assert!(matches!(change(wanted(), &pool(2, 512), &NONE_RUNS), PoolChange::Due(_)));
+    assert!(matches!(change(wanted(), &pool(2, 512), &NONE_RUNS), PoolChange::Due { urgent: true, .. }));
     let PoolChange::Waits { urgent, why, .. } = change(wanted(), &pool(2, 512), &Observation::Known(2)) else {
         panic!()
     };
@@ -355,11 +355,21 @@ proptest! {
     }
 
     #[test]
-    fn a_size_that_is_recommended_has_room(demands in demands(), number in 0_usize..78) {
-        let Some(size) = instance_types::sizes().nth(number) else { return Ok(()) };
-        let Err(refusal) = admit(&Capacity::nominal(&size, Reserve::default()), &demands) else { return Ok(()) };
+    fn a_size_that_is_recommended_has_room_and_is_the_smallest_that_has(
+        demands in demands(), number in 0..instance_types::sizes().count(),
+    ) {
+        let size = instance_types::sizes().nth(number).unwrap();
+        let capacity = Capacity::nominal(&size, Reserve::default());
+        let Err(refusal) = admit(&capacity, &demands) else { return Ok(()) };
+        let has_room = |size| admit(&Capacity::nominal(&size, Reserve::default()), &mended(&capacity, &demands)).is_ok();
+        let family: Vec<_> = instance_types::sizes().filter(|other| other.family() == size.family()).collect();
+        if let FamilyAdvice::NoSize(_) = refusal.family {
+            prop_assert!(!family.iter().any(|size| has_room(*size)));
+        }
         if let FamilyAdvice::Size(better) = refusal.family {
             prop_assert_eq!(better.family(), size.family());
+            prop_assert!(has_room(better));
+            prop_assert_eq!(family.into_iter().find(|size| has_room(*size)), Some(better));
             prop_assert!((better.vcpus, better.memory_gib) > (size.vcpus, size.memory_gib) || better.nodes != size.nodes);
         }
     }

@@ -1,15 +1,16 @@
 //! How a status is made of what is wanted, seen, remembered and planned. Pure; the types stand in `status`.
 
 use super::{
-    EnclaveState, EnclaveStatus, Facts, FetchStatus, Health, HostStatus, LastError, NamedFetch, Problem, ProxyStatus,
-    Status,
+    EnclaveState, EnclaveStatus, Facts, FetchStatus, Health, HostStatus, LastError, NamedFetch, PoolStatus, Problem,
+    ProxyStatus, Status,
 };
-use crate::desired::{Desired, EnclaveSpec, HealthCheck, ImageRequest};
+use crate::desired::{AllocatorMode, Desired, EnclaveSpec, HealthCheck, ImageRequest};
 use crate::failure::Failure;
 use crate::id::{EifDigest, EnclaveKey, EnclaveName, Generation, MemoryMib, Timestamp};
 use crate::ledger::{EnclaveRecord, GenerationRecord, ImageOutcome, Ledger, Phase};
 use crate::observed::{InstanceState, JobKey, Observation, Observed, Pool};
 use crate::plan::Plan;
+use crate::plan::pool::PoolPlan;
 use std::time::Duration;
 
 /// A certificate of an image that ends sooner than this is told as a problem: time enough to build, sign and roll out.
@@ -52,9 +53,22 @@ struct Maker<'a> {
 impl Maker<'_> {
     fn host(&self) -> HostStatus {
         let mut host = HostStatus { boot_id: Some(self.observed.boot_id.clone()), ..self.facts.host.clone() };
-        if let Observation::Known(Pool::Sized { cpus, memory, memory_free }) = &self.observed.pool {
+        if let Observation::Known(Pool::Sized { cpus, memory, memory_free, .. }) = &self.observed.pool {
             (host.pool_cpus, host.pool_memory_mib) = (Some(*cpus), Some(*memory));
             host.pool_memory_free_mib = Some(*memory_free);
+            let held = self.ledger.generations().filter(|(_, of)| of.holds_resources());
+            let held = held.fold(0_u32, |sum, (_, of)| sum.saturating_add(of.identity.cpus));
+            host.pool_cpus_free = Some(cpus.saturating_sub(held));
+        }
+        if self.desired.host.allocator == AllocatorMode::Manage {
+            let PoolPlan { wanted, pending, waits, .. } = &self.plan.pool;
+            host.pool = Some(PoolStatus {
+                policy: self.desired.host.pool,
+                wanted_cpus: wanted.as_ref().map(|wanted| wanted.cpus.count()),
+                wanted_memory_mib: wanted.as_ref().map(|wanted| wanted.memory_mib),
+                settled: !pending,
+                waiting_for: waits.clone(),
+            });
         }
         if let Observation::Known(cache) = &self.observed.cache {
             let sizes = cache.images.iter().map(|image| image.size);
@@ -93,6 +107,11 @@ impl Maker<'_> {
         if let Observation::Unknown(failure) = &self.observed.pool {
             add("host", failure.clone());
         }
+        if let Observation::Unknown(failure) = &self.observed.inventory
+            && self.desired.host.allocator == AllocatorMode::Manage
+        {
+            add("host", failure.clone());
+        }
         if let Observation::Unknown(failure) = &self.observed.cache {
             add("host", failure.clone());
         }
@@ -116,6 +135,18 @@ impl Maker<'_> {
                 add(key.name.as_str(), Failure::new(text).with_remedy("end it with nitro-cli if it is not wanted"));
             }
         }
+        for (name, record) in &self.ledger.enclaves {
+            let Some((generation, doubt)) = record.doubt() else { continue };
+            let text = format!("generation {generation} runs on and is held as it is: {}", doubt.message);
+            let remedy = format!("`enclavectl adopt {name}` takes it as it is, `enclavectl stop {name}` ends it");
+            add(name.as_str(), Failure::new(text).with_remedy(remedy));
+        }
+        for failure in &self.plan.pool.problems {
+            add("host", failure.clone());
+        }
+        for (name, failure) in &self.plan.pool.refused {
+            add(name.as_str(), failure.clone());
+        }
         for (job, failed) in &self.observed.failed {
             match job {
                 JobKey::Fetch(_) => {}
@@ -128,7 +159,10 @@ impl Maker<'_> {
                         add(name.as_str(), failed.failure.clone());
                     }
                 }
-                JobKey::Reserve | JobKey::RemoveCached(_) => add("host", failed.failure.clone()),
+                JobKey::RemoveCached(_) | JobKey::Describe => add("host", failed.failure.clone()),
+                // What could not be had is no news once it is there, or not wanted any more.
+                JobKey::Reserve if self.plan.pool.pending => add("host", failed.failure.clone()),
+                JobKey::Reserve => {}
                 JobKey::StartProxy | JobKey::Publish => add("proxy", failed.failure.clone()),
             }
         }

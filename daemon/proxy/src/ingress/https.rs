@@ -254,7 +254,6 @@ impl Service for HttpsPort {
             }
             return;
         };
-        tcp::prepare(&client);
         self.https.shared.spawn(async move {
             https.serve_connection(client, address.ip()).await;
             drop(permit);

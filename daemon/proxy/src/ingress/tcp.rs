@@ -1,5 +1,7 @@
 //! Raw TCP ingress: the bytes of a port go to a vsock port of the enclave untouched.
 
+use super::proxy_protocol;
+use super::sources::Sources;
 use crate::counters::{Failure, Live, Open, Traffic};
 use crate::current::Current;
 use crate::error_text::chain;
@@ -10,11 +12,14 @@ use crate::relay::{Broken, relay};
 use crate::shared::Shared;
 use crate::tcp::{self, ListenError, ResetOnDrop};
 use crate::throttle::Throttle;
-use crate::vsock::{ConnectError, Transport};
+use crate::vsock::{CONNECT_TIMEOUT, ConnectError, Transport};
+use enclaved_core::routes::{ProxyProtocol, TcpRules};
 use rustix::fd::OwnedFd;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
 
 /// Where a port's connections go now.
 #[derive(Debug)]
@@ -24,6 +29,7 @@ pub(crate) struct Backend {
     /// The generation that takes new connections, if one does.
     pub(crate) target: Option<Arc<Live>>,
     pub(crate) traffic: Arc<Traffic>,
+    pub(crate) rules: TcpRules,
 }
 
 /// A TCP port.
@@ -32,22 +38,23 @@ pub(crate) struct TcpPort {
     listen: SocketAddr,
     pub(crate) backend: Current<Backend>,
     shared: Arc<Shared>,
+    sources: Arc<Sources>,
     failures: Throttle,
 }
 
 impl TcpPort {
     pub(crate) fn new(listen: SocketAddr, backend: Backend, shared: Arc<Shared>) -> Self {
-        Self { listen, backend: Current::new(backend), shared, failures: Throttle::new() }
+        Self { listen, backend: Current::new(backend), shared, sources: Arc::default(), failures: Throttle::new() }
     }
 
-    async fn carry(&self, client: TcpStream, backend: &Backend, target: &Live) {
+    async fn carry(&self, client: TcpStream, header: Option<Vec<u8>>, backend: &Backend, target: &Live) {
         // A token of its own: waiting on a shared one takes its lock at every turn.
         let cut = target.cut.child_token();
         let carried = tokio::select! {
             // Cancel-safe: a token stays cancelled.
             () = cut.cancelled() => Err((Failure::Cut, None)),
             // Not finished is what it must be when the enclave is cut off: dropping it resets the client.
-            carried = self.connect_and_relay(client, backend, target) => carried,
+            carried = self.connect_and_relay(client, header, backend, target) => carried,
         };
         if let Err((failure, text)) = carried {
             self.fail(backend, failure, text.as_deref());
@@ -57,12 +64,18 @@ impl TcpPort {
     async fn connect_and_relay(
         &self,
         client: TcpStream,
+        header: Option<Vec<u8>>,
         backend: &Backend,
         target: &Live,
     ) -> Result<(), (Failure, Option<String>)> {
         let mut client = ResetOnDrop::new(client);
         let connected = backend.transport.connect(target.cid, backend.vsock_port).await;
         let mut enclave = connected.map_err(|error| (connect_failure(&error), Some(chain(&error))))?;
+        if let Some(header) = header {
+            // It fits any buffer; an enclave that takes not even that is as good as gone.
+            let told = timeout(CONNECT_TIMEOUT, enclave.write_all(&header)).await;
+            told.map_err(|_| (Failure::ConnectTimeout, None))?.map_err(|_| (Failure::Reset, None))?;
+        }
         let ended = relay(&mut enclave, &mut *client, &backend.traffic, &self.shared.limits).await;
         if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
             client.ended_well();
@@ -110,21 +123,35 @@ impl Service for TcpPort {
         tcp::listen(self.listen)
     }
 
-    fn serve(self: &Arc<Self>, (client, _): (TcpStream, SocketAddr)) {
+    fn serve(self: &Arc<Self>, (client, source): (TcpStream, SocketAddr)) {
         let backend = self.backend.get();
         let open = Open::ingress(&backend.traffic, backend.target.as_ref());
         let Some(target) = backend.target.clone() else {
             return self.fail(&backend, Failure::NoTarget, Some("no generation of it is ready"));
         };
-        let limit = self.shared.limits.tcp_connections;
-        if backend.traffic.open_now() > limit as u64 {
+        let rules = &backend.rules;
+        if !rules.allows(source.ip()) {
+            let text = format!("{} is in no network of allow", source.ip().to_canonical());
+            return self.fail(&backend, Failure::SourceRefused, Some(&text));
+        }
+        let limit = rules.max_connections.map_or(self.shared.limits.tcp_connections as u64, u64::from);
+        if backend.traffic.open_now() > limit {
             return self.fail(&backend, Failure::Limit, Some(&format!("the port has {limit} connections already")));
         }
-        tcp::prepare(&client);
+        let Some(counted) = self.sources.count(source.ip(), rules.max_connections_per_source) else {
+            let text = format!("{} has as many connections as one source may have", source.ip().to_canonical());
+            return self.fail(&backend, Failure::SourceLimit, Some(&text));
+        };
+        let header = match (rules.proxy_protocol, client.local_addr()) {
+            (None, _) => None,
+            (Some(ProxyProtocol::V2), Ok(destination)) => Some(proxy_protocol::v2(source, destination)),
+            // The connection is gone already.
+            (Some(ProxyProtocol::V2), Err(_)) => return self.fail(&backend, Failure::Reset, None),
+        };
         let port = self.clone();
         self.shared.spawn(async move {
-            port.carry(client, &backend, &target).await;
-            drop(open);
+            port.carry(client, header, &backend, &target).await;
+            drop((open, counted));
         });
     }
 }

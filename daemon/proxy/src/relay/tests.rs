@@ -2,10 +2,11 @@ use super::*;
 use crate::counters::TrafficKey;
 use enclaved_core::routes::Direction as Way;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
+
+impl Carried for DuplexStream {}
 
 fn traffic() -> Arc<Traffic> {
     let key = TrafficKey { enclave: "signer".parse().unwrap(), direction: Way::Egress, endpoint: "x:1".into() };
@@ -120,6 +121,53 @@ async fn a_reset_ends_the_relay_at_once() {
     let result = tokio::time::timeout(Duration::from_secs(10), relay).await.expect("the relay goes on after a reset");
     assert!(matches!(result, Err(Broken::Reset { end: End::Other, .. })), "{result:?}");
     drop(enclave);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_is_noticed_also_while_the_other_end_takes_nothing() {
+    // Nobody reads at the enclave's end, so the relay reads no more than a chunk of the flood.
+    let (_enclave, mut enclave_end) = duplex(64);
+    let (mut other_end, mut other) = tcp_pair().await;
+    other.write_all(&[0; 4 * CHUNK]).await.unwrap();
+    let (traffic, limits) = (traffic(), Limits::default());
+    let mut relay = Box::pin(relay(&mut enclave_end, &mut other_end, &traffic, &limits));
+    let alive = tokio::time::timeout(LOOK * 3, &mut relay).await;
+    assert!(alive.is_err(), "a slow reader alone ends nothing: {alive:?}");
+    other.set_zero_linger().unwrap();
+    drop(other);
+    let result = tokio::time::timeout(LOOK * 2, relay).await.expect("the reset was not noticed");
+    assert!(matches!(result, Err(Broken::Reset { end: End::Other, .. })), "{result:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_relay_ends_at_the_age_it_is_given_though_bytes_flow() {
+    let (mut enclave, mut enclave_end) = duplex(64);
+    let (mut other, mut other_end) = duplex(64);
+    let limits = Limits { relay_lifetime: Some(Duration::from_secs(60)), ..Limits::default() };
+    let (start, traffic) = (Instant::now(), traffic());
+    let talk = async {
+        loop {
+            enclave.write_all(b"x").await.unwrap();
+            other.read_u8().await.unwrap();
+            tokio::time::sleep(Duration::from_millis(700)).await;
+        }
+    };
+    let ended = tokio::select! {
+        ended = relay(&mut enclave_end, &mut other_end, &traffic, &limits) => ended,
+        () = talk => unreachable!(),
+    };
+    assert!(matches!(ended, Err(Broken::TooOld)));
+    assert_eq!(start.elapsed().as_secs(), 60);
+}
+
+#[tokio::test]
+async fn a_relay_is_small() {
+    let (mut enclave_end, _enclave) = duplex(64);
+    let (mut other_end, _other) = tcp_pair().await;
+    let (traffic, limits) = (traffic(), Limits::default());
+    let relay = relay(&mut enclave_end, &mut other_end, &traffic, &limits);
+    // Eight thousand of them are idle on a busy host; beside this each has its two sockets.
+    assert!(size_of_val(&relay) <= 512, "{} bytes", size_of_val(&relay));
 }
 
 #[tokio::test]

@@ -4,8 +4,10 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed; helpers are tests, too")]
 
 mod egress;
+mod faults;
 mod https;
 mod link;
 mod routes;
+mod rules;
 mod support;
 mod tcp;

@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use enclaved_core::id::Cid;
 use enclaved_core::routes::{
-    Direction, EgressRoute, HttpsListener, LinkReply, LinkRequest, ListenerKey, PathRoute, ProxyReport, ROUTES_FORMAT,
-    Routes, Site, TcpRoute, TrafficReport, VsockTransport,
+    Direction, EgressLimits, EgressRoute, HttpsListener, LinkReply, LinkRequest, ListenerKey, PathRoute, ProxyReport,
+    ROUTES_FORMAT, Routes, Site, TcpRoute, TcpRules, TrafficReport, VsockTransport,
 };
 use enclaved_proxy::{Limits, Manager, Options, ProxyError, run_under};
 use http::{Request, Response};
@@ -236,6 +236,8 @@ pub(crate) fn egress(cid_number: u32, vsock_port: u32, upstream: SocketAddr) -> 
         hostname: upstream.ip().to_string(),
         port: upstream.port(),
         allow_addresses: vec![upstream.ip()],
+        sni: false,
+        limits: EgressLimits::default(),
     }
 }
 
@@ -245,6 +247,7 @@ pub(crate) fn tcp_route(listen: &str, target: Option<u32>) -> TcpRoute {
         listen: listen.parse().unwrap(),
         vsock_port: 7000,
         target: target.map(cid),
+        rules: TcpRules::default(),
     }
 }
 

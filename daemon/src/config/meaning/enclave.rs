@@ -11,7 +11,7 @@ use enclaved_core::desired::{
 use enclaved_core::egress_policy;
 use enclaved_core::id::{MemoryMib, Pcr};
 use enclaved_core::image::{ExpectedImage, Pins};
-use enclaved_core::routes::{PathRoute, is_domain, is_host};
+use enclaved_core::routes::{BadIpNetwork, EgressLimits, PathRoute, TcpRules, is_domain, is_host};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -52,7 +52,8 @@ impl Judge<'_> {
             self.duration(every, range, &path.key("image_poll"))
         });
         let health = form.health.map(|health| self.health(&health, &path.key("health")));
-        let egress = self.egress(form.egress, &path.key("egress"));
+        let hosts_at = path.key("hosts_port");
+        let egress = self.egress(form.egress, &path.key("egress"), form.hosts_port.map(|port| (port, hosts_at)));
         let ingress = self.ingress(form.ingress, &path.key("ingress"), domains);
         Some(EnclaveSpec {
             image: ImageRequest { source: source?, expected },
@@ -70,6 +71,7 @@ impl Judge<'_> {
                 Some(health) => Some(health?),
             },
             egress,
+            hosts_port: form.hosts_port,
             ingress,
         })
     }
@@ -163,8 +165,11 @@ impl Judge<'_> {
         })
     }
 
-    fn egress(&mut self, forms: Vec<EgressForm>, path: &Path) -> Vec<EgressSpec> {
+    fn egress(&mut self, forms: Vec<EgressForm>, path: &Path, hosts: Option<(u32, Path)>) -> Vec<EgressSpec> {
         let mut vsock_ports = BTreeMap::new();
+        if let Some((HEARTBEAT_PORT, at)) = &hosts {
+            self.refuse(at, heartbeat());
+        }
         let mut loopbacks = BTreeMap::new();
         let mut endpoints = Vec::new();
         for (index, form) in forms.into_iter().enumerate() {
@@ -175,9 +180,10 @@ impl Judge<'_> {
             }
             let port_at = path.key("vsock_port");
             if form.vsock_port == HEARTBEAT_PORT {
-                let message = format!(
-                    "is {HEARTBEAT_PORT}, on which nitro-cli waits for the enclave's first sign of life; take another"
-                );
+                self.refuse(&port_at, heartbeat());
+            } else if let Some((_, at)) = hosts.as_ref().filter(|(port, _)| *port == form.vsock_port) {
+                let message =
+                    format!("the list of endpoints has vsock port {}, at {}", form.vsock_port, self.place_of(at));
                 self.refuse(&port_at, message);
             } else if let Some(first) = vsock_ports.insert(form.vsock_port, port_at.clone()) {
                 let message = format!(
@@ -213,7 +219,17 @@ impl Judge<'_> {
                 );
                 self.refuse(&path.key("hostname"), message);
             }
+            if form.sni && form.hostname.parse::<IpAddr>().is_ok() {
+                let message = format!("needs a name, and hostname is the address {}", form.hostname);
+                self.refuse(&path.key("sni"), message);
+            }
+            let limits = EgressLimits {
+                max_connections: form.max_connections,
+                connections_per_second: form.connections_per_second,
+            };
             endpoints.push(EgressSpec {
+                sni: form.sni,
+                limits,
                 hostname: form.hostname,
                 port: form.port,
                 vsock_port: form.vsock_port,
@@ -248,20 +264,42 @@ impl Judge<'_> {
         for (index, port) in form.ports.into_iter().enumerate() {
             let at = path.key("ports").index(index);
             let everywhere = |port| SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port);
-            let (listen, vsock_port, at) = match port {
-                PortForm::Same(port) => (Some(everywhere(port)), u32::from(port), at),
-                PortForm::Full(FullPortForm { listen: ListenForm::Port(port), vsock_port }) => {
-                    (Some(everywhere(port)), vsock_port, at.key("listen"))
-                }
-                PortForm::Full(FullPortForm { listen: ListenForm::Address(text), vsock_port }) => {
+            let (listen, vsock_port, rules, at) = match port {
+                PortForm::Same(port) => (Some(everywhere(port)), u32::from(port), TcpRules::default(), at),
+                PortForm::Full(form) => {
+                    let rules = self.rules(&form, &at);
                     let at = at.key("listen");
-                    (self.socket_address(&text, &at), vsock_port, at)
+                    let listen = match &form.listen {
+                        ListenForm::Port(port) => Some(everywhere(*port)),
+                        ListenForm::Address(text) => self.socket_address(text, &at),
+                    };
+                    (listen, form.vsock_port, rules, at)
                 }
             };
             self.listener(listen, &at);
-            tcp.extend(listen.map(|listen| TcpPort { listen, vsock_port }));
+            tcp.extend(listen.map(|listen| TcpPort { listen, vsock_port, rules }));
         }
         IngressSpec { domains: own, paths, tcp }
+    }
+
+    fn rules(&mut self, form: &FullPortForm, path: &Path) -> TcpRules {
+        let at = path.key("allow");
+        let networks = form.allow.iter().enumerate();
+        TcpRules {
+            proxy_protocol: form.proxy_protocol,
+            allow: networks
+                .filter_map(|(index, text)| match text.parse() {
+                    Ok(network) => Some(network),
+                    Err(error) => {
+                        let error: BadIpNetwork = error;
+                        self.refuse(&at.index(index), format!("is {}; {error}", quoted(text)));
+                        None
+                    }
+                })
+                .collect(),
+            max_connections: form.max_connections,
+            max_connections_per_source: form.max_connections_per_source,
+        }
     }
 
     /// The HTTPS paths, and whether they fit the domains.
@@ -318,6 +356,10 @@ impl Judge<'_> {
         }
         paths
     }
+}
+
+fn heartbeat() -> String {
+    format!("is {HEARTBEAT_PORT}, on which nitro-cli waits for the enclave's first sign of life; take another")
 }
 
 impl PinsForm {

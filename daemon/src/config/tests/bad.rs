@@ -149,7 +149,7 @@ name = "x""#,
         ),
         (
             "enclave = [1]",
-            "t.toml:1:12: [[enclave]] number 1: is 1; allowed: a table with cpus, debug_mode, egress, health, image, image_poll, ingress, measurements, memory_mib, name, require_signature, restart, update",
+            "t.toml:1:12: [[enclave]] number 1: is 1; allowed: a table with cpus, debug_mode, egress, health, hosts_port, image, image_poll, ingress, measurements, memory_mib, name, require_signature, restart, update",
         ),
         (
             r#"[host]
@@ -210,7 +210,7 @@ hostname = "a""#,
         (
             r#"[enclave.ingress]
 ports = ["80"]"#,
-            r#"t.toml:7:10: [[enclave]] "signer" ingress.ports[0]: is "80"; allowed: an integer from 1 to 65535 or a table with listen, vsock_port"#,
+            r#"t.toml:7:10: [[enclave]] "signer" ingress.ports[0]: is "80"; allowed: an integer from 1 to 65535 or a table with allow, listen, max_connections, max_connections_per_source, proxy_protocol, vsock_port"#,
         ),
     ]);
 }
@@ -270,7 +270,7 @@ t.toml:9:8: [[enclave]] "signer" egress[0].port: is 0; allowed: an integer from 
         (
             r"[enclave.ingress]
 ports = [0]",
-            r#"t.toml:7:10: [[enclave]] "signer" ingress.ports[0]: is 0; allowed: an integer from 1 to 65535 or a table with listen, vsock_port"#,
+            r#"t.toml:7:10: [[enclave]] "signer" ingress.ports[0]: is 0; allowed: an integer from 1 to 65535 or a table with allow, listen, max_connections, max_connections_per_source, proxy_protocol, vsock_port"#,
         ),
         (
             r"[enclave.ingress]
@@ -554,6 +554,38 @@ memory_mib = 64
 #[test]
 fn endpoints_have_a_host_and_a_vsock_port_of_their_own() {
     check_enclave(&[
+        (
+            r#"[[enclave.egress]]
+hostname = "192.0.2.1"
+vsock_port = 1
+sni = true
+max_connections = 0"#,
+            r#"t.toml:10:19: [[enclave]] "signer" egress[0].max_connections: is 0; allowed: an integer from 1 to 65536"#,
+        ),
+        (
+            r#"[[enclave.egress]]
+hostname = "192.0.2.1"
+vsock_port = 1
+sni = true"#,
+            r#"t.toml:9:7: [[enclave]] "signer" egress[0].sni: needs a name, and hostname is the address 192.0.2.1"#,
+        ),
+        (
+            r#"hosts_port = 7000
+[[enclave.egress]]
+hostname = "a"
+vsock_port = 7000"#,
+            r#"t.toml:9:14: [[enclave]] "signer" egress[0].vsock_port: the list of endpoints has vsock port 7000, at t.toml:6:14"#,
+        ),
+        (
+            "hosts_port = 9000",
+            r#"t.toml:6:14: [[enclave]] "signer" hosts_port: is 9000, on which nitro-cli waits for the enclave's first sign of life; take another"#,
+        ),
+        (
+            r#"[enclave.ingress]
+ports = [{ listen = 1, vsock_port = 1, allow = ["10.1.0.0/8", "x"] }]"#,
+            r#"t.toml:7:49: [[enclave]] "signer" ingress.ports[0].allow[0]: is "10.1.0.0/8"; the address has bits outside the prefix; the network is 10.0.0.0/8
+t.toml:7:63: [[enclave]] "signer" ingress.ports[0].allow[1]: is "x"; allowed: an IP address, or a network such as 10.0.0.0/8 or 2001:db8::/32"#,
+        ),
         (
             r#"[[enclave.egress]]
 hostname = "https://a"

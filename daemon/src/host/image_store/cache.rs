@@ -337,7 +337,7 @@ fn is_shortage(error: &io::Error) -> bool {
 }
 
 /// The name of a request in the folder.
-fn request_id(request: &ImageRequest) -> Outcome<EifDigest> {
+pub(super) fn request_id(request: &ImageRequest) -> Outcome<EifDigest> {
     let text = serde_json::to_vec(request)
         .map_err(|error| Failure::new(format!("the request for {} can't be named: {error}", request.source)))?;
     Ok(EifDigest(Sha256::digest(text).into()))

@@ -9,12 +9,13 @@ use crate::host::Outcome;
 use crate::imds::Imds;
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_s3::Client;
+use aws_sdk_s3::config::interceptors::BeforeDeserializationInterceptorContextRef;
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::{
-    IdentityCache, ProvideCredentials, Region, ResponseChecksumValidation, SharedCredentialsProvider,
-    StalledStreamProtectionConfig,
+    ConfigBag, IdentityCache, Intercept, ProvideCredentials, Region, ResponseChecksumValidation, RuntimeComponents,
+    SharedCredentialsProvider, StalledStreamProtectionConfig,
 };
-use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::error::{BoxError, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
 use aws_sdk_s3::operation::head_object::HeadObjectOutput;
 use aws_sdk_s3::primitives::{ByteStream, DateTime, DateTimeFormat};
@@ -23,9 +24,11 @@ use aws_smithy_checksums::ChecksumAlgorithm;
 use bytes::Bytes;
 use enclaved_core::failure::Failure;
 use enclaved_core::fetch::Cause;
+use enclaved_core::id::Timestamp;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex as Lock, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 use tokio::sync::Mutex;
 
 /// The SDK's other name for an endpoint besides `AWS_ENDPOINT_URL`.
@@ -76,6 +79,15 @@ impl S3 {
         let config = ready.config.to_builder().region(Region::new(region.clone())).build();
         let now = Lock::new(Now { client: Client::from_conf(config), region });
         Ok(S3Object { address, caller, now, regions: Arc::clone(&self.regions) })
+    }
+
+    /// Whose credentials S3 is asked with.
+    ///
+    /// # Errors
+    /// There is no region, or there are no credentials.
+    pub(super) async fn who(&self) -> Outcome<String> {
+        let ready = self.ready().await?;
+        Ok(self.caller(&ready).await?.to_string())
     }
 
     async fn ready(&self) -> Outcome<Ready> {
@@ -146,7 +158,49 @@ struct Now {
     region: String,
 }
 
+/// How far S3's clock was from this host's, by the Date of its last answer.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Dates(Arc<Lock<Option<Duration>>>);
+
+impl Dates {
+    pub(super) fn apart(&self) -> Option<Duration> {
+        *lock(&self.0)
+    }
+}
+
+impl Intercept for Dates {
+    fn name(&self) -> &'static str {
+        "Dates"
+    }
+
+    fn read_before_deserialization(
+        &self,
+        context: &BeforeDeserializationInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let date = context.response().headers().get("date");
+        let date = date.and_then(|date| DateTime::from_str(date, DateTimeFormat::HttpDate).ok());
+        if let Some(seconds) = date.and_then(|date| u64::try_from(date.secs()).ok()) {
+            let (date, now) =
+                (Timestamp::from_millis(seconds.saturating_mul(1000)), Timestamp::from(SystemTime::now()));
+            *lock(&self.0) = Some(now.since(date).max(date.since(now)));
+        }
+        Ok(())
+    }
+}
+
 impl S3Object {
+    /// The same object; the dates of all answers are noted there.
+    pub(super) fn noting_dates(self, dates: &Dates) -> Self {
+        {
+            let mut now = lock(&self.now);
+            let config = now.client.config().to_builder().interceptor(dates.clone()).build();
+            now.client = Client::from_conf(config);
+        }
+        self
+    }
+
     fn now(&self) -> Now {
         lock(&self.now).clone()
     }

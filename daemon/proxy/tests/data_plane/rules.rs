@@ -1,0 +1,217 @@
+//! What single endpoints and ports demand, and how much they carry.
+
+use crate::support::{Enclave, Host, Upstream, cid, egress, soon, tcp_address, tcp_route, traffic};
+use enclaved_core::routes::{Direction, HostsRoute, ProxyProtocol, Routes};
+use rustls::pki_types::ServerName;
+use std::sync::Arc;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+
+/// What a TLS client that wants this server says first.
+fn hello(name: &str) -> Vec<u8> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    let name = ServerName::try_from(name.to_owned()).unwrap();
+    let mut client = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+    let mut bytes = Vec::new();
+    client.write_tls(&mut bytes).unwrap();
+    bytes
+}
+
+async fn is_hung_up_on(stream: &mut (impl AsyncReadExt + Unpin)) {
+    let read = soon("the end", stream.read(&mut [0; 1])).await;
+    assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
+}
+
+#[tokio::test]
+async fn with_sni_only_tls_for_that_server_passes_whole_and_all_else_never_reaches_the_upstream() {
+    let host = Host::new().await;
+    let upstream = Upstream::echoing().await;
+    let mut route = egress(16, 8000, upstream.address);
+    (route.hostname, route.sni) = ("localhost".to_owned(), true);
+    host.publish(&Routes { egress: vec![route], ..host.routes() }).await;
+
+    let (mut enclave, hello_bytes) = (host.connect_from(16, 8000).await.unwrap(), hello("localhost"));
+    let (first, second) = hello_bytes.split_at(40);
+    enclave.write_all(first).await.unwrap();
+    tokio::task::yield_now().await;
+    enclave.write_all(second).await.unwrap();
+    enclave.write_all(b"and what follows").await.unwrap();
+    enclave.shutdown().await.unwrap();
+    let mut answer = Vec::new();
+    soon("the answer", enclave.read_to_end(&mut answer)).await.unwrap();
+    assert_eq!(answer, [&hello_bytes[..], b"and what follows"].concat());
+
+    for words in [hello("evil.example.com"), b"GET / HTTP/1.1\r\n\r\n".to_vec()] {
+        let mut enclave = host.connect_from(16, 8000).await.unwrap();
+        enclave.write_all(&words).await.unwrap();
+        is_hung_up_on(&mut enclave).await;
+    }
+    let report = host.until("all ended", |report| traffic(report, Direction::Egress).open == 0).await;
+    let counted = traffic(&report, Direction::Egress);
+    assert_eq!((counted.failed["sni_mismatch"], counted.failed["not_tls"], counted.total), (1, 1, 3));
+    let bytes = hello_bytes.len() as u64 + 16;
+    assert_eq!((counted.bytes_from_enclave, counted.bytes_to_enclave), (bytes, bytes));
+}
+
+#[tokio::test]
+async fn an_endpoint_has_as_many_connections_as_it_may_and_another_is_none_the_worse() {
+    let host = Host::new().await;
+    let upstream = Upstream::echoing().await;
+    let mut limited = egress(16, 8000, upstream.address);
+    limited.limits.max_connections = Some(1);
+    let mut other = egress(16, 8001, upstream.address);
+    other.hostname = "localhost".to_owned();
+    host.publish(&Routes { egress: vec![limited, other], ..host.routes() }).await;
+    let mut first = host.connect_from(16, 8000).await.unwrap();
+    first.write_all(b"1").await.unwrap();
+    assert_eq!(soon("the echo", first.read_u8()).await.unwrap(), b'1');
+    is_hung_up_on(&mut host.connect_from(16, 8000).await.unwrap()).await;
+    for _ in 0..3 {
+        let mut other = host.connect_from(16, 8001).await.unwrap();
+        other.write_all(b"2").await.unwrap();
+        assert_eq!(soon("the echo", other.read_u8()).await.unwrap(), b'2');
+    }
+    let report = host.report().await;
+    let limited = report.traffic.iter().find(|traffic| traffic.endpoint.starts_with("127.")).unwrap();
+    assert_eq!((limited.failed["limit"], limited.open, limited.total), (1, 1, 2));
+    drop(first);
+    host.until("the first is over", |report| report.traffic.iter().all(|traffic| traffic.open == 0)).await;
+    let mut again = host.connect_from(16, 8000).await.unwrap();
+    again.write_all(b"3").await.unwrap();
+    assert_eq!(soon("the echo", again.read_u8()).await.unwrap(), b'3');
+}
+
+#[tokio::test]
+async fn connections_that_come_too_fast_wait_for_their_turn_and_too_many_of_them_are_refused() {
+    let host = Host::new().await;
+    let upstream = Upstream::saying("x").await;
+    let mut route = egress(16, 8000, upstream.address);
+    route.limits.connections_per_second = Some(2);
+    host.publish(&Routes { egress: vec![route], ..host.routes() }).await;
+    let mut streams = Vec::new();
+    for _ in 0..10 {
+        streams.push(host.connect_from(16, 8000).await.unwrap());
+    }
+    let mut served = 0;
+    for stream in &mut streams {
+        served += soon("words or the end", stream.read(&mut [0; 1])).await.unwrap_or(0);
+    }
+    drop(streams);
+    let report = host.until("all ended", |report| traffic(report, Direction::Egress).open == 0).await;
+    let refused = traffic(&report, Direction::Egress).failed["rate"];
+    // Now, in half a second, in a second; and one more or so if connecting took long.
+    assert!((3..=5).contains(&served), "{served}");
+    assert_eq!(served as u64 + refused, 10);
+}
+
+#[tokio::test]
+async fn an_enclave_reads_the_list_of_its_own_endpoints_and_no_others() {
+    let host = Host::new().await;
+    let list = |number: u32, document: &str| HostsRoute {
+        enclave: format!("app-{number}").parse().unwrap(),
+        cid: cid(number),
+        vsock_port: 7777,
+        document: document.to_owned(),
+    };
+    let mut routes = Routes { hosts: vec![list(16, "[1]\n"), list(17, "[2]\n")], ..host.routes() };
+    let report = host.publish(&routes).await;
+    assert!(report.listeners.len() == 2 && report.listeners.iter().all(|listener| listener.error.is_none()));
+    let read = async |number| {
+        let mut said = String::new();
+        let mut enclave = host.connect_from(number, 7777).await.unwrap();
+        soon("the list", enclave.read_to_string(&mut said)).await.unwrap();
+        said
+    };
+    assert_eq!((read(16).await.as_str(), read(17).await.as_str()), ("[1]\n", "[2]\n"));
+    routes.hosts[0].document = "[3]\n".to_owned();
+    host.publish(&routes).await;
+    assert_eq!(read(16).await, "[3]\n");
+}
+
+#[tokio::test]
+async fn a_port_with_the_proxy_protocol_tells_the_enclave_its_client_before_any_byte() {
+    let host = Host::new().await;
+    let _enclave = Enclave::raw(&host.vsock(), 16, |_, mut stream| async move {
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).await.unwrap();
+        stream.write_all(&all).await.unwrap();
+    });
+    let mut route = tcp_route("127.0.0.1:0", Some(16));
+    route.rules.proxy_protocol = Some(ProxyProtocol::V2);
+    let address = tcp_address(&host.publish(&Routes { tcp: vec![route], ..host.routes() }).await);
+    let mut client = TcpStream::connect(address).await.unwrap();
+    let source = client.local_addr().unwrap();
+    client.write_all(b"words").await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut seen = Vec::new();
+    soon("the answer", client.read_to_end(&mut seen)).await.unwrap();
+    let ports = [source.port().to_be_bytes(), address.port().to_be_bytes()].concat();
+    let header = [&b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c"[..], &[127, 0, 0, 1, 127, 0, 0, 1], &ports].concat();
+    assert_eq!(seen, [&header[..], b"words"].concat());
+    let report = host.until("it is over", |report| traffic(report, Direction::Tcp).open == 0).await;
+    assert_eq!(traffic(&report, Direction::Tcp).bytes_to_enclave, 5, "the header is no traffic");
+}
+
+#[tokio::test]
+async fn a_port_takes_connections_from_where_it_may_and_so_many_of_each_source() {
+    let host = Host::new().await;
+    let _enclave = Enclave::echoing(&host.vsock(), 16);
+    let mut route = tcp_route("127.0.0.1:0", Some(16));
+    route.rules.allow = vec!["127.0.0.8/29".parse().unwrap()];
+    route.rules.max_connections_per_source = Some(1);
+    route.rules.max_connections = Some(2);
+    let mut routes = Routes { tcp: vec![route], ..host.routes() };
+    let address = tcp_address(&host.publish(&routes).await);
+    let from = async |source: &str| {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(format!("{source}:0").parse().unwrap()).unwrap();
+        socket.connect(address).await.unwrap()
+    };
+    let works = async |stream: &mut TcpStream| {
+        stream.write_all(b"1").await.unwrap();
+        assert_eq!(soon("the echo", stream.read_u8()).await.unwrap(), b'1');
+    };
+    is_hung_up_on(&mut from("127.0.0.1").await).await;
+    let mut first = from("127.0.0.9").await;
+    works(&mut first).await;
+    is_hung_up_on(&mut from("127.0.0.9").await).await;
+    let mut second = from("127.0.0.10").await;
+    works(&mut second).await;
+    is_hung_up_on(&mut from("127.0.0.11").await).await;
+    let report = host.until("the refused are over", |report| traffic(report, Direction::Tcp).open == 2).await;
+    let failed = &traffic(&report, Direction::Tcp).failed;
+    assert_eq!((failed["source_refused"], failed["source_limit"], failed["limit"]), (1, 1, 1));
+
+    // Rules that change leave the socket, and the connections that there are, alone.
+    routes.tcp[0].rules.allow.clear();
+    assert_eq!(tcp_address(&host.publish(&routes).await), address);
+    works(&mut first).await;
+    drop((first, second));
+    host.until("both are over", |report| traffic(report, Direction::Tcp).open == 0).await;
+    works(&mut from("127.0.0.1").await).await;
+}
+
+#[tokio::test]
+async fn an_upstream_that_never_answers_takes_nothing_from_another_endpoint() {
+    let host = Host::with_limits(|limits| limits.egress_connections = 64).await;
+    // Nobody accepts there: its queue is full before long, and connecting to it waits.
+    let dead = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    rustix::net::listen(&dead, 0).unwrap();
+    let upstream = Upstream::echoing().await;
+    let dead_route = egress(16, 8000, dead.local_addr().unwrap());
+    host.publish(&Routes { egress: vec![dead_route, egress(16, 8001, upstream.address)], ..host.routes() }).await;
+    let mut waiting: Vec<UnixStream> = Vec::new();
+    for _ in 0..60 {
+        waiting.push(host.connect_from(16, 8000).await.unwrap());
+    }
+    for _ in 0..20 {
+        let mut stream = host.connect_from(16, 8001).await.unwrap();
+        stream.write_all(b"1").await.unwrap();
+        assert_eq!(soon("the echo", stream.read_u8()).await.unwrap(), b'1');
+    }
+}

@@ -1,0 +1,300 @@
+//! Those who are compared: how each is started, what it has cost so far, and its end.
+
+use super::load::{Backend, Way};
+use crate::processes::{self, Owned};
+use anyhow::{Context as _, bail, ensure};
+use enclaved_core::id::Cid;
+use enclaved_core::routes::{
+    EgressLimits, EgressRoute, LinkReply, LinkRequest, ListenerKey, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute,
+    TcpRules, VsockTransport,
+};
+use rustix::process::Signal;
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a contender may take to listen.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// A port of enclaved's takes 4096 connections; two take as many as are held here.
+pub(super) const PORTS: usize = 2;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Kind {
+    Enclaved,
+    Nginx,
+    Haproxy,
+    Socat,
+}
+
+impl Kind {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Enclaved => "enclaved proxy",
+            Self::Nginx => "nginx stream",
+            Self::Haproxy => "haproxy",
+            Self::Socat => "socat",
+        }
+    }
+}
+
+/// Where clients connect.
+#[derive(Debug, Clone)]
+pub(super) enum Front {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+/// One contender, running.
+#[derive(Debug)]
+pub(super) struct Contender {
+    pub(super) kind: Kind,
+    /// All of them lead to the backend.
+    pub(super) fronts: Vec<Front>,
+    processes: Vec<Owned>,
+}
+
+impl Contender {
+    pub(super) fn start(
+        kind: Kind,
+        way: Way,
+        backend: &Backend,
+        folder: &Path,
+        enclaved: &Path,
+        pin: bool,
+    ) -> anyhow::Result<Self> {
+        let folder = tempfile::tempdir_in(folder).context("making a folder")?.keep();
+        if kind == Kind::Enclaved {
+            return Self::ours(way, backend, &folder, enclaved, pin);
+        }
+        let fronts = fronts(way, &folder)?;
+        let commands = match kind {
+            Kind::Nginx => vec![nginx(&fronts, backend, &folder)?],
+            Kind::Haproxy => vec![haproxy(&fronts, backend, &folder)?],
+            Kind::Enclaved | Kind::Socat => fronts.iter().map(|front| socat(front, backend)).collect(),
+        };
+        let processes = commands.iter().map(|command| spawn(command, pin, &folder)).collect::<Result<_, _>>()?;
+        let contender = Self { kind, fronts, processes };
+        contender.until_it_listens().with_context(|| said(&folder))?;
+        Ok(contender)
+    }
+
+    fn ours(way: Way, backend: &Backend, folder: &Path, enclaved: &Path, pin: bool) -> anyhow::Result<Self> {
+        let (link, vsock) = (folder.join("link"), backend.vsock.clone());
+        let command = [enclaved.into(), "proxy".into(), "--state-dir".into(), folder.join("state").into()];
+        let command = command.into_iter().chain(["--link".into(), link.clone().into()]).collect::<Vec<OsString>>();
+        let process = spawn(&command, pin, folder)?;
+        let began = Instant::now();
+        while UnixStream::connect(&link).is_err() {
+            ensure!(began.elapsed() < DEADLINE, "the proxy has no link: {}", said(folder));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let enclave: enclaved_core::id::EnclaveName = "bench".parse().context("the enclave's name")?;
+        let mut routes =
+            Routes { format: ROUTES_FORMAT, vsock: VsockTransport::Hybrid(vsock.clone()), ..Routes::default() };
+        for number in 0..PORTS {
+            match way {
+                Way::Ingress => routes.tcp.push(TcpRoute {
+                    enclave: enclave.clone(),
+                    listen: free_port()?,
+                    vsock_port: 7000,
+                    target: Some(Cid::FIRST),
+                    rules: TcpRules::default(),
+                }),
+                Way::Egress => routes.egress.push(EgressRoute {
+                    enclave: enclave.clone(),
+                    cid: Cid::FIRST,
+                    vsock_port: 8000 + u32::try_from(number)?,
+                    // An upstream takes as many as a port, so the two are known by different names.
+                    hostname: if number == 0 { backend.tcp.ip().to_string() } else { "localhost".to_owned() },
+                    port: backend.tcp.port(),
+                    allow_addresses: vec![backend.tcp.ip()],
+                    sni: false,
+                    // As the others have none.
+                    limits: EgressLimits { connections_per_second: Some(1_000_000), ..EgressLimits::default() },
+                }),
+            }
+        }
+        let report = publish(&link, routes)?;
+        let mut fronts = Vec::new();
+        for listener in report.listeners {
+            ensure!(listener.error.is_none(), "{listener:?}");
+            fronts.push(match listener.listener {
+                ListenerKey::Tcp { .. } => Front::Tcp(listener.address.parse()?),
+                _ => Front::Unix(listener.address.into()),
+            });
+        }
+        Ok(Self { kind: Kind::Enclaved, fronts, processes: vec![process] })
+    }
+
+    fn until_it_listens(&self) -> anyhow::Result<()> {
+        for front in &self.fronts {
+            let began = Instant::now();
+            while super::load::connect(front).is_err() {
+                ensure!(began.elapsed() < DEADLINE, "{} does not listen on {front:?}", self.kind.name());
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        Ok(())
+    }
+
+    /// Its processes, and what they started.
+    fn pids(&self) -> Vec<u32> {
+        let mut pids: Vec<u32> = self.processes.iter().map(|process| process.0.id()).collect();
+        let mut next = 0;
+        while let Some(pid) = pids.get(next) {
+            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+            pids.extend(children.split_ascii_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+            next += 1;
+        }
+        pids
+    }
+
+    /// CPU seconds of it and of all it started, user and system, also of those that ended.
+    pub(super) fn cpu_s(&self) -> anyhow::Result<f64> {
+        let mut ticks = 0_u32;
+        for pid in self.pids() {
+            // One that ended meanwhile is in its parent's sum.
+            let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+            let (_, fields) = stat.rsplit_once(')').context("/proc/<pid>/stat without a name")?;
+            // utime, stime, cutime, cstime: fields 14 to 17 of all, proc_pid_stat(5).
+            for field in fields.split_ascii_whitespace().skip(11).take(4) {
+                ticks += field.parse::<u32>()?;
+            }
+        }
+        ensure!(ticks > 0 || self.pids().len() == self.processes.len(), "{} has ended", self.kind.name());
+        // USER_HZ is 100 on every architecture that this runs on.
+        Ok(f64::from(ticks) / 100.0)
+    }
+
+    /// Open descriptors of it and of all it started.
+    pub(super) fn descriptors(&self) -> anyhow::Result<usize> {
+        let count = |pid: u32| Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count());
+        self.pids().into_iter().map(count).sum()
+    }
+
+    /// The proportional set of it and of all it started.
+    pub(super) fn pss_mib(&self) -> anyhow::Result<f64> {
+        let mut kib = 0_u32;
+        for pid in self.pids() {
+            let Ok(rollup) = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")) else { continue };
+            let pss = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
+            kib += pss.trim().trim_end_matches(" kB").parse::<u32>()?;
+        }
+        Ok(f64::from(kib) / 1024.0)
+    }
+}
+
+impl Drop for Contender {
+    fn drop(&mut self) {
+        // Those of its children's that are still there; the processes themselves end with `Owned`.
+        for pid in self.pids().into_iter().rev() {
+            let _ended_already = processes::signal(pid, Signal::KILL);
+        }
+    }
+}
+
+fn fronts(way: Way, folder: &Path) -> anyhow::Result<Vec<Front>> {
+    let front = |number: usize| {
+        Ok(match way {
+            Way::Ingress => Front::Tcp(free_port()?),
+            Way::Egress => Front::Unix(folder.join(format!("front{number}"))),
+        })
+    };
+    (0..PORTS).map(front).collect()
+}
+
+fn free_port() -> anyhow::Result<SocketAddr> {
+    Ok(TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr())?)
+}
+
+fn spawn(command: &[OsString], pin: bool, folder: &Path) -> anyhow::Result<Owned> {
+    let to_log = || fs::File::options().create(true).append(true).open(folder.join("log"));
+    let pinned = [OsString::from("taskset"), "-c".into(), "0".into()];
+    let mut words = pinned.iter().filter(|_| pin).chain(command);
+    let program = words.next().context("no program")?;
+    let mut command = Command::new(program);
+    command.args(words).stdin(Stdio::null()).stdout(to_log()?).stderr(to_log()?);
+    Ok(Owned(command.spawn().with_context(|| format!("starting {}", program.display()))?))
+}
+
+fn said(folder: &Path) -> String {
+    fs::read_to_string(folder.join("log")).unwrap_or_default()
+}
+
+fn nginx(fronts: &[Front], backend: &Backend, folder: &Path) -> anyhow::Result<Vec<OsString>> {
+    let module = "/usr/lib/nginx/modules/ngx_stream_module.so";
+    let mut text = format!(
+        "load_module {module};\ndaemon off;\nmaster_process off;\npid {0}/pid;\nerror_log {0}/log;\n\
+         worker_rlimit_nofile 20000;\nevents {{ worker_connections 20000; }}\nstream {{\n  proxy_timeout 1d;\n  proxy_half_close on;\n",
+        folder.display()
+    );
+    let to = match backend.way {
+        Way::Ingress => format!("unix:{}", backend.unix.display()),
+        Way::Egress => backend.tcp.to_string(),
+    };
+    for front in fronts {
+        let listen = match front {
+            Front::Tcp(address) => format!("{address} backlog=4096"),
+            Front::Unix(path) => format!("unix:{} backlog=4096", path.display()),
+        };
+        writeln!(text, "  server {{ listen {listen}; proxy_pass {to}; }}")?;
+    }
+    text.push_str("}\n");
+    let path = folder.join("nginx.conf");
+    fs::write(&path, text)?;
+    Ok(["nginx".into(), "-c".into(), path.into(), "-p".into(), folder.into()].into())
+}
+
+fn haproxy(fronts: &[Front], backend: &Backend, folder: &Path) -> anyhow::Result<Vec<OsString>> {
+    let mut text = String::from(
+        "global\n  maxconn 9000\n  nbthread 1\ndefaults\n  mode tcp\n  maxconn 9000\n  timeout connect 5s\n  \
+         timeout client 1d\n  timeout server 1d\nlisten bench\n",
+    );
+    for front in fronts {
+        match front {
+            Front::Tcp(address) => writeln!(text, "  bind {address} backlog 4096")?,
+            Front::Unix(path) => writeln!(text, "  bind unix@{} backlog 4096", path.display())?,
+        }
+    }
+    match backend.way {
+        Way::Ingress => writeln!(text, "  server s unix@{}", backend.unix.display())?,
+        Way::Egress => writeln!(text, "  server s {}", backend.tcp)?,
+    }
+    let path = folder.join("haproxy.cfg");
+    fs::write(&path, text)?;
+    Ok(["haproxy".into(), "-db".into(), "-f".into(), path.into()].into())
+}
+
+fn socat(front: &Front, backend: &Backend) -> Vec<OsString> {
+    let listen = match front {
+        Front::Tcp(address) => {
+            format!("TCP-LISTEN:{},bind={},fork,reuseaddr,nodelay,backlog=4096", address.port(), address.ip())
+        }
+        Front::Unix(path) => format!("UNIX-LISTEN:{},fork,backlog=4096", path.display()),
+    };
+    let to = match backend.way {
+        Way::Ingress => format!("UNIX-CONNECT:{}", backend.unix.display()),
+        Way::Egress => format!("TCP:{},nodelay", backend.tcp),
+    };
+    // The same buffer as ours.
+    ["socat".into(), "-b".into(), "65536".into(), listen.into(), to.into()].into()
+}
+
+fn publish(link: &Path, routes: Routes) -> anyhow::Result<ProxyReport> {
+    let mut stream = UnixStream::connect(link).context("connecting to the proxy's link")?;
+    let mut line = serde_json::to_vec(&LinkRequest::Publish { routes })?;
+    line.push(b'\n');
+    stream.write_all(&line)?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer)?;
+    match serde_json::from_str(&answer)? {
+        LinkReply::Report(report) => Ok(report),
+        LinkReply::Refused { reason } => bail!("the proxy refused the routes: {reason}"),
+    }
+}
