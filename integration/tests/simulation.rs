@@ -122,7 +122,7 @@ impl Scenario {
             Self::Deaths => &[SupervisorDescribe, SupervisorForget, ImageStoreFetch, ProxyLinkStart, LedgerStoreLoad],
             Self::Stops => &[SupervisorStop, SupervisorForget],
             Self::Update => &[SupervisorStop, SupervisorForget, ImageStoreFetch],
-            Self::ByHand => &[SupervisorForget],
+            Self::ByHand => &[SupervisorForget, ImageStoreFetch, LedgerStoreLoad],
             Self::NewObject => {
                 &[SupervisorStop, SupervisorForget, ImageStoreFetch, ImageStoreRefresh, ImageStoreRemove]
             }
