@@ -28,12 +28,14 @@ pub const HTTP_PORT: u32 = 8080;
 /// The vsock port on which the sample application sends back what it receives.
 pub const ECHO_PORT: u32 = 7;
 
-/// Sandboxes that let the stand-ins do what the hardware does. The machine's own boot id lies over a file below `/proc`; whoever gets
-/// a `/proc` of his own sees that of this computer, which no reboot of the machine changes.
-const DROP_IN: &str = "[Service]\nReadWritePaths=/run/standin\nProtectProc=default\n";
+/// A sandbox that lets the stand-ins do what the hardware does. A machine's boot id is a file over that of this computer; a unit with
+/// a /proc of its own would see the latter, which no reboot of a machine changes.
+const DROP_IN: &str = "[Service]\nReadWritePaths=/run/standin\n\
+     BindReadOnlyPaths=/run/machine-boot-id:/proc/sys/kernel/random/boot_id\n";
 /// The sockets that stand for an enclave's vsock are for the proxy, too.
-const DROP_IN_ENCLAVE: &str = "[Service]\nReadWritePaths=/run/standin\nProtectProc=default\nUMask=0007\n";
-const TMPFILES: &str = "d /run/standin 0755 root root\n\
+const FOR_PROXY: &str = "UMask=0007\n";
+const TMPFILES: &str = "C /run/machine-boot-id - - - - /proc/sys/kernel/random/boot_id\n\
+     d /run/standin 0755 root root\n\
      C /run/standin/sys - - - - /opt/nitro/sys\n\
      Z /run/standin/sys - enclaved ne\n\
      d /run/standin/state 0770 enclaved ne\n\
@@ -218,8 +220,10 @@ fn standin(options: MachineOptions, shape: &Shape) -> MachineOptions {
         .file("/usr/lib/systemd/system/nitro-enclaves-allocator.service", 0o644, ALLOCATOR)
         .file("/usr/bin/nitro-enclaves-allocator", 0o755, ALLOCATOR_SCRIPT)
         .folder("/etc/nitro_enclaves")
-        .file("/etc/systemd/system/enclave@.service.d/standin.conf", 0o644, DROP_IN_ENCLAVE);
-    for unit in ["enclaved.service", "enclaved-proxy.service", "enclaved-allocator.service"] {
+        .file("/etc/systemd/system/enclave@.service.d/standin.conf", 0o644, DROP_IN.to_owned() + FOR_PROXY);
+    let for_proxy = "[Service]\nReadWritePaths=/run/standin\n";
+    options = options.file("/etc/systemd/system/enclaved-proxy.service.d/standin.conf", 0o644, for_proxy);
+    for unit in ["enclaved.service", "enclaved-allocator.service"] {
         options = options.file(format!("/etc/systemd/system/{unit}.d/standin.conf"), 0o644, DROP_IN);
     }
     for folder in shape.sysfs_folders() {
