@@ -151,8 +151,8 @@ fn candidates(desired: &Desired, ledger: &Ledger) -> Vec<Candidate> {
             Some(ImageOutcome::Verified { facts: Some(facts), .. }) => Some(facts.size),
             _ => None,
         };
-        let generations = ledger.enclaves.get(name).into_iter().flat_map(|record| record.generations.values());
-        let runs = generations.filter(|of| of.is_current() && of.holds_resources()).last();
+        let mut generations = ledger.enclaves.get(name).into_iter().flat_map(|record| record.generations.values());
+        let runs = generations.rfind(|of| of.is_current() && of.holds_resources());
         let runs = runs.map(|of| (of.identity.cpus, of.identity.memory));
         Candidate { demand: Demand::of(name, spec, size), runs }
     };
