@@ -55,7 +55,7 @@ reserve-cpus = 2",
         (
             r"[host]
 zzzzzzzzzzz = 2",
-            r#"t.toml:2:1: [host]: unknown key "zzzzzzzzzzz"; known here: allocator, drain, image_cache_mib, on_stop, proxy_socket, proxy_state_dir, reserve_cpus, reserve_memory_mib, run_dir, state_dir, supervisor, sysfs"#,
+            r#"t.toml:2:1: [host]: unknown key "zzzzzzzzzzz"; known here: allocator, drain, image_cache_mib, on_stop, pool, proxy_socket, proxy_state_dir, reserve_cpus, reserve_memory_mib, run_dir, state_dir, supervisor, sysfs"#,
         ),
         (
             r#"[host]
@@ -140,7 +140,7 @@ fn a_wrong_type_says_what_is_allowed() {
     check(&[
         (
             "host = 1",
-            "t.toml:1:8: [host]: is 1; allowed: a table with allocator, drain, image_cache_mib, on_stop, proxy_socket, proxy_state_dir, reserve_cpus, reserve_memory_mib, run_dir, state_dir, supervisor, sysfs",
+            "t.toml:1:8: [host]: is 1; allowed: a table with allocator, drain, image_cache_mib, on_stop, pool, proxy_socket, proxy_state_dir, reserve_cpus, reserve_memory_mib, run_dir, state_dir, supervisor, sysfs",
         ),
         (
             r#"[enclave]
