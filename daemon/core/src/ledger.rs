@@ -308,6 +308,12 @@ impl fmt::Display for StopReason {
 }
 
 impl EnclaveRecord {
+    /// That it is held stopped, since when, by what, and how it goes on; `None` if it is not.
+    pub fn held(&self, name: &EnclaveName) -> Option<String> {
+        let (since, by) = (self.held_since?, self.held_by);
+        Some(format!("it is held stopped since {since}, by `{by}`; `enclavectl start {name}` launches it"))
+    }
+
     /// The generation that is held for what nitro-cli says of it, and that: nothing is done with it until an operator decides.
     pub fn doubt(&self) -> Option<(Generation, &Failure)> {
         let doubtful = |(generation, verdict): (&Generation, &Verdict)| {

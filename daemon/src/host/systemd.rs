@@ -27,6 +27,9 @@ const LIST_PATIENCE: Duration = Duration::from_secs(2);
 const LIST_AGE: Duration = Duration::from_secs(10);
 /// So long systemd is not asked again after it did not answer.
 const LIST_RETRY: Duration = Duration::from_secs(5);
+/// How often, and how long after each other, is looked whether systemd begins to stop a unit.
+const STOP_LOOKS: u32 = 10;
+const STOP_LOOK: Duration = Duration::from_millis(50);
 /// How many lines of a unit's journal are told.
 const WORDS: u32 = 5;
 
@@ -196,6 +199,23 @@ impl Systemd {
         enqueued
     }
 
+    /// Has systemd stop the unit of a launch.
+    ///
+    /// A job can wait for others: an enclave's unit ends after enclaved's own, so while systemd stops enclaved, which is to end
+    /// its enclaves first (`on_stop = "terminate"`), it would be in vain.
+    async fn ask_to_stop(&self, key: &EnclaveKey) -> Outcome<()> {
+        let unit = unit_name(key);
+        self.bus.enqueue(Verb::Stop, &unit).await.map_err(JobError::into_failure)?;
+        for _ in 0..STOP_LOOKS {
+            tokio::time::sleep(STOP_LOOK).await;
+            let state = self.bus.unit(&unit).await?;
+            if state.is_none_or(|state| state.active != "active") {
+                return Ok(());
+            }
+        }
+        Err(Failure::new("systemd has something else to do before"))
+    }
+
     /// Units that run, or may, and of which there are no traces.
     fn strangers(&self, states: &States, instances: &mut BTreeMap<EnclaveKey, Instance>) {
         for (key, state) in states {
@@ -267,7 +287,7 @@ impl Supervisor for Systemd {
             let runs = |unit: &UnitState| !["inactive", "failed"].contains(&unit.active.as_str());
             let in_unit = listed.as_ref().is_ok_and(|states| states.get(key).is_some_and(runs));
             let asked = match in_unit {
-                true => self.bus.enqueue(Verb::Stop, &unit_name(key)).await.map_err(JobError::into_failure),
+                true => self.ask_to_stop(key).await,
                 false => Err(listed.err().unwrap_or_else(|| Failure::new("it does not run in a unit of its own"))),
             };
             if let Err(failure) = asked {

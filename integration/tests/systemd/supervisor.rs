@@ -186,7 +186,10 @@ fn an_enclave_goes_on_while_the_bus_is_away_and_the_news_come_in_when_it_is_back
 #[test]
 fn where_it_is_said_so_the_enclaves_end_with_the_daemon() {
     let parent = serving_with("on_stop = \"terminate\"\n");
+    let began = std::time::Instant::now();
     parent.run_ok(&["systemctl", "stop", "enclaved"]).unwrap();
+    // systemd would stop its unit only after enclaved's own.
+    assert!(began.elapsed() < std::time::Duration::from_secs(15), "{:?}", began.elapsed());
     until_property(&parent, "enclave@signer-1", "ActiveState", "inactive");
     parent.run_ok(&["systemctl", "start", "enclaved"]).unwrap();
     let signer = until_ready(&parent, 2);

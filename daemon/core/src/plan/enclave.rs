@@ -216,12 +216,8 @@ impl Planner<'_> {
     /// Ends all of an enclave that is not wanted, or is held.
     fn abandon(&mut self, name: &EnclaveName, removed: bool, record: &EnclaveRecord, instances: &Instances) {
         let why = if removed { StopReason::Removed } else { StopReason::Held };
-        if let Some(since) = record.held_since.filter(|_| !removed) {
-            let by = record.held_by;
-            self.wait(
-                name,
-                format!("it is held stopped since {since}, by `{by}`; `enclavectl start {name}` launches it"),
-            );
+        if let Some(held) = record.held(name).filter(|_| !removed) {
+            self.wait(name, held);
         }
         for (generation, of) in &record.generations {
             if of.is_current() {

@@ -249,7 +249,7 @@ impl Maker<'_> {
                 (Some(a), Some(b)) => Some(if a.at >= b.at { a } else { b }),
                 (a, b) => a.or(b),
             },
-            waiting_for: self.plan.waits.get(name).cloned(),
+            waiting_for: self.plan.waits.get(name).cloned().or_else(|| record.held(name)),
             fetch: spec.and_then(|spec| self.facts.fetches.get(&spec.image)).copied(),
             others: record
                 .generations
