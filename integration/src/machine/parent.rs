@@ -40,7 +40,6 @@ const TMPFILES: &str = "C /run/machine-boot-id - - - - /proc/sys/kernel/random/b
      Z /run/standin/sys - enclaved ne\n\
      d /run/standin/state 0770 enclaved ne\n\
      d /run/standin/vsock 2770 enclaved enclaved-proxy\n\
-     C /run/standin/boot_id - - - - /proc/sys/kernel/random/boot_id\n";
 
 /// The stock service that sets CPUs and memory aside, and what it runs.
 const ALLOCATOR: &str = "[Unit]\nDescription=Nitro Enclaves Resource Allocator\n\n[Service]\nType=oneshot\n\
