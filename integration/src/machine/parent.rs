@@ -39,7 +39,7 @@ const TMPFILES: &str = "C /run/machine-boot-id - - - - /proc/sys/kernel/random/b
      C /run/standin/sys - - - - /opt/nitro/sys\n\
      Z /run/standin/sys - enclaved ne\n\
      d /run/standin/state 0770 enclaved ne\n\
-     d /run/standin/vsock 2770 enclaved enclaved-proxy\n\
+     d /run/standin/vsock 2770 enclaved enclaved-proxy\n";
 
 /// The stock service that sets CPUs and memory aside, and what it runs.
 const ALLOCATOR: &str = "[Unit]\nDescription=Nitro Enclaves Resource Allocator\n\n[Service]\nType=oneshot\n\
