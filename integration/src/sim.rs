@@ -91,6 +91,9 @@ impl Launched {
     }
 }
 
+/// The pool, and how many enclaves run.
+type Surveyed = ((u32, u64), usize);
+
 /// The allocator at work.
 #[derive(Debug)]
 struct Changing {
@@ -124,7 +127,7 @@ struct State {
     /// What the allocator was asked for, each time.
     reserves: Vec<(u32, u64)>,
     /// The last inventory, and of what: pool and enclaves that run.
-    surveyed: Option<(((u32, u64), usize), Arc<Inventory>)>,
+    surveyed: Option<(Surveyed, Arc<Inventory>)>,
     /// What the sources have.
     images: BTreeMap<ImageRequest, VerifiedImage>,
     images_away: bool,
