@@ -5,6 +5,7 @@
 
 use super::{DEADLINE, Machine, MachineOptions};
 use crate::application::Application;
+use crate::nitro_cli::faults::Hazard;
 use crate::nitro_cli::{self, Call, Environment, Measured, SETTINGS_FILE};
 use crate::nitro_host::{Shape, image};
 use anyhow::{Context as _, ensure};
@@ -153,6 +154,14 @@ impl Parent {
             Ok(last.clone().filter(&like))
         });
         found.with_context(|| format!("last status: {last:#?}"))
+    }
+
+    /// From now on these happen to whoever runs nitro-cli.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn switch_on(&self, hazards: &[Hazard]) -> anyhow::Result<()> {
+        self.write(&format!("{STANDIN}/state/faults.json"), serde_json::to_vec(hazards)?)
     }
 
     /// The nitro-cli commands run since the machine was booted.
