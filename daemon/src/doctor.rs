@@ -276,7 +276,11 @@ impl Doctor {
                 ListenSeen { what, address, holder }
             };
             let ports: Vec<_> = self.listens().into_iter().enumerate().map(of).collect();
-            let low = network::low_ports(&self.places.roots, self.patient);
+            // A proxy of its own unit has rights of its own, which the daemon's say nothing of.
+            let low = match self.config.host.supervisor {
+                SupervisorKind::Direct => network::low_ports(&self.places.roots, self.patient),
+                SupervisorKind::Systemd => network::low_ports(&self.places.roots, Patient::NotRunning),
+            };
             findings.extend(judge_network::listening_ports(&ports, low));
         }
         findings.push(system::clock_source(&seen.clock_source));

@@ -19,6 +19,9 @@ const MAX_ENVIRONMENT: u64 = 2 << 20;
 /// How often, and how long after each other, is looked at a process that shows no environment.
 const EXEC_LOOKS: u32 = 10;
 const EXEC_PAUSE: Duration = Duration::from_millis(5);
+/// That no process has a variable is concluded from so many looks, at this distance.
+const LOOKS: u32 = 3;
+const LOOK_PAUSE: Duration = Duration::from_millis(20);
 /// Clock ticks a second in what `/proc` shows: 100 on every Linux architecture that has Nitro (`USER_HZ`).
 const TICKS_PER_SECOND: u64 = 100;
 
@@ -93,6 +96,20 @@ fn holds(environment: &[u8], name: &str, value: &OsStr) -> bool {
 /// # Errors
 /// `/proc` can't be listed.
 pub fn any_has_variable(name: &str, value: &OsStr) -> io::Result<bool> {
+    // One look can miss a process that begins another program just then, whose environment is empty for a moment, and a child whose
+    // parent ends while it is made.
+    for look in 0..LOOKS {
+        if look > 0 {
+            std::thread::sleep(LOOK_PAUSE);
+        }
+        if any_seen_with_variable(name, value)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn any_seen_with_variable(name: &str, value: &OsStr) -> io::Result<bool> {
     for entry in std::fs::read_dir("/proc")? {
         let pid = entry?.file_name().to_str().and_then(|name| name.parse().ok());
         if pid.is_some_and(|pid| environment(pid).is_ok_and(|environment| holds(&environment, name, value))) {

@@ -100,6 +100,9 @@ impl Launched {
     }
 }
 
+/// The pool, and how many enclaves run.
+type Surveyed = ((u32, u64), usize);
+
 /// The allocator at work.
 #[derive(Debug)]
 struct Changing {
@@ -107,9 +110,6 @@ struct Changing {
     wish: (u32, u64),
     least: Option<(u32, u64)>,
 }
-
-/// The pool and the number of enclaves, and what the host looks like with them.
-type Surveyed = (((u32, u64), usize), Arc<Inventory>);
 
 #[derive(Debug)]
 struct State {
@@ -136,7 +136,7 @@ struct State {
     /// What the allocator was asked for, each time.
     reserves: Vec<(u32, u64)>,
     /// The last inventory, and of what: pool and enclaves that run.
-    surveyed: Option<Surveyed>,
+    surveyed: Option<(Surveyed, Arc<Inventory>)>,
     /// What the sources have.
     images: BTreeMap<ImageRequest, VerifiedImage>,
     images_away: bool,

@@ -2,10 +2,12 @@
 //! a socket is what it is expected to be. The only file of the project with unsafe code; nothing here opens a socket or
 //! decides what becomes of one.
 
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, getsockname, sockopt};
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
@@ -18,20 +20,35 @@ pub(crate) fn take() -> io::Result<Vec<(String, OwnedFd)>> {
     if TAKEN.swap(true, SeqCst) {
         return Ok(Vec::new());
     }
-    // Checks each descriptor: one that is not open is an error, and none is taken.
-    let passed = sd_notify::listen_fds()?;
-    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let variable = |name| std::env::var(name).ok();
+    let passed = numbers(variable("LISTEN_PID"), variable("LISTEN_FDS"), std::process::id())?;
+    let names = variable("LISTEN_FDNAMES").unwrap_or_default();
     let mut names = names.split(':');
-    Ok(passed.map(|descriptor| (names.next().unwrap_or_default().to_owned(), own(descriptor))).collect())
+    passed.map(|number| Ok((names.next().unwrap_or_default().to_owned(), own(number)?))).collect()
 }
 
+/// The numbers of the descriptors that are for this process: from 3 on.
+fn numbers(pid: Option<String>, count: Option<String>, own_pid: u32) -> io::Result<Range<RawFd>> {
+    const FIRST: RawFd = 3;
+    let (Some(pid), Some(count)) = (pid, count) else { return Ok(FIRST..FIRST) };
+    let bad = |what: &str, text: &str| io::Error::other(format!("{what} is \"{}\"", text.escape_debug()));
+    if pid.parse::<u32>().map_err(|_| bad("LISTEN_PID", &pid))? != own_pid {
+        return Ok(FIRST..FIRST);
+    }
+    let end = count.parse::<u16>().map_err(|_| bad("LISTEN_FDS", &count))?;
+    Ok(FIRST..FIRST + RawFd::from(end))
+}
+
+/// Owns a descriptor by its number, which nobody else may; an error if it is not open.
 #[allow(unsafe_code, reason = "the operating system hands descriptors over as numbers")]
-fn own(descriptor: std::os::fd::RawFd) -> OwnedFd {
-    use std::os::fd::FromRawFd;
-    // SAFETY: The number is of the range that the service manager passed to this very process (LISTEN_PID), was open
-    // a moment ago (setting close-on-exec succeeded), and is handed out once in the life of the process (TAKEN), before
-    // anything else could have opened or closed a descriptor of that range: the range is occupied from exec on.
-    unsafe { OwnedFd::from_raw_fd(descriptor) }
+fn own(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: Borrowed only to ask whether it is open, and to set close-on-exec. The number is of the range that the service
+    // manager passed to this very process (LISTEN_PID), which is occupied from exec on, so that nothing else of this
+    // process opens or closes descriptors in it.
+    let seen = unsafe { BorrowedFd::borrow_raw(number) };
+    fcntl_setfd(seen, fcntl_getfd(seen)? | FdFlags::CLOEXEC)?;
+    // SAFETY: As before; it is open; and each number is handed out once in the life of the process (TAKEN).
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// What a socket should be, so that it can take the place of one that would be opened.
@@ -126,6 +143,20 @@ mod tests {
         assert!(matches!(Expected::Unix(&path).check(&datagrams), Err(Unusable::Kind(_))));
         let file = tempfile::tempfile().unwrap();
         assert!(matches!(Expected::Unix(&path).check(&file), Err(Unusable::NoSocket(_))));
+    }
+
+    #[test]
+    fn descriptors_are_taken_only_by_the_process_that_they_are_for() {
+        let numbers = |pid: Option<&str>, count: Option<&str>| numbers(pid.map(Into::into), count.map(Into::into), 7);
+        assert_eq!(numbers(Some("7"), Some("2")).unwrap(), 3..5);
+        for (pid, count) in
+            [(None, None), (None, Some("2")), (Some("7"), None), (Some("8"), Some("2")), (Some("7"), Some("0"))]
+        {
+            assert!(numbers(pid, count).unwrap().is_empty(), "{pid:?} {count:?}");
+        }
+        for (pid, count) in [("x", "2"), ("7", "x"), ("7", "-1"), ("7", "4294967295")] {
+            numbers(Some(pid), Some(count)).unwrap_err();
+        }
     }
 
     #[test]

@@ -65,7 +65,7 @@ impl Manager {
                 None
             }
         });
-        let manager = Self { socket, watchdog: sd_notify::watchdog_enabled(), passed: Mutex::default() };
+        let manager = Self { socket, watchdog: watchdog(), passed: Mutex::default() };
         let mut kept = manager.passed();
         for (full, socket) in passed {
             let (name, mark) = full.split_once(MARK).unwrap_or((&full, ""));
@@ -174,6 +174,13 @@ impl Manager {
     fn passed(&self) -> MutexGuard<'_, BTreeMap<String, Kept>> {
         self.passed.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The time within which a sign of life must come, if it is this process that should give it.
+fn watchdog() -> Option<Duration> {
+    let number = |name| std::env::var(name).ok()?.parse::<u64>().ok();
+    let ours = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
+    number("WATCHDOG_USEC").filter(|period| ours && *period > 0).map(Duration::from_micros)
 }
 
 fn connect(address: &OsString) -> io::Result<UnixDatagram> {

@@ -52,6 +52,13 @@ fn of_config(file: &Path, loaded: &Result<Config, ConfigErrors>) -> Finding {
             Finding::ok(check, format!("{}: {number} {noun}, revision {}", file.display(), config.revision))
         }
         Ok(config) => Finding::warning(check, config.warnings.join("; "), "`enclavectl check` shows where"),
+        // What may be right and can't be read here says nothing of the host.
+        Err(_)
+            if std::fs::File::open(file).is_err_and(|error| error.kind() == std::io::ErrorKind::PermissionDenied) =>
+        {
+            let failure = Failure::new(format!("{} can't be read by this user", file.display()));
+            Finding::unknown(check, &failure.with_remedy("run it as root, or as a member of the group enclaved"))
+        }
         Err(errors) => {
             let errors = errors.to_string();
             let mut lines = errors.lines();

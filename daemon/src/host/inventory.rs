@@ -16,7 +16,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
 
@@ -133,19 +133,27 @@ impl Surveyor for Survey {
         let Some(roots) = self.roots.clone() else { return Ok(None) };
         let seen = Arc::clone(&self.seen);
         let read = tokio::task::spawn_blocking(move || {
+            // One look at a time: those that hang (a sysfs file does while CPUs go off line) must not take one thread after another.
+            let mut seen = match seen.try_lock() {
+                Ok(seen) => seen,
+                // A panic while it was held left what was there before, which is as good as any.
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Failure::new("the last look at the host's CPUs and memory has not ended yet"));
+                }
+            };
             let changing = changing(&roots);
-            // A panic while it was held would leave what was there before, which is as good as any.
-            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
             match &*seen {
-                Some(seen) if seen.changing == changing && seen.at.elapsed() < AGE => Arc::clone(&seen.inventory),
+                Some(seen) if seen.changing == changing && seen.at.elapsed() < AGE => Ok(Arc::clone(&seen.inventory)),
                 _ => {
                     let inventory = Arc::new(read_files(&roots));
                     *seen = Some(Seen { at: Instant::now(), changing, inventory: Arc::clone(&inventory) });
-                    inventory
+                    Ok(inventory)
                 }
             }
         });
-        read.await.map(Some).map_err(|error| Failure::new(format!("looking at the host was cut off: {error}")))
+        let read = read.await.map_err(|error| Failure::new(format!("looking at the host was cut off: {error}")))?;
+        read.map(Some)
     }
 }
 

@@ -5,6 +5,7 @@
 
 use super::{DEADLINE, Machine, MachineOptions};
 use crate::application::Application;
+use crate::nitro_cli::faults::Hazard;
 use crate::nitro_cli::{self, Call, Environment, Measured, SETTINGS_FILE};
 use crate::nitro_host::{Shape, image};
 use anyhow::{Context as _, ensure};
@@ -28,19 +29,18 @@ pub const HTTP_PORT: u32 = 8080;
 /// The vsock port on which the sample application sends back what it receives.
 pub const ECHO_PORT: u32 = 7;
 
-/// Sandboxes that let the stand-ins do what the hardware does.
-const DROP_IN: &str = "[Service]\nReadWritePaths=/run/standin\n";
-/// The machine's own boot id is a file that lies over one below `/proc`, and whose name is gone; a unit with mounts of its own there
-/// would see this computer's boot id, which no reboot of the machine changes.
-const DROP_IN_BOOT_ID: &str = "[Service]\nBindReadOnlyPaths=/run/standin/boot_id:/proc/sys/kernel/random/boot_id\n";
+/// A sandbox that lets the stand-ins do what the hardware does. A machine's boot id is a file over that of this computer; a unit with
+/// a /proc of its own would see the latter, which no reboot of a machine changes.
+const DROP_IN: &str = "[Service]\nReadWritePaths=/run/standin\n\
+     BindReadOnlyPaths=/run/machine-boot-id:/proc/sys/kernel/random/boot_id\n";
 /// The sockets that stand for an enclave's vsock are for the proxy, too.
-const DROP_IN_UMASK: &str = "[Service]\nUMask=0007\n";
-const TMPFILES: &str = "d /run/standin 0755 root root\n\
+const FOR_PROXY: &str = "UMask=0007\n";
+const TMPFILES: &str = "C /run/machine-boot-id - - - - /proc/sys/kernel/random/boot_id\n\
+     d /run/standin 0755 root root\n\
      C /run/standin/sys - - - - /opt/nitro/sys\n\
      Z /run/standin/sys - enclaved ne\n\
      d /run/standin/state 0770 enclaved ne\n\
-     d /run/standin/vsock 2770 enclaved enclaved-proxy\n\
-     C /run/standin/boot_id - - - - /proc/sys/kernel/random/boot_id\n";
+     d /run/standin/vsock 2770 enclaved enclaved-proxy\n";
 
 /// The stock service that sets CPUs and memory aside, and what it runs.
 const ALLOCATOR: &str = "[Unit]\nDescription=Nitro Enclaves Resource Allocator\n\n[Service]\nType=oneshot\n\
@@ -156,6 +156,14 @@ impl Parent {
         found.with_context(|| format!("last status: {last:#?}"))
     }
 
+    /// From now on these happen to whoever runs nitro-cli.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn switch_on(&self, hazards: &[Hazard]) -> anyhow::Result<()> {
+        self.write(&format!("{STANDIN}/state/faults.json"), serde_json::to_vec(hazards)?)
+    }
+
     /// The nitro-cli commands run since the machine was booted.
     ///
     /// # Errors
@@ -221,11 +229,10 @@ fn standin(options: MachineOptions, shape: &Shape) -> MachineOptions {
         .file("/usr/lib/systemd/system/nitro-enclaves-allocator.service", 0o644, ALLOCATOR)
         .file("/usr/bin/nitro-enclaves-allocator", 0o755, ALLOCATOR_SCRIPT)
         .folder("/etc/nitro_enclaves")
-        .file("/etc/systemd/system/enclave@.service.d/umask.conf", 0o644, DROP_IN_UMASK);
-    for unit in ["enclaved.service", "enclave@.service"] {
-        options = options.file(format!("/etc/systemd/system/{unit}.d/boot-id.conf"), 0o644, DROP_IN_BOOT_ID);
-    }
-    for unit in ["enclaved.service", "enclaved-proxy.service", "enclaved-allocator.service", "enclave@.service"] {
+        .file("/etc/systemd/system/enclave@.service.d/standin.conf", 0o644, DROP_IN.to_owned() + FOR_PROXY);
+    let for_proxy = "[Service]\nReadWritePaths=/run/standin\n";
+    options = options.file("/etc/systemd/system/enclaved-proxy.service.d/standin.conf", 0o644, for_proxy);
+    for unit in ["enclaved.service", "enclaved-allocator.service"] {
         options = options.file(format!("/etc/systemd/system/{unit}.d/standin.conf"), 0o644, DROP_IN);
     }
     for folder in shape.sysfs_folders() {

@@ -20,8 +20,9 @@ fn enabling_the_daemon_is_all_a_host_needs() {
             })
             .unwrap_or_else(|error| panic!("{unit}: {error:#}\n{}", parent.journal(unit).unwrap()));
     }
-    assert_eq!(parent.property("enclaved", "StatusText").unwrap(), "0 of 0 enclaves ready");
     let status = parent.until("it tells its status", |status| status.ready).unwrap();
+    let told = || Ok((parent.property("enclaved", "StatusText")? == "0 of 0 enclaves ready").then_some(()));
+    parent.wait_until("systemctl status tells it, too", DEADLINE, told).unwrap();
     assert_eq!(status.host.pid, parent.main_pid("enclaved").unwrap().unwrap());
 
     parent.reboot().unwrap();

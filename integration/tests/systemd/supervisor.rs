@@ -4,6 +4,7 @@
 use crate::DEADLINE;
 use enclaved_core::status::{EnclaveState, EnclaveStatus, Status};
 use enclaved_integration::machine::parent::{Parent, parent_host};
+use enclaved_integration::nitro_cli::faults::{Fault, Hazard};
 
 const IMAGE: &str = "/opt/images/signer.eif";
 
@@ -66,6 +67,30 @@ fn an_enclave_is_a_unit_whose_main_process_is_nitro_clis_and_it_outlives_the_dae
     }
     parent.run_ok(&["systemctl", "stop", "enclaved"]).unwrap();
     assert_eq!(parent.main_pid(unit).unwrap(), signer.pid);
+}
+
+#[test]
+fn enclaved_comes_back_at_once_while_an_enclave_boots() {
+    let parent = parent_host().unwrap();
+    parent.put_image(IMAGE, &parent.sample_application("v1")).unwrap();
+    parent.write("/etc/enclaved/enclaved.toml", config(&parent, "")).unwrap();
+    parent.switch_on(&[Hazard::always("run-enclave", Fault::SlowBoot { millis: 20_000 })]).unwrap();
+    parent.run_ok(&["systemctl", "enable", "--now", "enclaved"]).unwrap();
+    until_property(&parent, "enclave@signer-1", "ActiveState", "activating");
+    parent.run_ok(&["systemctl", "restart", "enclaved"]).unwrap();
+    let status = parent.status().unwrap().unwrap();
+    assert_eq!(signer(&status).state, EnclaveState::Launching, "it still boots");
+    assert_eq!(parent.property("enclave@signer-1", "ActiveState").unwrap(), "activating");
+    until_ready(&parent, 1);
+}
+
+#[test]
+fn an_enclave_outlives_a_switch_of_the_target() {
+    let parent = serving();
+    let before = until_ready(&parent, 1).pid;
+    parent.run_ok(&["systemctl", "isolate", "multi-user.target"]).unwrap();
+    parent.run_ok(&["systemctl", "restart", "enclaved"]).unwrap();
+    assert_eq!(until_ready(&parent, 1).pid, before);
 }
 
 #[test]

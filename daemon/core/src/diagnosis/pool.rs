@@ -83,6 +83,17 @@ pub fn sizing(inventory: &Inventory, wanted: &Wanted) -> Finding {
             remedy,
         );
     }
+    // Whose pool has room for all is not told that they do not fit: how much the parent keeps is the administrator's to say.
+    let has_room = |pool: &PoolNow| pool.cpus.len() >= wanted.cpus() && pool.memory >= wanted.memory();
+    let nothing_kept = Reserve { cpus: 0, memory: MemoryMib(0) };
+    if wanted.by == SetAsideBy::Administrator
+        && PoolNow::of(inventory).as_ref().is_ok_and(has_room)
+        && Capacity::of(inventory, nothing_kept).is_ok_and(|capacity| admit(&capacity, &in_place).is_ok())
+    {
+        let remedy = "they are launched in what the administrator has set aside; give the parent more, or say with reserve_cpus and \
+                      reserve_memory_mib that it needs less";
+        return Finding::warning(check, format!("only with less left to the parent: {}", refusal.message), remedy);
+    }
     Finding::failed(check, &refusal)
 }
 
@@ -252,6 +263,15 @@ pub(crate) mod tests {
         assert_eq!(sizing(&host, &blue_green).outcome, Outcome::Warning);
         let unseen = Inventory { cpus: Unknown(Failure::new("no sysfs")), ..host };
         assert_eq!(sizing(&unseen, &administrators(2, 64)).outcome, Outcome::Unknown);
+    }
+
+    #[test]
+    fn what_has_room_in_the_administrators_pool_only_warns_that_the_parent_keeps_less_than_its_reserve() {
+        let keeps = |by| Wanted { reserve: Reserve { cpus: 6, memory: MemoryMib(2048) }, ..wanted(by, 4, 2048) };
+        let finding = sizing(&inventory(), &keeps(SetAsideBy::Administrator));
+        assert_eq!(finding.outcome, Outcome::Warning);
+        assert!(finding.seen.contains("less left to the parent"), "{}", finding.seen);
+        assert_eq!(sizing(&inventory(), &keeps(SetAsideBy::Enclaved)).outcome, Outcome::Failure);
     }
 
     #[test]
