@@ -192,6 +192,9 @@ impl Scenario {
                 harness.configure(setup.desired(two(2))).await;
                 harness.pass(Duration::from_millis(200)).await;
                 harness.converge(PATIENCE).await?;
+                // The traces of the one that was replaced go when it is known how it ended.
+                harness.pass(Duration::from_secs(2)).await;
+                harness.converge(PATIENCE).await?;
                 once_each(&harness.world, 3, 1)?;
             }
             Self::ByHand => {
