@@ -1,6 +1,7 @@
 //! Names of upstreams: what they resolve to now, or last did. Names are kept, not looked up when a connection comes: each name
 //! that a route holds has a task that asks for it again before its answer runs out, so that a slow resolver keeps no
-//! connection waiting while any answer is known. Who is asked is `system`'s; which addresses may be used is `dial`'s.
+//! connection waiting while any answer is known. Who is asked is `system`'s, how is `nameservers`'; which addresses may be used
+//! is `dial`'s.
 //!
 //! - An answer is good for its TTL, within [`TTL_MIN`] and [`TTL_MAX`]. A name that is in use is asked for again when four
 //!   fifths of that are over; one that is not, once a minute at most: the first to use it again may get an answer so old.
@@ -11,6 +12,7 @@
 //! - One question for a name is under way at a time, however many endpoints and connections want it. What no route holds any
 //!   more is forgotten, and never asked for.
 
+mod nameservers;
 mod system;
 
 use crate::counters::Latency;
@@ -85,7 +87,7 @@ trait Source: fmt::Debug + Send + Sync {
     /// Asks for a name. Cancel-safe: a question that is dropped is forgotten.
     fn ask<'a>(&'a self, hostname: &'a str) -> Asking<'a>;
 
-    /// Whether it would ask elsewhere now than at the last question.
+    /// Whether it would ask elsewhere now than when this was asked last, or at the first question. A change is told once.
     fn changed(&self) -> bool;
 }
 
