@@ -50,6 +50,14 @@ impl Manager {
         Self::default()
     }
 
+    /// One that is the other end of a socket.
+    #[cfg(test)]
+    pub(crate) fn heard_by(watchdog: Option<Duration>) -> (Self, UnixDatagram) {
+        let (socket, heard) = UnixDatagram::pair().unwrap();
+        heard.set_nonblocking(true).unwrap();
+        (Self { socket: Some(Arc::new(socket)), watchdog, passed: Mutex::default() }, heard)
+    }
+
     /// The one that started this process, if one did: `NOTIFY_SOCKET`, `LISTEN_FDS`, `LISTEN_FDNAMES`, `LISTEN_PID`,
     /// `WATCHDOG_USEC` and `WATCHDOG_PID` say so. The first call takes the descriptors that were passed; it belongs before
     /// anything that opens descriptors.

@@ -127,9 +127,10 @@ impl Plane {
         close_all(std::mem::take(&mut state.slots)).await;
     }
 
-    /// Waits until it could be looked at: it is not stuck.
-    pub(crate) async fn turns(&self) {
-        drop(self.state.lock().await);
+    /// Keeps everybody from it, as one does who waits for a disk.
+    #[cfg(test)]
+    pub(crate) async fn hold(&self) -> impl Sized + '_ {
+        self.state.lock().await
     }
 
     /// How many listeners there are, and where those should listen that do not.
