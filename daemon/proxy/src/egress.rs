@@ -5,9 +5,11 @@
 mod hello;
 pub(crate) mod hosts;
 mod rate;
+pub(crate) mod seats;
 
 use self::hosts::Hosts;
 use self::rate::Rate;
+use self::seats::Seats;
 use crate::counters::{Failure, Open, Refused, Traffic};
 use crate::current::Current;
 use crate::dial::Upstream;
@@ -57,6 +59,8 @@ pub(crate) struct Endpoint {
     /// Ends every connection of its [`Grant`]: that of another CID, or of a changed endpoint, is another.
     pub(crate) cut: CancellationToken,
     traffic: Arc<Traffic>,
+    /// Of this enclave's CID on this vsock port alone, while `traffic` is that of all generations.
+    pub(crate) seats: Seats,
     upstream: Upstream,
     rate: Rate,
     failures: Throttle,
@@ -71,10 +75,17 @@ pub(crate) enum Offer {
 
 impl Endpoint {
     /// Begins to resolve its name, so that it is known when the enclave comes.
-    pub(crate) fn new(route: EgressRoute, cut: CancellationToken, traffic: Arc<Traffic>, shared: &Shared) -> Self {
+    /// `seats` are those of the endpoint that it takes the place of, or new.
+    pub(crate) fn new(
+        route: EgressRoute,
+        cut: CancellationToken,
+        traffic: Arc<Traffic>,
+        seats: Seats,
+        shared: &Shared,
+    ) -> Self {
         let rate = Rate::new(route.limits.connections_per_second.unwrap_or(shared.limits.egress_rate));
         let upstream = Upstream::new(&route, &shared.resolver);
-        Self { route, cut, traffic, upstream, rate, failures: Throttle::new() }
+        Self { route, cut, traffic, seats, upstream, rate, failures: Throttle::new() }
     }
 
     async fn carry(&self, mut enclave: Stream, turn: Instant, shared: &Shared) {
@@ -237,10 +248,10 @@ impl Service for EgressPort {
         let open = Open::egress(&endpoint.traffic);
         let limit =
             endpoint.route.limits.max_connections.map_or(self.shared.limits.egress_connections as u64, u64::from);
-        if endpoint.traffic.open_now() > limit {
+        let Some(seat) = endpoint.seats.take(limit) else {
             endpoint.fail(Failure::Limit, Some(&format!("it has {limit} connections already")));
             return;
-        }
+        };
         let Some(turn) = endpoint.rate.turn() else {
             endpoint.fail(Failure::Rate, Some("it makes new connections faster than its connections_per_second"));
             return;
@@ -248,7 +259,7 @@ impl Service for EgressPort {
         let shared = self.shared.clone();
         self.shared.spawn(async move {
             endpoint.carry(enclave, turn, &shared).await;
-            drop(open);
+            drop((seat, open));
         });
     }
 }
@@ -278,7 +289,8 @@ mod tests {
             limits: EgressLimits::default(),
         };
         let key = TrafficKey { enclave: route.enclave.clone(), direction: Direction::Egress, endpoint: "x".into() };
-        let endpoint = Endpoint::new(route, CancellationToken::new(), shared.counters.traffic(key), &shared);
+        let endpoint =
+            Endpoint::new(route, CancellationToken::new(), shared.counters.traffic(key), Seats::default(), &shared);
         let point = ListenPoint { cid: None, port: 8000 };
         let endpoints = HashMap::from([(Cid::FIRST, Offer::Endpoint(Arc::new(endpoint)))]);
         (Arc::new(EgressPort::new(Transport::AfVsock, point, endpoints, shared)), upstream)

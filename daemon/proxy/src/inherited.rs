@@ -23,8 +23,20 @@ pub(crate) fn take() -> io::Result<Vec<(String, OwnedFd)>> {
     let variable = |name| std::env::var(name).ok();
     let passed = numbers(variable("LISTEN_PID"), variable("LISTEN_FDS"), std::process::id())?;
     let names = variable("LISTEN_FDNAMES").unwrap_or_default();
-    let mut names = names.split(':');
-    passed.map(|number| Ok((names.next().unwrap_or_default().to_owned(), own(number)?))).collect()
+    Ok(each(passed, &names, own))
+}
+
+/// Each with its name; one that is of no use does not keep the others from being taken.
+fn each<T>(passed: Range<RawFd>, names: &str, own: impl Fn(RawFd) -> io::Result<T>) -> Vec<(String, T)> {
+    let names = names.split(':').chain(std::iter::repeat(""));
+    let owned = passed.zip(names).filter_map(|(number, name)| match own(number) {
+        Ok(descriptor) => Some((name.to_owned(), descriptor)),
+        Err(error) => {
+            tracing::error!(number, name, %error, "a descriptor that the service manager passed is of no use; going on without it");
+            None
+        }
+    });
+    owned.collect()
 }
 
 /// The numbers of the descriptors that are for this process: from 3 on.
@@ -157,6 +169,13 @@ mod tests {
         for (pid, count) in [("x", "2"), ("7", "x"), ("7", "-1"), ("7", "4294967295")] {
             numbers(Some(pid), Some(count)).unwrap_err();
         }
+    }
+
+    #[test]
+    fn a_descriptor_that_is_not_open_costs_no_other() {
+        let own = |number| if number == 4 { Err(rustix::io::Errno::BADF.into()) } else { Ok(number) };
+        let named = |name: &str, number| (name.to_owned(), number);
+        assert_eq!(each(3..7, "a:b:c", own), [named("a", 3), named("c", 5), named("", 6)]);
     }
 
     #[test]

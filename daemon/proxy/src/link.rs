@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
-use tokio::time::{sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 /// The name under which the service manager keeps the socket.
 pub(crate) const NAME: &str = "link";
@@ -34,33 +34,49 @@ const MODE: Mode = Mode::from_bits_retain(0o660);
 #[derive(Debug)]
 pub(crate) struct Link {
     socket: BoundSocket,
+    /// Whether the service manager has it, too, if there is one.
+    kept: bool,
     clients: Arc<Semaphore>,
 }
 
 impl Link {
     /// Takes over the one that the service manager kept, or opens it.
     pub(crate) async fn open(path: &Path, manager: &Manager, kept: Option<Kept>) -> Result<Self, BindError> {
-        let socket = Self::socket(path, manager, kept).await?;
+        let clients = Arc::new(Semaphore::new(CLIENTS));
+        let link = match Self::adopt(path, manager, kept).await {
+            Some(socket) => Self { socket, kept: true, clients },
+            None => {
+                let mut link = Self { socket: BoundSocket::bind(path, Some(MODE)).await?, kept: false, clients };
+                link.store(manager).await;
+                link
+            }
+        };
         tracing::info!(path = %path.display(), "the link is open");
-        Ok(Self { socket, clients: Arc::new(Semaphore::new(CLIENTS)) })
+        Ok(link)
     }
 
-    async fn socket(path: &Path, manager: &Manager, kept: Option<Kept>) -> Result<BoundSocket, BindError> {
-        if let Some(Kept { mark, socket }) = kept {
-            match BoundSocket::adopt(path, socket, &mark) {
-                Ok(socket) => return Ok(socket),
-                Err(unusable) => {
-                    tracing::warn!(error = chain(&unusable), "the link that the service manager kept is of no use");
-                    manager.forget(NAME, &mark).await;
-                }
+    async fn adopt(path: &Path, manager: &Manager, kept: Option<Kept>) -> Option<BoundSocket> {
+        let Kept { mark, socket } = kept?;
+        match BoundSocket::adopt(path, socket, &mark) {
+            Ok(socket) => Some(socket),
+            Err(unusable) => {
+                tracing::warn!(error = chain(&unusable), "the link that the service manager kept is of no use");
+                manager.forget(NAME, &mark).await;
+                None
             }
         }
-        let mut socket = BoundSocket::bind(path, Some(MODE)).await?;
-        if manager.is_there() {
-            manager.store(NAME, &socket.mark(), socket.as_fd()).await;
-            socket.set_kept();
+    }
+
+    /// Has the service manager, if there is one, keep it from now on.
+    async fn store(&mut self, manager: &Manager) {
+        if !manager.is_there() {
+            self.kept = true;
+        } else if let Err(error) = manager.store(NAME, &self.socket.mark(), self.socket.as_fd()).await {
+            tracing::warn!(%error, "the service manager could not be handed the link, which a restart would close; trying again every few seconds");
+        } else {
+            self.socket.set_kept();
+            self.kept = true;
         }
-        Ok(socket)
     }
 
     /// As [`Self::open`], until it succeeds.
@@ -74,9 +90,20 @@ impl Link {
     }
 
     /// Serves clients until dropped.
-    pub(crate) async fn serve(self, plane: Arc<Plane>, shared: Arc<Shared>) {
+    pub(crate) async fn serve(mut self, plane: Arc<Plane>, shared: Arc<Shared>) {
+        let mut retries = interval(shared.limits.retry);
+        retries.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let client = match self.socket.accept().await {
+            let client = tokio::select! {
+                // Cancel-safe: a client is taken and returned at once.
+                client = self.socket.accept() => client,
+                // Cancel-safe: a tick that is not taken stays, whatever clients come.
+                _ = retries.tick(), if !self.kept => {
+                    self.store(&shared.manager).await;
+                    continue;
+                }
+            };
+            let client = match client {
                 Ok(client) => client,
                 Err(error) => {
                     tracing::warn!(%error, "the link could not accept a client");

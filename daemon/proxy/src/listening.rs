@@ -12,7 +12,7 @@ use std::error::Error;
 use std::future::Future;
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::task::{JoinHandle, JoinSet};
@@ -111,6 +111,7 @@ impl Listening {
             retry: retry.clone(),
             stop: stop.clone(),
             stored: Mutex::default(),
+            waiting: Mutex::default(),
         };
         let address = keeper.address.clone();
         Self { address, status, retry, stop, task: tokio::spawn(supervise(Arc::new(keeper))) }
@@ -163,8 +164,10 @@ struct Keeper<S> {
     status: watch::Sender<Status>,
     retry: Arc<Notify>,
     stop: CancellationToken,
-    /// The mark of the socket that was handed to the service manager.
+    /// The mark of the socket that the service manager keeps.
     stored: Mutex<Option<String>>,
+    /// The socket that it kept, until it is of use.
+    waiting: Mutex<Option<OwnedFd>>,
 }
 
 /// Starts the listener again should it panic.
@@ -188,11 +191,11 @@ impl<S: Service> Keeper<S> {
     async fn keep(&self) {
         while !self.stop.is_cancelled() {
             match self.open().await {
-                Ok(socket) => {
+                Ok((mut socket, kept)) => {
                     let address = socket.address();
                     tracing::info!(%address, "listening");
                     self.set(Status::Open { address });
-                    let accepted = self.accept(&socket).await;
+                    let accepted = self.listen(&mut socket, kept).await;
                     let ends = accepted.is_ok() && self.shared.closing.is_cancelled();
                     if !ends {
                         socket.discard();
@@ -209,49 +212,81 @@ impl<S: Service> Keeper<S> {
                 }
             }
         }
+        // One that was never of use, too, waits for the next proxy, if this one ends.
+        if !self.shared.closing.is_cancelled() {
+            drop(lock(&self.waiting).take());
+            self.forget().await;
+        }
     }
 
-    /// The socket that was kept, or a new one, which is kept from now on.
-    async fn open(&self) -> Result<S::Socket, S::Error> {
-        // What a panic left behind.
-        self.forget().await;
+    /// The socket that was kept, or a new one; and whether it is kept.
+    async fn open(&self) -> Result<(S::Socket, bool), S::Error> {
+        if lock(&self.waiting).is_none() {
+            // What a panic left behind.
+            self.forget().await;
+            if let Some(Kept { mark, socket }) = self.shared.manager.take(&self.service.name()) {
+                // At once: however this goes on, it is known what the service manager has.
+                *lock(&self.stored) = Some(mark);
+                *lock(&self.waiting) = Some(socket);
+            }
+        }
         self.service.prepare().await?;
-        let (manager, name) = (&self.shared.manager, self.service.name());
-        if let Some(Kept { mark, socket }) = manager.take(&name) {
+        let kept = lock(&self.waiting).take();
+        if let Some(socket) = kept {
+            let mark = lock(&self.stored).clone().unwrap_or_default();
             match self.service.adopt(socket, &mark) {
                 Ok(mut socket) => {
                     socket.kept();
-                    self.set_stored(mark);
-                    return Ok(socket);
+                    return Ok((socket, true));
                 }
                 Err(unusable) => {
-                    let error = chain(&unusable);
+                    let (name, error) = (self.service.name(), chain(&unusable));
                     tracing::warn!(
                         name,
                         error,
                         "a socket that the service manager kept is of no use; opening a new one"
                     );
-                    manager.forget(&name, &mark).await;
+                    self.forget().await;
                 }
             }
         }
         let mut socket = self.service.open().await?;
-        if manager.is_there() {
-            let mark = socket.mark();
-            manager.store(&name, &mark, socket.descriptor()).await;
-            socket.kept();
-            self.set_stored(mark);
-        }
-        Ok(socket)
+        let kept = self.store(&mut socket).await;
+        Ok((socket, kept))
     }
 
-    fn set_stored(&self, mark: String) {
-        *self.stored.lock().unwrap_or_else(PoisonError::into_inner) = Some(mark);
+    /// Accepts, and meanwhile has the socket kept if that did not succeed at once. As [`Self::accept`].
+    async fn listen(&self, socket: &mut S::Socket, mut kept: bool) -> io::Result<()> {
+        while !kept {
+            tokio::select! {
+                // Cancel-safe: a connection is taken and served without a wait between.
+                accepted = self.accept(socket) => return accepted,
+                // Cancel-safe: nothing is lost with a timer.
+                () = sleep(self.shared.limits.retry) => {}
+            }
+            kept = self.store(socket).await;
+        }
+        self.accept(socket).await
+    }
+
+    /// Has the service manager, if there is one, keep the socket from now on. Whether nothing is left to be done.
+    async fn store(&self, socket: &mut S::Socket) -> bool {
+        let (manager, name, mark) = (&self.shared.manager, self.service.name(), socket.mark());
+        if !manager.is_there() {
+            return true;
+        }
+        if let Err(error) = manager.store(&name, &mark, socket.descriptor()).await {
+            tracing::warn!(name, %error, "the service manager could not be handed a socket, which a restart would close; trying again every few seconds");
+            return false;
+        }
+        *lock(&self.stored) = Some(mark);
+        socket.kept();
+        true
     }
 
     /// The service manager is to keep the socket no more.
     async fn forget(&self) {
-        let stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let stored = lock(&self.stored).take();
         if let Some(mark) = stored {
             self.shared.manager.forget(&self.service.name(), &mark).await;
         }
@@ -338,6 +373,10 @@ impl<S: Service> Keeper<S> {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// What an error of accept(2) is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trouble {
@@ -364,9 +403,11 @@ impl Trouble {
 mod tests {
     use super::*;
     use crate::limits::Limits;
+    use crate::manager::Manager;
     use rustix::fd::AsFd;
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use tokio::time::Instant;
+    use tokio::net::UnixDatagram;
+    use tokio::time::{Instant, timeout};
 
     type Accepts = Arc<Mutex<Vec<Result<(), Option<Errno>>>>>;
 
@@ -376,6 +417,15 @@ mod tests {
         accepts: Accepts,
         served: AtomicUsize,
         panic_at: usize,
+        /// How often nothing is there that a socket needs.
+        unprepared: AtomicUsize,
+        adopting: Adopting,
+    }
+    #[derive(Clone, Copy)]
+    enum Adopting {
+        Refuses,
+        Takes,
+        Panics,
     }
     struct ScriptedSocket(Accepts, std::fs::File);
 
@@ -408,8 +458,16 @@ mod tests {
         fn name(&self) -> String {
             "wanted".to_owned()
         }
-        fn adopt(&self, _: OwnedFd, _: &str) -> Result<ScriptedSocket, Unusable> {
-            Err(Unusable::Silent)
+        async fn prepare(&self) -> io::Result<()> {
+            let left = self.unprepared.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
+            if left.is_ok() { Err(io::Error::other("not prepared")) } else { Ok(()) }
+        }
+        fn adopt(&self, socket: OwnedFd, _: &str) -> Result<ScriptedSocket, Unusable> {
+            match self.adopting {
+                Adopting::Refuses => Err(Unusable::Silent),
+                Adopting::Takes => Ok(ScriptedSocket(self.accepts.clone(), socket.into())),
+                Adopting::Panics => panic!("on purpose"),
+            }
         }
         async fn open(&self) -> io::Result<ScriptedSocket> {
             let next = self.opens.lock().unwrap().pop().unwrap_or(Ok(()));
@@ -424,7 +482,84 @@ mod tests {
 
     fn scripted(opens: Vec<Result<(), &'static str>>, accepts: Vec<Result<(), Option<Errno>>>) -> Arc<Scripted> {
         let accepts = Arc::new(Mutex::new(accepts));
-        Arc::new(Scripted { opens: Mutex::new(opens), accepts, served: AtomicUsize::new(0), panic_at: usize::MAX })
+        Arc::new(Scripted {
+            opens: Mutex::new(opens),
+            accepts,
+            served: AtomicUsize::new(0),
+            panic_at: usize::MAX,
+            unprepared: AtomicUsize::new(0),
+            adopting: Adopting::Refuses,
+        })
+    }
+
+    /// A service manager that kept a socket of the scripted service.
+    fn under_a_manager() -> (Arc<Shared>, UnixDatagram) {
+        let (manager, heard) = Manager::heard_by(None);
+        manager.take_in(vec![("wanted@1".to_owned(), std::fs::File::open("/dev/null").unwrap().into())]);
+        let limits = Limits { retry: Duration::from_millis(10), ..Limits::default() };
+        (Arc::new(Shared::under(manager, limits)), UnixDatagram::from_std(heard).unwrap())
+    }
+
+    /// The next that the service manager is told of what it keeps.
+    async fn said(heard: &UnixDatagram) -> String {
+        let mut text = [0; 512];
+        loop {
+            let read = timeout(Duration::from_secs(10), heard.recv(&mut text)).await.unwrap().unwrap();
+            if text.starts_with(b"FD") {
+                return String::from_utf8_lossy(&text[..read]).into_owned();
+            }
+        }
+    }
+
+    const REMOVAL: &str = "FDSTOREREMOVE=1\nFDNAME=wanted@1\n";
+    const STORING: &str = "FDSTORE=1\nFDPOLL=0\nFDNAME=wanted\n";
+
+    #[tokio::test]
+    async fn a_socket_that_was_kept_waits_until_what_it_needs_is_there() {
+        let (shared, heard) = under_a_manager();
+        let mut service = scripted(Vec::new(), Vec::new());
+        let script = Arc::get_mut(&mut service).unwrap();
+        (script.unprepared, script.adopting) = (AtomicUsize::new(2), Adopting::Takes);
+        let mut listening = Listening::start(service, shared.clone());
+        listening.settled().await;
+        assert_eq!(listening.report().1.as_deref(), Some("not prepared"));
+        // As the plane does when every listener had its chance.
+        shared.manager.forget_rest().await;
+        listening.status.wait_for(|status| matches!(status, Status::Open { .. })).await.unwrap();
+        heard.try_recv(&mut [0; 512]).unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_waits_is_closed_with_its_listener() {
+        let (shared, heard) = under_a_manager();
+        let service = scripted(Vec::new(), Vec::new());
+        service.unprepared.store(usize::MAX, Relaxed);
+        let mut listening = Listening::start(service, shared.clone());
+        listening.settled().await;
+        let (said, ()) = tokio::join!(said(&heard), listening.close());
+        assert_eq!(said, REMOVAL);
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_cannot_be_adopted_without_a_panic_is_replaced() {
+        let (shared, heard) = under_a_manager();
+        let mut service = scripted(Vec::new(), Vec::new());
+        Arc::get_mut(&mut service).unwrap().adopting = Adopting::Panics;
+        let _listening = Listening::start(service, shared.clone());
+        assert_eq!(said(&heard).await, REMOVAL);
+        assert_eq!(said(&heard).await, STORING);
+        assert_eq!(shared.counters.panics.load(Relaxed), 1);
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_could_not_be_stored_is_served_and_stored_later() {
+        let (shared, heard) = under_a_manager();
+        shared.manager.take("wanted").unwrap();
+        shared.manager.fill();
+        let service = scripted(Vec::new(), vec![Ok(())]);
+        let _listening = Listening::start(service.clone(), shared.clone());
+        until_served(&service, 1).await;
+        assert_eq!(said(&heard).await, STORING);
     }
 
     async fn until_served(service: &Scripted, count: usize) {

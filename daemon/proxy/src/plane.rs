@@ -5,6 +5,7 @@
 
 use crate::counters::{Live, TrafficKey};
 use crate::egress::hosts::Hosts;
+use crate::egress::seats::Seats;
 use crate::egress::{EgressPort, Endpoint, Grant, Offer};
 use crate::error_text::chain;
 use crate::ingress::https::{Https, HttpsPort};
@@ -110,13 +111,15 @@ impl Plane {
         Ok(())
     }
 
-    /// What has to be done from time to time: certificates, idle connections, a snapshot that is not on disk yet.
+    /// What has to be done from time to time: certificates, idle connections, a snapshot that is not on disk yet, sockets that
+    /// the service manager could not be told to close.
     pub(crate) async fn maintain(&self) {
         self.https.upstreams.reap();
         self.shared.resolver.look();
         if !self.https.sites.get().domains().is_empty() {
             self.maintain_certificates().await;
         }
+        self.shared.manager.settle().await;
         self.save(&mut *self.state.lock().await).await;
     }
 
@@ -127,9 +130,10 @@ impl Plane {
         close_all(std::mem::take(&mut state.slots)).await;
     }
 
-    /// Waits until it could be looked at: it is not stuck.
-    pub(crate) async fn turns(&self) {
-        drop(self.state.lock().await);
+    /// Keeps everybody from it, as one does who waits for a disk.
+    #[cfg(test)]
+    pub(crate) async fn hold(&self) -> impl Sized + '_ {
+        self.state.lock().await
     }
 
     /// How many listeners there are, and where those should listen that do not.
@@ -271,19 +275,22 @@ impl Plane {
         for route in &routes.egress {
             let Some(cut) = state.grants.get(&Grant::from(route)) else { continue };
             let point = transport.listen_point(route.cid, route.vsock_port);
-            let endpoint = existing_endpoint(state.slots.get(&Slot::Egress(point)), route, cut);
-            let endpoint = endpoint.unwrap_or_else(|| {
+            let before = existing_offer(state.slots.get(&Slot::Egress(point)), route.cid);
+            let endpoint = existing_endpoint(before.as_ref(), route, cut).unwrap_or_else(|| {
                 let name = format!("{}:{}", route.hostname, route.port);
                 let traffic = self.shared.counters.traffic(key(&route.enclave, Direction::Egress, name));
-                Arc::new(Endpoint::new(route.clone(), cut.clone(), traffic, &self.shared))
+                let seats = existing_seats(before.as_ref(), cut);
+                Arc::new(Endpoint::new(route.clone(), cut.clone(), traffic, seats, &self.shared))
             });
             points.entry(point).or_default().insert(route.cid, Offer::Endpoint(endpoint));
         }
         for route in &routes.hosts {
             let Some(live) = state.lives.get(&route.cid) else { continue };
             let traffic = self.shared.counters.traffic(key(&route.enclave, Direction::Egress, "hosts".to_owned()));
-            let hosts = Hosts::new(route.document.clone(), live.cut.clone(), traffic);
             let point = transport.listen_point(route.cid, route.vsock_port);
+            let before = existing_offer(state.slots.get(&Slot::Egress(point)), route.cid);
+            let seats = existing_seats(before.as_ref(), &live.cut);
+            let hosts = Hosts::new(route.document.clone(), live.cut.clone(), traffic, seats);
             points.entry(point).or_default().insert(route.cid, Offer::Hosts(Arc::new(hosts)));
         }
         for (point, offers) in points {
@@ -416,9 +423,23 @@ fn update_grants(
     before
 }
 
-/// The endpoint that is served there now, if it is this very one: then its state lives on.
-fn existing_endpoint(slot: Option<&Open>, route: &EgressRoute, cut: &CancellationToken) -> Option<Arc<Endpoint>> {
+/// What that enclave is served there now.
+fn existing_offer(slot: Option<&Open>, cid: Cid) -> Option<Offer> {
     let Some(Open { service: Service::Egress(port), .. }) = slot else { return None };
-    let Offer::Endpoint(endpoint) = port.offers.get().get(&route.cid)?.clone() else { return None };
-    (endpoint.route == *route && endpoint.cut == *cut).then_some(endpoint)
+    port.offers.get().get(&cid).cloned()
+}
+
+/// The endpoint that is served there now, if it is this very one: then its state lives on.
+fn existing_endpoint(before: Option<&Offer>, route: &EgressRoute, cut: &CancellationToken) -> Option<Arc<Endpoint>> {
+    let Some(Offer::Endpoint(endpoint)) = before else { return None };
+    (endpoint.route == *route && endpoint.cut == *cut).then(|| endpoint.clone())
+}
+
+/// Those of what is served there now, if its connections live on: they are counted against the new limit.
+fn existing_seats(before: Option<&Offer>, cut: &CancellationToken) -> Seats {
+    match before {
+        Some(Offer::Endpoint(endpoint)) if endpoint.cut == *cut => endpoint.seats.clone(),
+        Some(Offer::Hosts(hosts)) if hosts.cut == *cut => hosts.seats.clone(),
+        _ => Seats::default(),
+    }
 }

@@ -1,5 +1,6 @@
 //! The list of an enclave's endpoints, for the enclave itself: whoever connects gets the document and the end.
 
+use super::seats::Seats;
 use crate::counters::{Failure, Open, Traffic};
 use crate::shared::Shared;
 use crate::vsock::Stream;
@@ -21,20 +22,21 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Hosts {
     document: String,
     /// Ends with the enclave.
-    cut: CancellationToken,
+    pub(crate) cut: CancellationToken,
     traffic: Arc<Traffic>,
+    /// Of this enclave's CID alone, while `traffic` is that of all generations.
+    pub(crate) seats: Seats,
 }
 
 impl Hosts {
-    pub(crate) fn new(document: String, cut: CancellationToken, traffic: Arc<Traffic>) -> Self {
-        Self { document, cut, traffic }
+    /// `seats` are those of the list that it takes the place of, or new.
+    pub(crate) fn new(document: String, cut: CancellationToken, traffic: Arc<Traffic>, seats: Seats) -> Self {
+        Self { document, cut, traffic, seats }
     }
 
     pub(crate) fn serve(self: Arc<Self>, mut enclave: Stream, shared: &Shared) {
         let open = Open::egress(&self.traffic);
-        if self.traffic.open_now() > READERS {
-            return self.traffic.fail(Failure::Limit);
-        }
+        let Some(seat) = self.seats.take(READERS) else { return self.traffic.fail(Failure::Limit) };
         shared.spawn(async move {
             let cut = self.cut.child_token();
             let given = tokio::select! {
@@ -51,7 +53,7 @@ impl Hosts {
                 Ok(()) => drop(self.traffic.to_enclave.fetch_add(self.document.len() as u64, Relaxed)),
                 Err(failure) => self.traffic.fail(failure),
             }
-            drop(open);
+            drop((seat, open));
         });
     }
 }

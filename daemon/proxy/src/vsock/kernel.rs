@@ -31,7 +31,8 @@ pub(super) fn listen(port: u32) -> Result<VsockListener, ListenError> {
 /// Takes a socket that listens on that port already.
 pub(super) fn adopt(port: u32, socket: OwnedFd) -> Result<VsockListener, Unusable> {
     Expected::Vsock.check(&socket)?;
-    // Panics if the runtime can't watch it (no memory); as every panic of a listener, that is caught, and it is opened anew.
+    // Panics if the runtime can't watch it (no memory); as every panic of a listener, that is caught, and it is opened anew, after
+    // the service manager was told to close what it keeps.
     let listener = VsockListener::from(socket);
     let bound = listener.local_addr().map_err(Unusable::Io)?;
     let same = bound.port() == port && bound.cid() == VMADDR_CID_ANY;

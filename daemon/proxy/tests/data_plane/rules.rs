@@ -87,6 +87,33 @@ async fn an_endpoint_has_as_many_connections_as_it_may_and_another_is_none_the_w
 }
 
 #[tokio::test]
+async fn a_generation_has_its_connections_whatever_its_predecessor_holds_and_a_changed_limit_counts_those_there_are() {
+    let host = Host::new().await;
+    let upstream = Upstream::echoing().await;
+    let generation = |number, limit| {
+        let mut route = egress(number, 8000, upstream.address);
+        route.limits.max_connections = Some(limit);
+        route
+    };
+    let served = async |number| {
+        let mut enclave = host.connect_from(number, 8000).await.unwrap();
+        enclave.write_all(b"1").await.unwrap();
+        assert_eq!(soon("the echo", enclave.read_u8()).await.unwrap(), b'1');
+        enclave
+    };
+    host.publish(&Routes { egress: vec![generation(16, 1)], ..host.routes() }).await;
+    let _pool = served(16).await;
+    host.publish(&Routes { egress: vec![generation(16, 1), generation(17, 1)], ..host.routes() }).await;
+    let _successor = served(17).await;
+    for number in [16, 17] {
+        is_hung_up_on(&mut host.connect_from(number, 8000).await.unwrap()).await;
+    }
+    host.publish(&Routes { egress: vec![generation(17, 2)], ..host.routes() }).await;
+    let _second = served(17).await;
+    is_hung_up_on(&mut host.connect_from(17, 8000).await.unwrap()).await;
+}
+
+#[tokio::test]
 async fn connections_that_come_too_fast_wait_for_their_turn_and_too_many_of_them_are_refused() {
     let host = Host::new().await;
     let upstream = Upstream::saying("x").await;

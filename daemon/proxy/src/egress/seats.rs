@@ -1,0 +1,43 @@
+//! How many connections one offer to one enclave has: what its limit is held against. Reports count otherwise: for an enclave's
+//! name, over all its generations.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// The connections of one offer. A clone counts the same ones.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Seats(Arc<AtomicU64>);
+
+/// One of them, for as long as this exists.
+#[derive(Debug)]
+pub(crate) struct Seat(Arc<AtomicU64>);
+
+impl Seats {
+    /// One more, unless there are so many already.
+    pub(crate) fn take(&self, limit: u64) -> Option<Seat> {
+        let more = |taken: u64| (taken < limit).then_some(taken + 1);
+        self.0.fetch_update(Relaxed, Relaxed, more).ok().map(|_| Seat(self.0.clone()))
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seat_is_free_again_when_its_connection_ended_and_seats_are_nobody_elses() {
+        let (seats, others) = (Seats::default(), Seats::default());
+        let (first, _second) = (seats.take(2).unwrap(), seats.clone().take(2).unwrap());
+        assert!(seats.take(2).is_none());
+        let _other = others.take(1).unwrap();
+        drop(first);
+        let _third = seats.take(2).unwrap();
+        assert!(seats.take(2).is_none() && seats.take(0).is_none());
+    }
+}
