@@ -51,21 +51,16 @@ const UNIT: &str = "[Unit]\nDescription=Nitro Enclaves Resource Allocator\n\n[Se
 
 /// A host of 8 CPUs and 4 GiB, of which 6 CPUs and 2 GiB are set aside at its boot.
 fn host() -> Parent {
-    let mut options = MachineOptions::default()
-        .file("/opt/nitro/allocator", 0o755, STOCK)
-        .file("/usr/lib/systemd/system/nitro-enclaves-allocator.service", 0o644, UNIT)
-        .file(FILE, 0o644, "---\nmemory_mib: 2048\ncpu_count: 6\n")
-        .file(
-            "/opt/nitro/sys/devices/system/node/node0/meminfo",
-            0o644,
-            "Node 0 MemTotal: 4194304 kB\nNode 0 MemFree: 1 kB\n",
-        )
-        .file("/opt/nitro/sys/devices/system/node/node0/hugepages/hugepages-2048kB/surplus_hugepages", 0o644, "0\n");
-    for cpu in [0, 4] {
-        let file = format!("/opt/nitro/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
-        options = options.file(file, 0o644, "0,4\n");
-    }
+    let options = MachineOptions::default().file("/opt/nitro/allocator", 0o755, STOCK).file(
+        FILE,
+        0o644,
+        "---\nmemory_mib: 2048\ncpu_count: 6\n",
+    );
     let parent = Parent::boot(&Shape::small(), options).unwrap();
+    let node = "/run/standin/sys/devices/system/node/node0";
+    parent.write(&format!("{node}/meminfo"), "Node 0 MemTotal: 4194304 kB\nNode 0 MemFree: 1 kB\n").unwrap();
+    parent.write("/usr/lib/systemd/system/nitro-enclaves-allocator.service", UNIT).unwrap();
+    parent.run_ok(&["systemctl", "daemon-reload"]).unwrap();
     let config = parent.host_config().replace("\"verify\"", "\"manage\"");
     parent.write("/etc/enclaved/enclaved.toml", config).unwrap();
     parent
