@@ -119,7 +119,7 @@ struct Allowed {
 /// written by another user, and so is the last good configuration by which the daemon may run while the file is broken. A
 /// configuration that can't be used so changes nothing, and neither does one that is not there.
 fn allowed(config: &Path) -> Result<Allowed, Failure> {
-    let manage = "host.allocator = \"manage\" in the configuration lets enclaved change it";
+    let manage = "host.allocator = \"manage\" in the configuration (the default under systemd) lets enclaved change it";
     if !is_there(config)? {
         return Err(Failure::new(format!("there is no {}: the pool is the administrator's", config.display()))
             .with_remedy(manage));

@@ -92,12 +92,13 @@ pub const ADMIN_SOCKET: &str = "admin.sock";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum SupervisorKind {
-    /// The daemon itself: it starts enclaves and proxy as processes of their own and watches them. They outlive it.
-    #[default]
-    Direct,
     /// systemd: every enclave is a unit of its own, `enclave@<name>-<generation>.service`, the proxy is
     /// `enclaved-proxy.service`; the daemon starts and stops them over D-Bus.
+    #[default]
     Systemd,
+    /// The daemon itself, for containers and laptops: it starts enclaves and proxy as processes of their own and watches them.
+    /// They outlive it.
+    Direct,
 }
 
 /// What becomes of the enclaves when the daemon is asked to stop.

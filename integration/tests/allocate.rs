@@ -377,11 +377,20 @@ fn command(config: Option<&str>, request: &str) -> (Option<i32>, Report) {
 fn the_pool_stays_the_administrators_unless_the_configuration_says_that_it_is_enclaveds() {
     for (config, code, part) in [
         (None, 78, "the pool is the administrator's (host.allocator = \"manage\""),
-        (Some("[host]\n"), 78, "host.allocator is \"verify\": the pool is the administrator's"),
+        (
+            Some("[host]\nsupervisor = \"direct\"\n"),
+            78,
+            "host.allocator is \"verify\": the pool is the administrator's",
+        ),
         (Some("[host]\nallocator = \"verify\"\n"), 78, "host.allocator is \"verify\""),
         (Some("[host]\nallocator = \"external\"\n"), 78, "host.allocator is \"external\""),
         // Then its own request is read, from the daemon's folder.
-        (Some("[host]\nallocator = \"manage\"\nrun_dir = \"RUN_DIR\"\n"), 75, "is not taken: EOF"),
+        (Some("[host]\n"), 75, "is not taken: EOF"),
+        (
+            Some("[host]\nsupervisor = \"direct\"\nallocator = \"manage\"\nrun_dir = \"RUN_DIR\"\n"),
+            75,
+            "is not taken: EOF",
+        ),
     ] {
         let (exit, report) = command(config, "");
         let why = why(&report);

@@ -211,7 +211,8 @@ async fn the_plan_is_printed_in_steps() {
 #[tokio::test]
 async fn a_daemon_that_does_not_run_is_said_so_with_the_remedy() {
     let dir = TempDir::new().unwrap();
-    let config = file(&dir, "c.toml", format!("[host]\nrun_dir = \"{}\"", dir.path().display()));
+    let config =
+        file(&dir, "c.toml", format!("[host]\nsupervisor = \"direct\"\nrun_dir = \"{}\"", dir.path().display()));
     let done = enclavectl([OsStr::new("status"), OsStr::new("--config"), config.as_os_str()]).await;
     assert_eq!(done.code, Some(75));
     assert!(done.err.contains(&format!("nothing answers on {}/admin.sock", dir.path().display())), "{done:?}");

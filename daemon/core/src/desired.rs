@@ -67,10 +67,10 @@ impl Default for HostPolicy {
 #[serde(rename_all = "kebab-case")]
 pub enum AllocatorMode {
     /// enclaved, through `enclaved-allocator.service`, which runs the stock allocator as root.
+    #[default]
     Manage,
     /// The host's administrator (`/etc/nitro_enclaves/allocator.yaml`); the daemon looks at the host and says what is
     /// missing, with numbers and the lines that help.
-    #[default]
     Verify,
     /// Somebody else, such as a Kubernetes device plugin; the daemon neither sets nor looks at anything.
     External,

@@ -50,8 +50,9 @@ pub(super) struct HostForm {
     /// Memory in MiB that stays with the parent instance.
     #[schemars(range(min = 64, max = 16_777_216))]
     pub reserve_memory_mib: u64,
-    /// Who sets the enclaves' CPUs and memory aside.
-    pub allocator: AllocatorMode,
+    /// Who sets the enclaves' CPUs and memory aside. Left out: `"manage"`; with `supervisor = "direct"`, where there may be no
+    /// systemd to run the allocator, `"verify"`.
+    pub allocator: Option<AllocatorMode>,
     /// How much of them is set aside, where enclaved does that (`allocator = "manage"`).
     pub pool: PoolPolicy,
     /// What supervises the enclaves.
@@ -83,7 +84,7 @@ impl Default for HostForm {
             reserve_cpus: 2,
             reserve_memory_mib: 2048,
             image_cache_mib: enclaved_core::desired::IMAGE_CACHE >> 20,
-            allocator: AllocatorMode::default(),
+            allocator: None,
             pool: PoolPolicy::default(),
             supervisor: SupervisorKind::default(),
             on_stop: OnStop::default(),

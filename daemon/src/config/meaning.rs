@@ -8,7 +8,7 @@ use super::{
     Config, ControlPlaneSettings, DEFAULT_RUN_DIR, HostSettings, MetricsSettings, SourceFile, SupervisorKind,
     UNIT_PROXY_SOCKET,
 };
-use enclaved_core::desired::{Desired, EnclaveSpec, HostPolicy};
+use enclaved_core::desired::{AllocatorMode, Desired, EnclaveSpec, HostPolicy};
 use enclaved_core::id::{EnclaveName, MemoryMib};
 use enclaved_core::routes::{HttpsListener, VsockTransport, is_host};
 use std::collections::BTreeMap;
@@ -88,10 +88,14 @@ impl Judge<'_> {
 
     fn host(&mut self, form: HostForm, path: &Path) -> (HostPolicy, HostSettings) {
         let drain = self.duration(&form.drain, Duration::ZERO..=hours(1), &path.key("drain"));
+        let by_supervisor = match form.supervisor {
+            SupervisorKind::Systemd => AllocatorMode::Manage,
+            SupervisorKind::Direct => AllocatorMode::Verify,
+        };
         let policy = HostPolicy {
             reserve_cpus: form.reserve_cpus,
             reserve_memory: MemoryMib(form.reserve_memory_mib),
-            allocator: form.allocator,
+            allocator: form.allocator.unwrap_or(by_supervisor),
             pool: form.pool,
             drain: drain.unwrap_or_default(),
             image_cache: form.image_cache_mib.saturating_mul(1 << 20),
@@ -112,8 +116,9 @@ impl Judge<'_> {
         self.socket_dir(&form.run_dir, &path.key("run_dir"));
         let units = form.supervisor == SupervisorKind::Systemd;
         if units && form.run_dir.as_path() != std::path::Path::new(DEFAULT_RUN_DIR) {
-            let text =
-                format!("must be {DEFAULT_RUN_DIR} with supervisor = \"systemd\": the units look for launches there");
+            let text = format!(
+                "must be {DEFAULT_RUN_DIR} with supervisor = \"systemd\", the default: the units look for launches there"
+            );
             self.refuse(&path.key("run_dir"), text);
         }
         if let Some(socket) = &form.proxy_socket {

@@ -1,7 +1,7 @@
 //! What configurations come to: good ones, and every way of being wrong with its exact words.
 
 use super::*;
-use enclaved_core::desired::{Probe, UpdatePolicy};
+use enclaved_core::desired::{AllocatorMode, Probe, UpdatePolicy};
 use enclaved_core::id::{Cid, MemoryMib, Pcr};
 use enclaved_core::image::{ExpectedImage, Pins};
 use enclaved_core::ledger::Ledger;
@@ -51,6 +51,19 @@ fn an_empty_file_is_a_host_without_enclaves_and_has_the_documented_defaults() {
     assert_eq!(config.nitro_cli, Path::new("nitro-cli"));
     assert_eq!(config.control_plane, None);
     assert_eq!(config.warnings, Vec::<String>::new());
+}
+
+#[test]
+fn a_host_is_systemds_and_its_pool_enclaveds_unless_something_else_is_said() {
+    for (text, supervisor, allocator) in [
+        ("", SupervisorKind::Systemd, AllocatorMode::Manage),
+        ("[host]\nsupervisor = \"direct\"", SupervisorKind::Direct, AllocatorMode::Verify),
+        ("[host]\nsupervisor = \"direct\"\nallocator = \"manage\"", SupervisorKind::Direct, AllocatorMode::Manage),
+        ("[host]\nallocator = \"external\"", SupervisorKind::Systemd, AllocatorMode::External),
+    ] {
+        let config = good(text);
+        assert_eq!((config.host.supervisor, config.desired.host.allocator), (supervisor, allocator), "{text}");
+    }
 }
 
 #[test]

@@ -298,13 +298,12 @@ on_stop = "kepe""#,
             r#"[host]
 supervisor = "systemd "
 "#,
-            r#"t.toml:2:14: [host] supervisor: is "systemd "; allowed: "direct" or "systemd"; did you mean "systemd"?"#,
+            r#"t.toml:2:14: [host] supervisor: is "systemd "; allowed: "systemd" or "direct"; did you mean "systemd"?"#,
         ),
         (
             r#"[host]
-supervisor = "systemd"
 run_dir = "/run/x""#,
-            r#"t.toml:3:11: [host] run_dir: must be /run/enclaved with supervisor = "systemd": the units look for launches there"#,
+            r#"t.toml:2:11: [host] run_dir: must be /run/enclaved with supervisor = "systemd", the default: the units look for launches there"#,
         ),
         (
             r#"[host]
@@ -384,8 +383,9 @@ state_dir = "/run/enclaved""#,
         ),
         (
             r#"[host]
+supervisor = "direct"
 run_dir = "/rrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrr""#,
-            "t.toml:2:11: [host] run_dir: is 81 bytes long; at most 80 are allowed, because the path of a Unix socket in it may have 108",
+            "t.toml:3:11: [host] run_dir: is 81 bytes long; at most 80 are allowed, because the path of a Unix socket in it may have 108",
         ),
         (
             r#"[nitro]
