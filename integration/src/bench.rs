@@ -3,6 +3,7 @@
 //! ```text
 //! cargo run --release -p enclaved-integration --bin bench -- images [--size 1GiB] [--rounds 5] [--json FILE]
 //! cargo run --release -p enclaved-integration --bin bench -- relay [--only ingress] [--rounds 5] [--json FILE]
+//! cargo run --release -p enclaved-integration --bin bench -- https [--without caddy] [--rounds 5] [--json FILE]
 //! ```
 //!
 //! Prints one table for each comparison; what it looks like:
@@ -30,6 +31,8 @@
 //!
 //! A program that is missing is installed by `integration/tool`, outside the tree.
 
+mod contender;
+mod https;
 mod images;
 mod relay;
 mod run;
@@ -55,6 +58,8 @@ enum What {
     Images(images::Options),
     /// Carrying raw connections beside nginx, haproxy and socat (Debian: nginx-light, libnginx-mod-stream, haproxy, socat).
     Relay(relay::Options),
+    /// Serving HTTPS beside nginx, haproxy and Caddy (Debian: nginx-light, haproxy, caddy; the load: nghttp2-client).
+    Https(https::Options),
     /// Runs a program, and writes what it cost to a file. Used by the comparisons.
     #[command(hide = true)]
     Run {
@@ -76,6 +81,7 @@ pub fn main() -> ExitCode {
     let done = match Arguments::parse().what {
         What::Images(options) => images::compare(&options),
         What::Relay(options) => relay::compare(&options),
+        What::Https(options) => https::compare(&options),
         What::Run { report, command } => return run::in_child(&report, &command),
         What::Serve { file } => server::serve(&file),
         What::Fetch { source, folder } => images::fetch(&source, &folder),

@@ -9,6 +9,7 @@ mod load;
 
 use anyhow::Context as _;
 use contenders::{Contender, Kind};
+pub(in crate::bench) use load::raise_descriptor_limit;
 use load::{Backend, Way};
 use serde::Serialize;
 use std::fmt;
@@ -99,7 +100,7 @@ pub(super) fn compare(options: &Options) -> anyhow::Result<()> {
             crate::binaries::find("enclaved")?
         }
     };
-    load::raise_descriptor_limit();
+    raise_descriptor_limit();
     if options.pin {
         // Only this program; what it starts is told its own.
         let mut pinning = Command::new("taskset");

@@ -231,7 +231,7 @@ pub(super) fn hold(contender: &Contender, count: usize) -> anyhow::Result<Vec<Cl
 }
 
 /// Both ends of every connection are this process's.
-pub(super) fn raise_descriptor_limit() {
+pub(in crate::bench) fn raise_descriptor_limit() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
