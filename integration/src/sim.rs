@@ -8,8 +8,8 @@ mod harness;
 pub use harness::{Harness, desired, image};
 
 use enclaved::host::{
-    Allocator, Clock, Effect, Host, ImageStore, LedgerStore, LoadedLedger, Outcome, Prober, Progress, Proof, ProxyLink,
-    Supervisor, Surveyor,
+    Allocator, Clock, Effect, Host, ImageStore, LedgerStore, LoadedLedger, NotReserved, Outcome, Prober, Progress,
+    Proof, ProxyLink, Supervisor, Surveyor,
 };
 use enclaved_core::allocator_file::Reservation;
 use enclaved_core::desired::{HealthCheck, HostPolicy, ImageRequest};
@@ -803,14 +803,15 @@ impl Allocator for World {
         .await
     }
 
-    async fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> Outcome<()> {
+    async fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> Result<(), NotReserved> {
         let pair = |reservation: &Reservation| (reservation.cpus.count(), reservation.memory_mib.0);
         let (wish, least) = (pair(wish), least.map(pair));
-        self.effect(Effect::AllocatorReserve, |state| state.begin_change(wish, least)).await?;
+        let begun = self.effect(Effect::AllocatorReserve, |state| state.begin_change(wish, least)).await;
+        begun.map_err(NotReserved::not_tried)?;
         while self.lock().changing.is_some() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        self.lock().changed.clone()
+        self.lock().changed.clone().map_err(NotReserved::tried)
     }
 }
 

@@ -325,7 +325,7 @@ proptest! {
         prop_assert!(wish.cpus.count() <= 6 && wish.memory_mib.0 <= 8192);
         prop_assert!(least.is_none_or(|least| least.cpus.count() <= wish.cpus.count() && least.memory_mib <= wish.memory_mib));
         // After so many tries just now it is not asked for again at once.
-        ledger.pool = (tries > 0).then(|| PoolTried { wish: wish.clone(), tries, at: NOW });
+        ledger.pool = (tries > 0).then(|| PoolTried { wish: wish.clone(), tries, at: NOW, row: tries });
         let again = plan(&desired, &observed, &ledger, NOW);
         prop_assert_eq!(reserve(&again).is_some(), tries == 0);
         if let Some(at) = again.wake_at {

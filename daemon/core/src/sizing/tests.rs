@@ -122,7 +122,7 @@ fn a_host_that_is_no_known_instance_gets_no_advice_on_families() {
 }
 
 fn pool(cpus: u32, memory: u64) -> PoolNow {
-    PoolNow { cpus: CpuSet::new(1..=cpus).unwrap(), memory: MemoryMib(memory) }
+    PoolNow { cpus: CpuSet::new(1..=cpus).unwrap(), node: Some(0), memory: MemoryMib(memory) }
 }
 
 fn wish(wanted: &WantedPool) -> (CpuRequest, u64) {
@@ -130,6 +130,7 @@ fn wish(wanted: &WantedPool) -> (CpuRequest, u64) {
 }
 
 const NONE_RUNS: Observation<u32> = Observation::Known(0);
+const NOTHING_USED: Result<MemoryMib, Failure> = Ok(MemoryMib(0));
 
 #[test]
 fn a_pool_of_all_takes_everything_beyond_the_reserve_whatever_the_enclaves_need() {
@@ -164,19 +165,31 @@ fn an_exact_pool_follows_the_enclaves() {
 fn a_change_waits_while_an_enclave_runs_or_may_run() {
     let host = host("m5.2xlarge");
     let wanted = || wanted(PoolPolicy::All, &host, &[recreate("a", 2, 1024)]).unwrap();
-    assert_eq!(change(wanted(), &pool(6, 28_672), &Observation::Known(1)), PoolChange::Nothing);
-    assert_eq!(change(None, &pool(0, 0), &NONE_RUNS), PoolChange::Nothing);
-    assert!(matches!(change(wanted(), &pool(2, 512), &NONE_RUNS), PoolChange::Due { urgent: true, .. }));
-    let PoolChange::Waits { urgent, why, .. } = change(wanted(), &pool(2, 512), &Observation::Known(2)) else {
+    assert_eq!(change(wanted(), &pool(6, 28_672), &Observation::Known(1), &NOTHING_USED), PoolChange::Nothing);
+    assert_eq!(change(None, &pool(0, 0), &NONE_RUNS, &NOTHING_USED), PoolChange::Nothing);
+    assert!(matches!(change(wanted(), &pool(2, 512), &NONE_RUNS, &NOTHING_USED), PoolChange::Due { urgent: true, .. }));
+    let PoolChange::Waits { urgent, why, .. } = change(wanted(), &pool(2, 512), &Observation::Known(2), &NOTHING_USED)
+    else {
         panic!()
     };
     assert!(urgent && why.contains("2 enclaves run, and the allocator changes the pool only when none does"), "{why}");
     // What is wanted has room already: only the rest is not reserved yet.
-    let waits = change(wanted(), &pool(2, 1024), &Observation::Known(1));
-    assert!(matches!(waits, PoolChange::Waits { urgent: false, .. }));
+    let waits = change(wanted(), &pool(2, 1024), &Observation::Known(1), &NOTHING_USED);
+    let PoolChange::Waits { urgent: false, why, .. } = waits else { panic!() };
+    assert!(why.ends_with("so it is changed at the next boot, before anything is launched"), "{why}");
     let unknown = Observation::Unknown(Failure::new("no /proc"));
-    let PoolChange::Waits { why, .. } = change(wanted(), &pool(2, 512), &unknown) else { panic!() };
+    let PoolChange::Waits { why, .. } = change(wanted(), &pool(2, 512), &unknown, &NOTHING_USED) else { panic!() };
     assert!(why.contains("not known (no /proc)"), "{why}");
+    let PoolChange::Waits { why, .. } = change(wanted(), &pool(2, 512), &NONE_RUNS, &Err(Failure::new("no sysfs")))
+    else {
+        panic!()
+    };
+    assert!(why.contains("not known (no sysfs)"), "{why}");
+    // An enclave that boots has taken its memory before anything else tells of it.
+    let PoolChange::Waits { why, .. } = change(wanted(), &pool(2, 512), &NONE_RUNS, &Ok(MemoryMib(64))) else {
+        panic!()
+    };
+    assert!(why.contains("64 MiB of the hugepages are in use, by whom is not known"), "{why}");
 }
 
 #[test]
@@ -320,9 +333,9 @@ proptest! {
             CpuRequest::Count(count) => CpuSet::new(1..=*count).unwrap(),
             CpuRequest::Pool(cpus) => cpus.clone(),
         };
-        let now = PoolNow { cpus, memory: wanted.wish.memory_mib };
+        let now = PoolNow { cpus, node: Some(wanted.node), memory: wanted.wish.memory_mib };
         prop_assert!(wanted.least.as_ref().is_none_or(|least| least.cpus.count() != wanted.wish.cpus.count() || now.has(least)));
-        prop_assert_eq!(change(Some(wanted), &now, &NONE_RUNS), PoolChange::Nothing);
+        prop_assert_eq!(change(Some(wanted), &now, &NONE_RUNS, &NOTHING_USED), PoolChange::Nothing);
     }
 
     #[test]
