@@ -133,6 +133,8 @@ struct State {
     in_one_piece: u64,
     /// The stock service says that it succeeded, and does nothing.
     effectless: bool,
+    /// The allocator can't be started.
+    allocator_away: bool,
     /// What the allocator was asked for, each time.
     reserves: Vec<(u32, u64)>,
     /// The last inventory, and of what: pool and enclaves that run.
@@ -202,6 +204,9 @@ impl State {
 
     /// `enclaved allocate` is started: it looks for itself whether an enclave runs, and goes on whoever waits for it.
     fn begin_change(&mut self, wish: (u32, u64), least: Option<(u32, u64)>) -> Outcome<()> {
+        if self.allocator_away {
+            return Err(Failure::new("systemd can't be reached"));
+        }
         let runs = self.alive().next().map(|(key, _)| key.clone());
         if let Some(key) = runs {
             self.violations.push(format!("the pool is to be changed while {key} runs"));
@@ -365,6 +370,7 @@ impl World {
             changed: Ok(()),
             in_one_piece: u64::MAX,
             effectless: false,
+            allocator_away: false,
             reserves: Vec::new(),
             surveyed: None,
             images: BTreeMap::new(),
@@ -552,6 +558,11 @@ impl World {
     /// What it is made of.
     pub fn inventory(&self) -> Arc<Inventory> {
         self.lock().inventory()
+    }
+
+    /// The allocator can't be started.
+    pub fn set_allocator_away(&self, away: bool) {
+        self.lock().allocator_away = away;
     }
 
     /// The pool: CPUs and memory (MiB).

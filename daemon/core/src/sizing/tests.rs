@@ -114,6 +114,45 @@ fn on_a_host_with_two_nodes_everything_is_on_one_of_them() {
 }
 
 #[test]
+fn on_two_nodes_a_pool_is_judged_by_count_and_node_and_the_one_that_is_there_is_preferred() {
+    let mut big = host("m5.24xlarge");
+    let on = |node: u32, cpus: &str, memory: u64| PoolNow {
+        cpus: cpus.parse().unwrap(),
+        node: Some(node),
+        memory: MemoryMib(memory),
+    };
+    let small = [recreate("a", 2, 512)];
+    // Other CPUs than would be chosen are as good, on whatever node they are.
+    let exact = |big: &Capacity| wanted(PoolPolicy::Exact, big, &small).unwrap().unwrap();
+    assert_eq!(wish(&exact(&big)), (CpuRequest::Pool("47,95".parse().unwrap()), 512));
+    let there = on(1, "30,78", 512);
+    assert!(there.is(&exact(&big)) && there.has(&exact(&big).wish));
+    let elsewhere = on(0, "1,49", 512);
+    assert!(elsewhere.has(exact(&big).least.as_ref().unwrap()), "the enclave has room in it");
+    let moved = change(Some(exact(&big)), &elsewhere, &NONE_RUNS, &NOTHING_USED);
+    assert!(matches!(moved, PoolChange::Due { urgent: false, .. }));
+    // With the node of the pool that is there first, as an inventory gives it, nothing has to move.
+    big.nodes.sort_by_key(|node| node.node != 0);
+    assert_eq!(change(Some(exact(&big)), &elsewhere, &NONE_RUNS, &NOTHING_USED), PoolChange::Nothing);
+    // But for an enclave that has no room there.
+    let large = wanted(PoolPolicy::Exact, &big, &[recreate("a", 48, 512)]).unwrap().unwrap();
+    assert_eq!(large.node, 1);
+}
+
+#[test]
+fn the_room_for_an_update_is_wished_for_but_it_is_not_the_least() {
+    let host = host("m5.2xlarge");
+    for update in [UpdatePolicy::Auto, UpdatePolicy::BlueGreen] {
+        let exact = wanted(PoolPolicy::Exact, &host, &[demand("a", 2, 512, update)]).unwrap().unwrap();
+        assert_eq!(wish(&exact), (CpuRequest::Count(4), 1024));
+        assert_eq!(exact.least.as_ref().unwrap().cpus, CpuRequest::Count(2));
+        assert_eq!(exact.least.as_ref().unwrap().memory_mib, MemoryMib(512));
+        let without = change(Some(exact), &pool(2, 512), &NONE_RUNS, &NOTHING_USED);
+        assert!(matches!(without, PoolChange::Due { urgent: false, .. }), "{without:?}");
+    }
+}
+
+#[test]
 fn a_host_that_is_no_known_instance_gets_no_advice_on_families() {
     let laptop = Capacity { instance_type: None, ..host("m5.xlarge") };
     let refusal = refused(&laptop, &[recreate("a", 8, 512)]);
