@@ -3,6 +3,7 @@
 //!
 //! It decides nothing about enclaves, and starts and ends none.
 
+mod change;
 mod file;
 mod lock;
 mod report;
@@ -15,25 +16,22 @@ pub use request::{FORMAT, Request};
 
 use crate::atomic_file;
 use crate::config::DEFAULT_RUN_DIR;
-use crate::host::inventory::{ALLOCATOR_UNIT, HostInventory, InventorySource, MAX_SOCKETS, Roots};
-use crate::systemd_bus::{JobError, SystemdBus};
-use enclaved_core::allocator_file::{CpuRequest, Reservation};
+use crate::host::inventory::{HostInventory, InventorySource, MAX_SOCKETS, Roots};
+use crate::launch_trace::LAUNCH_LOCK;
+use crate::systemd_bus::SystemdBus;
 use enclaved_core::desired::AllocatorMode;
 use enclaved_core::failure::Failure;
-use enclaved_core::id::{MemoryMib, Timestamp};
+use enclaved_core::id::Timestamp;
 use enclaved_core::inventory::Inventory;
 use enclaved_core::inventory::parse::shows_the_hosts_sockets;
 use enclaved_core::observed::Observation;
-use enclaved_core::sizing::pool::{PoolNow, kernel_arguments, left_behind, node_of, within};
-use enclaved_core::sizing::{Capacity, Reserve};
+use enclaved_core::sizing::Reserve;
 use service::StockService;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 /// How many lines of the stock service's journal go into the report.
 const JOURNAL_LINES: u32 = 20;
-/// Hugepages beyond what was asked for that do not make another pool of it: one large page.
-const ONE_LARGE_PAGE: u64 = 1024;
 
 /// Where the report is: in a folder in which only root can write.
 pub const REPORT: &str = "/run/enclaved-allocator/report.json";
@@ -63,8 +61,8 @@ pub async fn run(config: &Path, request: Option<PathBuf>, report: PathBuf) -> Re
     let _alone = lock::alone(&report)?;
     let _at_work = lock::show_at_work(&report).await?;
     let now = SystemTime::now().into();
-    let (reserve, roots, request) = match allowed(config) {
-        Ok(Allowed { reserve, roots, run_dir }) => (reserve, roots, request.unwrap_or_else(|| run_dir.join(REQUEST))),
+    let Allowed { reserve, roots, run_dir } = match allowed(config) {
+        Ok(allowed) => allowed,
         Err(failure) => {
             // Nothing of it is looked at; but whoever wrote it knows by it that this is the answer.
             let request = request.unwrap_or_else(|| Path::new(DEFAULT_RUN_DIR).join(REQUEST));
@@ -75,7 +73,8 @@ pub async fn run(config: &Path, request: Option<PathBuf>, report: PathBuf) -> Re
         }
     };
     let places = Places {
-        request,
+        request: request.unwrap_or_else(|| run_dir.join(REQUEST)),
+        launch_lock: run_dir.join(LAUNCH_LOCK),
         allocator_file: enclaved_core::allocator_file::PATH.into(),
         compact_memory: roots.procfs.join("sys/vm/compact_memory"),
         sysfs: roots.sysfs.clone(),
@@ -160,6 +159,8 @@ pub struct Places {
     pub request: PathBuf,
     /// The stock allocator's file.
     pub allocator_file: PathBuf,
+    /// What every launch of enclaved holds while it is under way.
+    pub launch_lock: PathBuf,
     /// Where the kernel is asked to put its free memory together.
     pub compact_memory: PathBuf,
     /// `/sys`
@@ -174,13 +175,8 @@ pub async fn allocate<I: InventorySource, S: StockService>(
     service: &S,
     now: Timestamp,
 ) -> Report {
-    let mut run = Run { places, inventory, service, report: Report::new(now) };
-    let outcome = run.reserve(reserve).await;
-    let mut report = run.report;
-    match outcome {
-        Ok(did) => report.did = did,
-        Err(failure) => report.failure = Some(failure),
-    }
+    let mut report = Report::new(now);
+    change::reserve(places, reserve, inventory, service, &mut report).await;
     if report.restarts > 0 {
         report.journal = match service.journal(JOURNAL_LINES).await {
             Ok(lines) => lines,
@@ -188,207 +184,6 @@ pub async fn allocate<I: InventorySource, S: StockService>(
         };
     }
     report
-}
-
-/// Why the pool is not what was asked for.
-struct Shortage {
-    failure: Failure,
-    of_memory: bool,
-}
-
-struct Run<'a, I, S> {
-    places: &'a Places,
-    inventory: &'a I,
-    service: &'a S,
-    report: Report,
-}
-
-impl<I: InventorySource, S: StockService> Run<'_, I, S> {
-    async fn reserve(&mut self, reserve: Reserve) -> Result<Did, Failure> {
-        let request = request::read(&self.places.request)?;
-        self.report.request = Some(request.clone());
-        let Request { wish, least, .. } = request;
-        let seen = self.inventory.read().await;
-        let capacity = Capacity::of(&seen, reserve).map_err(|failure| Failure {
-            message: format!("the host could not be sized up: {}", failure.message),
-            ..failure
-        })?;
-        within(&capacity, &wish)?;
-        if let Some(least) = &least {
-            within(&capacity, least)?;
-        }
-        let left = left_behind(&seen, &wish)?;
-        let before = PoolNow::of(&seen)?;
-        self.report.before = Some(pool(&before));
-        if is(&before, &wish) {
-            // The next boot should find it in the file, too.
-            self.write(&wish)?;
-            self.report.after.clone_from(&self.report.before);
-            return Ok(Did::Nothing);
-        }
-        nothing_runs(&seen)?;
-        for node in left {
-            self.free_pages(node).await?;
-        }
-        if self.try_to_have(&wish).await? {
-            return Ok(Did::Reserved(wish));
-        }
-        if compact(&self.places.compact_memory).is_ok() {
-            self.report.compacted = true;
-        }
-        if self.try_to_have(&wish).await? {
-            return Ok(Did::Reserved(wish));
-        }
-        if let Some(least) = least.filter(|least| *least != wish) {
-            let had = self.try_to_have(&least).await?;
-            if had {
-                return Ok(Did::Reserved(least));
-            }
-        }
-        let shortage = self.shortage(&wish, &capacity, &seen)?;
-        let kept = self.keep_former(&before, &capacity).await?;
-        if shortage.of_memory {
-            // So that the next boot, which is the remedy, reserves all of it.
-            self.write(&wish)?;
-        }
-        match kept {
-            Some(former) => {
-                self.report.failure = Some(shortage.failure);
-                Ok(Did::KeptFormer(former))
-            }
-            None => Err(shortage.failure),
-        }
-    }
-
-    /// The pool that was there before, again if need be: a growth that failed must not cost what ran. `None`: there was none, it is
-    /// not one that may be reserved, or it can't be had any more.
-    async fn keep_former(&mut self, before: &PoolNow, capacity: &Capacity) -> Result<Option<Reservation>, Failure> {
-        let former = Reservation { cpus: CpuRequest::Pool(before.cpus.clone()), memory_mib: before.memory };
-        if before.cpus.is_empty() || within(capacity, &former).is_err() {
-            return Ok(None);
-        }
-        // Also where it is there still: the file must not name what can't be had.
-        self.write(&former)?;
-        let there = self.report.after.as_ref() == Some(&pool(before)) || self.try_to_have(&former).await?;
-        Ok(there.then_some(former))
-    }
-
-    /// Writes the file, restarts the stock service, and looks whether the pool is there, whatever the service says of itself.
-    async fn try_to_have(&mut self, reservation: &Reservation) -> Result<bool, Failure> {
-        self.write(reservation)?;
-        self.report.after = None;
-        let restarted = self.service.restart().await;
-        if !matches!(restarted, Err(JobError::NotRun(_))) {
-            self.report.restarts += 1;
-        }
-        self.report.service_failure = match restarted {
-            Ok(()) => None,
-            Err(JobError::Failed(failure)) => Some(failure),
-            // Neither more free memory nor another file helps where it does not run.
-            Err(JobError::NotRun(failure)) => {
-                self.report.service_failure = Some(failure.clone());
-                return Err(Failure {
-                    message: format!("the stock allocator did not run: {}", failure.message),
-                    remedy: failure.remedy.or_else(|| {
-                        Some(format!("`systemctl status {ALLOCATOR_UNIT}` says why; the next restart of it reserves {reservation}"))
-                    }),
-                    code: None,
-                });
-            }
-            Err(JobError::Unknown(failure)) => {
-                self.report.service_failure = Some(failure.clone());
-                return Err(Failure {
-                    message: format!("what became of the pool is not known: {}", failure.message),
-                    remedy: failure.remedy.or_else(|| Some(format!("look at `systemctl status {ALLOCATOR_UNIT}`"))),
-                    code: None,
-                });
-            }
-        };
-        let seen = PoolNow::of(&self.inventory.read().await)?;
-        self.report.after = Some(pool(&seen));
-        Ok(is(&seen, reservation))
-    }
-
-    /// Gives back the hugepages of a node that the pool leaves: the stock service sees to those of the new node only. Nobody uses them,
-    /// and they were the pool's.
-    async fn free_pages(&mut self, node: u32) -> Result<(), Failure> {
-        let folder = self.places.sysfs.join(format!("devices/system/node/node{node}/hugepages"));
-        let failed = |error: std::io::Error| {
-            Failure::new(format!("freeing the hugepages of memory node {node} in {}: {error}", folder.display()))
-        };
-        for size in std::fs::read_dir(&folder).map_err(failed)? {
-            let pages = size.map_err(failed)?.path().join("nr_hugepages");
-            std::fs::write(&pages, "0\n").map_err(failed)?;
-        }
-        let (left, _) = self.inventory.read().await.hugepages_on(node)?;
-        if left.0 > 0 {
-            return Err(Failure::new(format!("{left} in hugepages of memory node {node} could not be freed"))
-                .with_remedy("reboot: the pool moves to another memory node"));
-        }
-        Ok(())
-    }
-
-    fn write(&mut self, reservation: &Reservation) -> Result<(), Failure> {
-        let backup = file::write(&self.places.allocator_file, reservation)?;
-        self.report.backup = self.report.backup.take().or(backup);
-        Ok(())
-    }
-
-    fn shortage(&self, wish: &Reservation, capacity: &Capacity, seen: &Inventory) -> Result<Shortage, Failure> {
-        let after = self.report.after.clone().ok_or_else(|| Failure::new("the pool was not read after the restart"))?;
-        let said =
-            self.report.service_failure.as_ref().map(|failure| format!(": {}", failure.message)).unwrap_or_default();
-        let message = format!(
-            "the allocator was asked for {wish}; the pool has {} CPUs ({}) and {} in hugepages{said}",
-            after.cpus.len(),
-            after.cpus,
-            after.memory
-        );
-        if after.memory >= wish.memory_mib {
-            let failure = Failure::new(message)
-                .with_remedy("the journal of nitro-enclaves-allocator.service says why it refused the CPUs");
-            return Ok(Shortage { failure, of_memory: false });
-        }
-        let node = node_of(seen, wish)?;
-        let of_node = capacity.nodes.iter().find(|candidate| node.is_none_or(|node| candidate.node == node));
-        let pages = of_node.map_or(&[][..], |node| &node.pages_mib);
-        // Where there is one node only, it needs no name.
-        let named = node.filter(|_| capacity.nodes.len() > 1);
-        let arguments = kernel_arguments(wish.memory_mib, pages, named);
-        let since = if named.is_some() { " (Linux 5.16 or later)" } else { "" };
-        let failure = Failure::new(message).with_remedy(format!(
-            "unless the journal of nitro-enclaves-allocator.service says otherwise, memory is in pieces: reboot (the file is in place, \
-             and early after a boot it is in one piece), or reserve it on the kernel command line: {arguments}{since}"
-        ));
-        Ok(Shortage { failure, of_memory: true })
-    }
-}
-
-/// Whether that reservation is there.
-fn is(now: &PoolNow, reservation: &Reservation) -> bool {
-    let most = reservation.memory_mib.0.saturating_add(ONE_LARGE_PAGE);
-    now.has(reservation) && now.cpus.len() == reservation.cpus.count() && now.memory < MemoryMib(most)
-}
-
-fn pool(now: &PoolNow) -> Pool {
-    Pool { cpus: now.cpus.clone(), memory: now.memory }
-}
-
-/// The stock service takes the CPUs and the memory of whatever runs away, or tries to: so nothing may run.
-fn nothing_runs(seen: &Inventory) -> Result<(), Failure> {
-    let why = match &seen.enclaves {
-        Observation::Known(0) => return Ok(()),
-        Observation::Known(1) => "1 enclave runs".to_owned(),
-        Observation::Known(count) => format!("{count} enclaves run"),
-        Observation::Unknown(failure) => format!("whether an enclave runs is not known: {}", failure.message),
-    };
-    Err(Failure::new(format!("{why}; what is reserved changes only while none does"))
-        .with_remedy("it is tried again when all have ended; `nitro-cli describe-enclaves` lists them"))
-}
-
-/// Asks the kernel to move pages together until free memory is in one piece, as far as it can be.
-fn compact(compact_memory: &Path) -> std::io::Result<()> {
-    std::fs::write(compact_memory, "1\n")
 }
 
 /// Puts the report where the daemon finds it.
@@ -407,6 +202,6 @@ fn only_ours_for_the_report(report: &Path) -> Result<(), Failure> {
     let folder = report.parent().unwrap_or(Path::new("/"));
     // Not RuntimeDirectory=: systemd removes that folder when a oneshot ends, and the report with it.
     file::only_ours(folder).map_err(|failure| {
-        failure.with_remedy(format!("let systemd make it: `d {} 0755 root root` in tmpfiles.d", folder.display()))
+        failure.with_remedy(format!("let systemd make it: `d {} 0750 root enclaved` in tmpfiles.d", folder.display()))
     })
 }

@@ -14,8 +14,9 @@ use crate::host::ledger_file::LedgerFile;
 use crate::host::proxy_link::{Link, LinkSettings, ProxyStart};
 use crate::host::systemd::Systemd;
 use crate::host::vsock_prober::VsockProber;
-use crate::host::{Allocator, Clock, Host, Outcome, Supervisor, instance_metadata};
+use crate::host::{Allocator, Clock, Host, NotReserved, Outcome, Supervisor, instance_metadata};
 use crate::last_good;
+use crate::launch_trace::LAUNCH_LOCK;
 use crate::launches::LaunchSettings;
 use crate::metrics::Metrics;
 use crate::reconciler::{self, Command, Inputs, Report};
@@ -503,6 +504,7 @@ impl RealHost {
                     sysfs: host.sysfs.clone(),
                     request: host.run_dir.join(allocate::REQUEST),
                     report: allocate::REPORT.into(),
+                    launch_lock: host.run_dir.join(LAUNCH_LOCK),
                 };
                 let unit = SystemdUnit(SystemdBus::new());
                 (AnyAllocator::Managed(ManagedAllocator::new(settings, unit)), surveyor)
@@ -609,7 +611,7 @@ impl Allocator for AnyAllocator {
         }
     }
 
-    async fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> Outcome<()> {
+    async fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> Result<(), NotReserved> {
         match self {
             Self::Managed(allocator) => allocator.reserve(wish, least).await,
             Self::Sysfs(allocator) => allocator.reserve(wish, least).await,

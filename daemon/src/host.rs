@@ -114,7 +114,32 @@ pub trait Allocator: Send + Sync + 'static {
 
     /// Has the pool changed to the wish, or at the least to that; returns when that is over. Refused while an enclave runs. What
     /// came of it is to be looked at: a success whose answer was lost is a success.
-    fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> impl Future<Output = Outcome<()>> + Send;
+    fn reserve(
+        &self,
+        wish: &Reservation,
+        least: Option<&Reservation>,
+    ) -> impl Future<Output = Result<(), NotReserved>> + Send;
+}
+
+/// Why the pool is not what was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotReserved {
+    /// Why.
+    pub failure: Failure,
+    /// Whether the allocator ran for it, or may have. If not, it was no try: nothing has changed, and nothing was learnt.
+    pub ran: bool,
+}
+
+impl NotReserved {
+    /// The allocator ran, or may have, and this came of it.
+    pub fn tried(failure: Failure) -> Self {
+        Self { failure, ran: true }
+    }
+
+    /// It did not come to that.
+    pub fn not_tried(failure: Failure) -> Self {
+        Self { failure, ran: false }
+    }
 }
 
 /// Looks at what the host is made of.

@@ -1,7 +1,9 @@
 //! The jobs: slow effects, each under a key that runs at most once at a time. A job reports back by ending; the loop
 //! turns that into an observation. Deadlines live here, so that an effect that hangs becomes one that failed.
 
-use crate::host::{Allocator, Clock, Host, ImageStore, Outcome, Prober, Progress, Proof, ProxyLink, Supervisor};
+use crate::host::{
+    Allocator, Clock, Host, ImageStore, NotReserved, Outcome, Prober, Progress, Proof, ProxyLink, Supervisor,
+};
 use crate::pace::Pace;
 use enclaved_core::desired::ImageRequest;
 use enclaved_core::failure::Failure;
@@ -46,6 +48,8 @@ pub enum Done {
     Health(Result<(), String>),
     /// nitro-cli was asked what runs: in what each, by the process it has, differs from what was launched.
     Described(BTreeMap<EnclaveKey, (ProcessIdentity, Option<Failure>)>),
+    /// The pool is not what was asked for.
+    NotReserved(NotReserved),
 }
 
 /// The jobs at work.
@@ -149,8 +153,16 @@ impl Jobs {
                 within(LOCAL, "removing an image from the cache", host.images().remove(&item)).await
             }),
             Step::Reserve { wish, least } => self.spawn(JobKey::Reserve, async move {
-                within(RESERVE, "having the enclave pool changed", host.allocator().reserve(&wish, least.as_ref()))
-                    .await
+                let reserve = host.allocator().reserve(&wish, least.as_ref());
+                Ok(match tokio::time::timeout(RESERVE, reserve).await {
+                    Ok(Ok(())) => Done::Ok,
+                    Ok(Err(not)) => Done::NotReserved(not),
+                    Err(_) => {
+                        let limit = humantime::format_duration(RESERVE);
+                        let late = Failure::new(format!("having the enclave pool changed took longer than {limit}"));
+                        Done::NotReserved(NotReserved::tried(late))
+                    }
+                })
             }),
             Step::StartProxy => self.spawn(JobKey::StartProxy, async move {
                 within(LOCAL, "starting the proxy process", host.proxy().start()).await

@@ -307,7 +307,18 @@ pub struct Lock {
     _file: File,
 }
 
+/// What every launch holds while it is under way, in the daemon's run directory: launches are serial.
+pub const LAUNCH_LOCK: &str = "launch.lock";
+
 impl Lock {
+    /// Makes the file, for those who may only read it.
+    ///
+    /// # Errors
+    /// It can't be made.
+    pub fn make(path: &Path) -> Result<(), FileError> {
+        open_lock(path).map(drop)
+    }
+
     /// Waits for the lock on that file. Blocks.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ pub(crate) mod stop;
 
 use crate::atomic_file::{self, FileError};
 use crate::host::Outcome;
-use crate::launch_trace::{FORMAT, LaunchSpec, STOP_FILE, Trace};
+use crate::launch_trace::{FORMAT, LAUNCH_LOCK, LaunchSpec, STOP_FILE, Trace};
 use crate::nitro_cli::{self, NitroCli};
 use crate::pidfd::Pidfd;
 use crate::procfs;
@@ -306,7 +306,7 @@ impl Launches {
             patience_s: nitro_cli::patience(launch.image.size(), launch.record.identity.memory).as_secs(),
             image,
             nitro_cli: self.settings.nitro_cli.clone(),
-            host_lock: self.settings.run_dir.join("launch.lock"),
+            host_lock: self.settings.run_dir.join(LAUNCH_LOCK),
         };
         let Some(working) = Working::begin(&self.shared, &launch.key) else { return Ok(None) };
         let folder = self.folder.clone();

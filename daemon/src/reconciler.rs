@@ -434,9 +434,15 @@ impl<H: Host> Loop<H> {
 
     fn job_ended(&mut self, key: JobKey, outcome: Outcome<Done>) {
         let at = self.now();
+        let (outcome, ran) = match outcome {
+            Ok(Done::NotReserved(not)) => (Err(not.failure), not.ran),
+            outcome => (outcome, true),
+        };
         self.events.emit(&Event::JobEnded { job: &key, outcome: &outcome });
-        if key == JobKey::Reserve {
-            self.reserve_ended = self.reserving.take().map(|wish| ReserveEnded { wish, at });
+        if key == JobKey::Reserve
+            && let Some(wish) = self.reserving.take().filter(|_| ran)
+        {
+            self.reserve_ended = Some(ReserveEnded { wish, at });
         }
         match outcome {
             Ok(done) => {

@@ -8,6 +8,7 @@
 mod failure;
 mod link;
 mod name;
+mod waiting;
 
 use enclaved_core::failure::Failure;
 use failure::{about, bus_failure, is_named, no_systemd, of_job, refused};
@@ -131,6 +132,9 @@ struct Inner {
     keeper: Mutex<Option<Task>>,
 }
 
+/// A unit as systemd lists it (org.freedesktop.systemd1(5), "ListUnits"): its name first, its job's path last.
+type Listed = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
+
 impl Default for SystemdBus {
     fn default() -> Self {
         Self::new()
@@ -236,17 +240,20 @@ impl SystemdBus {
     }
 
     async fn list(&self, pattern: &str) -> Result<BTreeMap<String, UnitState>, Failure> {
-        type Listed = (String, String, String, String, String, String, OwnedObjectPath, u32, String, OwnedObjectPath);
-        let doing = || format!("asking systemd how {pattern} is");
-        let body: (&[&str], &[&str]) = (&[], &[pattern]);
-        let connection = self.connection().await.map_err(|failure| about(&doing(), failure))?;
-        let answer = call(&connection, MANAGER_PATH, MANAGER, "ListUnitsByPatterns", &body).await;
-        let units = answer.and_then(|answer| answer.body().deserialize::<Vec<Listed>>());
-        let units = units.map_err(|error| bus_failure(&doing(), &error))?;
+        let units = self.listed(pattern).await?;
         let state = |(name, _, load, active, sub, _, _, job, job_type, _): Listed| {
             (name, UnitState { load, active, sub, job: (job != 0).then_some(job_type) })
         };
         Ok(units.into_iter().map(state).collect())
+    }
+
+    async fn listed(&self, pattern: &str) -> Result<Vec<Listed>, Failure> {
+        let doing = || format!("asking systemd how {pattern} is");
+        let body: (&[&str], &[&str]) = (&[], &[pattern]);
+        let connection = self.connection().await.map_err(|failure| about(&doing(), failure))?;
+        let answer = call(&connection, MANAGER_PATH, MANAGER, "ListUnitsByPatterns", &body).await;
+        let units = answer.and_then(|answer| answer.body().deserialize());
+        units.map_err(|error| bus_failure(&doing(), &error))
     }
 
     /// How that service fared. One that systemd does not have in memory shows the values of one that never ran.

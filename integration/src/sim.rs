@@ -8,8 +8,8 @@ mod harness;
 pub use harness::{Harness, desired, image};
 
 use enclaved::host::{
-    Allocator, Clock, Effect, Host, ImageStore, LedgerStore, LoadedLedger, Outcome, Prober, Progress, Proof, ProxyLink,
-    Supervisor, Surveyor,
+    Allocator, Clock, Effect, Host, ImageStore, LedgerStore, LoadedLedger, NotReserved, Outcome, Prober, Progress,
+    Proof, ProxyLink, Supervisor, Surveyor,
 };
 use enclaved_core::allocator_file::Reservation;
 use enclaved_core::desired::{HealthCheck, HostPolicy, ImageRequest};
@@ -133,6 +133,8 @@ struct State {
     in_one_piece: u64,
     /// The stock service says that it succeeded, and does nothing.
     effectless: bool,
+    /// The allocator can't be started.
+    allocator_away: bool,
     /// What the allocator was asked for, each time.
     reserves: Vec<(u32, u64)>,
     /// The last inventory, and of what: pool and enclaves that run.
@@ -202,6 +204,9 @@ impl State {
 
     /// `enclaved allocate` is started: it looks for itself whether an enclave runs, and goes on whoever waits for it.
     fn begin_change(&mut self, wish: (u32, u64), least: Option<(u32, u64)>) -> Outcome<()> {
+        if self.allocator_away {
+            return Err(Failure::new("systemd can't be reached"));
+        }
         let runs = self.alive().next().map(|(key, _)| key.clone());
         if let Some(key) = runs {
             self.violations.push(format!("the pool is to be changed while {key} runs"));
@@ -365,6 +370,7 @@ impl World {
             changed: Ok(()),
             in_one_piece: u64::MAX,
             effectless: false,
+            allocator_away: false,
             reserves: Vec::new(),
             surveyed: None,
             images: BTreeMap::new(),
@@ -552,6 +558,11 @@ impl World {
     /// What it is made of.
     pub fn inventory(&self) -> Arc<Inventory> {
         self.lock().inventory()
+    }
+
+    /// The allocator can't be started.
+    pub fn set_allocator_away(&self, away: bool) {
+        self.lock().allocator_away = away;
     }
 
     /// The pool: CPUs and memory (MiB).
@@ -803,14 +814,15 @@ impl Allocator for World {
         .await
     }
 
-    async fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> Outcome<()> {
+    async fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> Result<(), NotReserved> {
         let pair = |reservation: &Reservation| (reservation.cpus.count(), reservation.memory_mib.0);
         let (wish, least) = (pair(wish), least.map(pair));
-        self.effect(Effect::AllocatorReserve, |state| state.begin_change(wish, least)).await?;
+        let begun = self.effect(Effect::AllocatorReserve, |state| state.begin_change(wish, least)).await;
+        begun.map_err(NotReserved::not_tried)?;
         while self.lock().changing.is_some() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        self.lock().changed.clone()
+        self.lock().changed.clone().map_err(NotReserved::tried)
     }
 }
 

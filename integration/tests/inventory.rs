@@ -123,6 +123,21 @@ async fn a_pool_of_everything_is_found_complete_on_the_host_that_has_it() {
 }
 
 #[tokio::test]
+async fn on_two_nodes_the_node_of_the_pool_that_is_there_comes_first() {
+    let tree = HostTree::unpack("m5.24xlarge").unwrap();
+    tree.write("sys/module/nitro_enclaves/parameters/ne_cpus", "1,49\n").unwrap();
+    tree.write("sys/devices/system/node/node0/hugepages/hugepages-1048576kB/nr_hugepages", "4\n").unwrap();
+    tree.write("sys/devices/system/node/node0/hugepages/hugepages-1048576kB/free_hugepages", "4\n").unwrap();
+    let seen = read(&tree).await;
+    let capacity = Capacity::of(&seen, Reserve::default()).unwrap();
+    let now = PoolNow::of(&seen).unwrap();
+    assert_eq!((capacity.nodes[0].node, now.node, now.memory), (0, Some(0), MemoryMib(4096)));
+    let exact = wanted(PoolPolicy::Exact, &capacity, &[demand(2, 4096)]).unwrap().unwrap();
+    assert!(now.is(&exact) && now.is_just(&exact.wish, &seen, &capacity).unwrap(), "{now:?} {exact:?}");
+    assert_ne!(CpuRequest::Pool(now.cpus.clone()), exact.wish.cpus, "which CPUs they are makes no difference");
+}
+
+#[tokio::test]
 async fn on_two_nodes_the_cpus_are_named_and_lie_on_the_node_without_cpu_0() {
     let capacity = capacity("m5.24xlarge").await;
     let all = wanted(PoolPolicy::All, &capacity, &[]).unwrap().unwrap();

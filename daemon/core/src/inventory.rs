@@ -124,6 +124,18 @@ impl Inventory {
         Ok((MemoryMib(all / 1024), MemoryMib(free.min(all) / 1024)))
     }
 
+    /// Hugepages of all sizes on that node that somebody uses, surplus ones among them.
+    ///
+    /// # Errors
+    /// What could not be read.
+    pub fn hugepages_in_use_on(&self, node: u32) -> Result<MemoryMib, Failure> {
+        let nodes = known(&self.nodes)?;
+        let node = nodes.get(&node).ok_or_else(|| Failure::new(format!("there is no memory node {node}")))?;
+        let used = |(size, pages): (&u64, &Hugepages)| pages.total.saturating_sub(pages.free).saturating_mul(*size);
+        let kib = known(&node.hugepages)?.iter().map(used).fold(0_u64, u64::saturating_add);
+        Ok(MemoryMib(kib.div_ceil(1024)))
+    }
+
     /// The nodes of the CPUs in the pool: one on every host, for the driver takes no others; none for an empty pool.
     ///
     /// # Errors

@@ -37,7 +37,13 @@ pub struct Ledger {
     /// What the allocator was last asked for in this boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<PoolTried>,
+    /// Whether any launch was decided in this boot. From then on the pool changes only for an enclave that has no room otherwise.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub launched: bool,
 }
+
+/// Tries of the allocator that follow each other within this time are a row.
+const ROW: Duration = Duration::from_secs(3600);
 
 /// The allocator's tries for one pool, in this boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +55,21 @@ pub struct PoolTried {
     pub tries: u32,
     /// When the last try was over.
     pub at: Timestamp,
+    /// How many tries in a row that was, whatever for.
+    #[serde(default)]
+    pub row: u32,
+}
+
+impl PoolTried {
+    /// How many tries in a row there were, as far as they still matter.
+    pub fn in_a_row(&self, now: Timestamp) -> u32 {
+        if in_a_row(self.at, now) { self.row.max(1) } else { 0 }
+    }
+}
+
+/// Whether what was tried then and what is tried now follow each other.
+pub(crate) fn in_a_row(then: Timestamp, now: Timestamp) -> bool {
+    now.since(then) < ROW
 }
 
 impl Default for Ledger {
@@ -60,6 +81,7 @@ impl Default for Ledger {
             enclaves: BTreeMap::new(),
             images: Vec::new(),
             pool: None,
+            launched: false,
         }
     }
 }
@@ -560,11 +582,14 @@ impl Ledger {
                 self.boot_id = Some(id);
                 // Memory is in one piece again.
                 self.pool = None;
+                self.launched = false;
             }
             Change::PoolTried { wish, at } => {
-                let before = self.pool.take().filter(|tried| tried.wish == wish);
-                let tries = before.map_or(0, |tried| tried.tries).saturating_add(1);
-                self.pool = Some(PoolTried { wish, tries, at });
+                let before = self.pool.take();
+                let row = before.as_ref().map_or(0, |tried| tried.in_a_row(at)).saturating_add(1);
+                let same = before.filter(|tried| tried.wish == wish);
+                let tries = same.map_or(0, |tried| tried.tries).saturating_add(1);
+                self.pool = Some(PoolTried { wish, tries, at, row });
             }
             Change::ImageVerified { request, digest, measurements, facts } => {
                 let facts = Some(facts);
@@ -591,6 +616,8 @@ impl Ledger {
                     .insert(key.generation, GenerationRecord { cid, identity, measurements, egress, phase });
             }
             Change::Adopted { key, record } => {
+                // Its traces are of this boot.
+                self.launched = true;
                 if record.cid >= self.next_cid {
                     self.next_cid = record.cid.next();
                 }
@@ -605,7 +632,10 @@ impl Ledger {
                     record.egress = egress;
                 }
             }
-            Change::Launching(key) => self.set_phase(&key, |_| Phase::Launching { since: now }),
+            Change::Launching(key) => {
+                self.launched = true;
+                self.set_phase(&key, |_| Phase::Launching { since: now });
+            }
             Change::Booting { key, launch } => self.set_phase(&key, |_| Phase::Booting { since: now, launch }),
             Change::Ready(key) => {
                 self.set_phase(&key, |record| match record.launch() {

@@ -67,11 +67,12 @@ pub struct Observed {
     pub failed: BTreeMap<JobKey, JobFailure>,
     /// When each job succeeded last, as far as it was in the last while.
     pub succeeded: BTreeMap<JobKey, Timestamp>,
-    /// The last time that this process had the allocator try something, once that is over.
+    /// The last time that this process had the allocator try something, once that is over. What did not get as far as the stock
+    /// allocator is no try.
     pub reserve_ended: Option<ReserveEnded>,
 }
 
-/// The allocator was asked for something, and it is over, with success or without.
+/// The allocator tried something, and it is over, with success or without.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReserveEnded {
     /// What was asked for.

@@ -47,6 +47,33 @@ pub(super) async fn show_at_work(report: &Path) -> Result<File, Failure> {
     }
 }
 
+/// Keeps every launch of enclaved from beginning for as long as the file is held. `None`: nobody has ever launched.
+///
+/// The file is the daemon's, in a folder of the daemon's: it is only opened for reading, and a link or a pipe in its place is refused.
+///
+/// # Errors
+/// A launch is under way, or that can't be told.
+pub(super) fn no_launch(path: &Path) -> Result<Option<File>, Failure> {
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    let flags = i32::try_from(flags.bits()).unwrap_or(0);
+    let file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(failed("opening", path, &error)),
+    };
+    if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        return Err(Failure::new(format!("{} is no file", path.display())));
+    }
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Err(Failure::new(format!(
+            "an enclave is being launched (its launch holds {}); what is reserved changes only while none is",
+            path.display()
+        ))),
+        Err(TryLockError::Error(error)) => Err(failed("locking", path, &error)),
+    }
+}
+
 /// The folder is root's alone, so nobody else put anything in their places.
 fn open(path: &Path, mode: u32) -> Result<File, Failure> {
     let opened = OpenOptions::new().write(true).create(true).truncate(false).mode(mode).open(path);
@@ -75,8 +102,28 @@ mod tests {
         assert!(seen());
         drop(sign);
         assert!(!seen());
+        // Nobody outside the daemon's group can get at it.
         let stranger = File::open(at_work_file(&report)).unwrap();
         stranger.lock_shared().unwrap();
         show_at_work(&report).await.unwrap();
+    }
+
+    #[test]
+    fn no_launch_begins_while_the_lock_is_held_and_one_under_way_is_not_disturbed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("launch.lock");
+        assert!(no_launch(&path).unwrap().is_none(), "and none is made: it is the daemon's");
+        assert!(!path.exists());
+        let launch = open(&path, 0o600).unwrap();
+        launch.lock().unwrap();
+        assert!(no_launch(&path).unwrap_err().message.contains("an enclave is being launched"));
+        drop(launch);
+        let held = no_launch(&path).unwrap();
+        assert!(open(&path, 0o600).unwrap().try_lock().is_err(), "a launch waits");
+        drop(held);
+        open(&path, 0o600).unwrap().try_lock().unwrap();
+        std::fs::rename(&path, folder.path().join("other")).unwrap();
+        std::os::unix::fs::symlink(folder.path().join("other"), &path).unwrap();
+        assert!(no_launch(&path).is_err(), "its folder is the daemon's, who could have root hold any file");
     }
 }

@@ -10,7 +10,7 @@ use enclaved_core::failure::Failure;
 use enclaved_core::inventory::{Device, Inventory, Node};
 use enclaved_core::observed::Observation::{self, Known, Unknown};
 use enclaved_core::plan::pool::{Candidate, Verdict, judge, lines};
-use enclaved_core::sizing::pool::PoolChange;
+use enclaved_core::sizing::pool::{PoolChange, PoolPolicy};
 use enclaved_core::sizing::{Capacity, Demand, Reserve};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -139,7 +139,11 @@ fn about_the_pool(inventory: &Inventory, mode: AllocatorMode, verdict: &Verdict,
         PoolChange::Due { to, .. } => (to, String::new()),
         PoolChange::Waits { to, why, .. } => (to, format!(" ({why})")),
     };
-    let all = if to.least.as_ref() == Some(&to.wish) { "that" } else { "all that enclaves may have" };
+    let all = match to.policy {
+        PoolPolicy::Exact if to.least.as_ref() == Some(&to.wish) => "that",
+        PoolPolicy::Exact => "that with room for an update",
+        PoolPolicy::All => "all that enclaves may have",
+    };
     let what = match &to.least {
         Some(least) if !now.has(least) => {
             format!("the configured enclaves need {least}, which is not reserved; {all} ")

@@ -1,6 +1,7 @@
 //! Whether vsock port 9000 of the parent can be had: nitro-cli listens there for the heartbeat of an enclave that boots. Tried by
 //! taking it for a moment, while enclaved itself is kept from launching.
 
+use crate::launch_trace::LAUNCH_LOCK;
 use enclaved_core::diagnosis::nitro::HeartbeatSeen;
 use enclaved_core::failure::Failure;
 use std::fs::{OpenOptions, TryLockError};
@@ -10,8 +11,6 @@ use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
 
 /// nitro-cli's port.
 const PORT: u32 = 9000;
-/// What every launch of enclaved holds, in its run_dir.
-const LAUNCH_LOCK: &str = "launch.lock";
 
 /// Takes the port of AF_VSOCK for a moment.
 pub(super) fn take() -> io::Result<()> {

@@ -3,7 +3,7 @@
 
 pub mod managed;
 
-use super::{Allocator, Outcome};
+use super::{Allocator, NotReserved, Outcome};
 use crate::atomic_file;
 use enclaved_core::allocator_file::Reservation;
 use enclaved_core::failure::Failure;
@@ -36,10 +36,10 @@ impl Allocator for SysfsAllocator {
         Ok(look(&self.sysfs).await?.into())
     }
 
-    async fn reserve(&self, wish: &Reservation, _least: Option<&Reservation>) -> Outcome<()> {
-        Err(Failure::new(format!(
+    async fn reserve(&self, wish: &Reservation, _least: Option<&Reservation>) -> Result<(), NotReserved> {
+        Err(NotReserved::not_tried(Failure::new(format!(
             "{wish} are not reserved: host.allocator is \"verify\", the pool is the administrator's"
-        )))
+        ))))
     }
 }
 
@@ -52,10 +52,10 @@ impl Allocator for ExternalAllocator {
         Ok(Pool::External)
     }
 
-    async fn reserve(&self, wish: &Reservation, _least: Option<&Reservation>) -> Outcome<()> {
-        Err(Failure::new(format!(
+    async fn reserve(&self, wish: &Reservation, _least: Option<&Reservation>) -> Result<(), NotReserved> {
+        Err(NotReserved::not_tried(Failure::new(format!(
             "{wish} are not reserved: host.allocator is \"external\", the pool is somebody else's"
-        )))
+        ))))
     }
 }
 
@@ -231,10 +231,10 @@ mod tests {
     async fn what_is_somebody_elses_is_not_reserved_and_an_external_pool_not_even_looked_at() {
         assert_eq!(ExternalAllocator.observe().await.unwrap(), Pool::External);
         let wish = Reservation { cpus: CpuRequest::Count(2), memory_mib: MemoryMib(64) };
-        let failure = ExternalAllocator.reserve(&wish, None).await.unwrap_err();
+        let failure = ExternalAllocator.reserve(&wish, None).await.unwrap_err().failure;
         assert!(failure.message.contains("somebody else's"), "{failure}");
         let (_folder, allocator) = sysfs(Some("2-3"), &[("0-7", &[(2048, 512, 100)])]);
-        assert!(allocator.reserve(&wish, None).await.unwrap_err().message.contains("the administrator's"));
+        assert!(allocator.reserve(&wish, None).await.unwrap_err().failure.message.contains("the administrator's"));
     }
 
     #[tokio::test]

@@ -113,6 +113,11 @@ fn everything_beyond_the_reserve_is_set_aside_by_a_daemon_that_may_do_nothing_it
     assert!(file.starts_with("---\n") && file.ends_with("\nmemory_mib: 4032\ncpu_count: 6\n"), "{file}");
     assert_eq!(parent.read(&format!("{FILE}.before-enclaved")).unwrap(), "---\nmemory_mib: 2048\ncpu_count: 6\n");
     assert_eq!(parent.run_ok(&["stat", "--format=%a %U", REPORT, FILE]).unwrap(), "644 root\n644 root\n");
+    // Whoever can read the sign that root is at work could hold a lock on it.
+    for user in ["nobody", "enclaved-proxy"] {
+        let said = parent.run_as(user, &["flock", "--shared", "/run/enclaved-allocator/at-work", "true"]).unwrap();
+        assert!(!said.success() && said.stderr.contains("Permission denied"), "{user}: {said:?}");
+    }
     assert_eq!(parent.property("enclaved-allocator", "Result").unwrap(), "success");
     assert!(parent.run_ok(&["enclavectl", "status"]).unwrap().contains("6 CPUs, 4032 MiB wanted, reserved"));
     assert!(!parent.run_ok(&["enclavectl", "plan"]).unwrap().contains("allocator"));

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
 mod allocator;
+mod allocator_and_enclaves;
 mod conformance;
 mod continuity;
 mod daemon;

@@ -66,7 +66,7 @@ fn users_and_folders_are_there_after_installing_and_after_a_reboot() {
             ("/run/enclaved", "750 enclaved:enclaved"),
             ("/run/enclaved/enclaves", "700 enclaved:enclaved"),
             ("/run/enclaved-proxy", "750 enclaved-proxy:enclaved-proxy"),
-            ("/run/enclaved-allocator", "755 root:root"),
+            ("/run/enclaved-allocator", "750 root:enclaved"),
             ("/run/nitro_enclaves", "770 root:ne"),
             ("/var/log/nitro_enclaves", "775 root:ne"),
         ] {

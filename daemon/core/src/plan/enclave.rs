@@ -416,7 +416,7 @@ impl Planner<'_> {
         if let Err(reason) = self.egress_open(record) {
             return self.wait(name, reason);
         }
-        if self.waits_for_the_pool(name) {
+        if self.waits_for_the_pool(name, record.since()) {
             return;
         }
         let room = match &self.observed.pool {
@@ -478,7 +478,7 @@ impl Planner<'_> {
                 if let Err(reason) = self.egress_open(record) {
                     return self.wait(&key.name, reason);
                 }
-                if self.waits_for_the_pool(&key.name) {
+                if self.waits_for_the_pool(&key.name, record.since()) {
                     return;
                 }
                 let said = self.observed.failed.get(&job).map(|failed| failed.failure.to_string());

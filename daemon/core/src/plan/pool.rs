@@ -8,17 +8,22 @@ use super::{Planner, Step, admission, restart};
 use crate::allocator_file::{self, CpuRequest, Reservation};
 use crate::desired::{AllocatorMode, Desired, PoolPolicy, UpdatePolicy};
 use crate::failure::Failure;
-use crate::id::{EnclaveName, MemoryMib};
+use crate::id::{EnclaveName, MemoryMib, Timestamp};
 use crate::inventory::Inventory;
-use crate::ledger::{Change, ImageOutcome, Ledger};
+use crate::ledger::{Change, ImageOutcome, Ledger, in_a_row};
 use crate::observed::{InstanceState, JobKey, Observation, Observed, Pool};
-use crate::sizing::pool::{PoolChange, PoolNow, StrayPages, WantedPool, change, stray_pages, wanted};
+use crate::sizing::pool::{
+    NOT_URGENT, PoolChange, PoolNow, StrayPages, WantedPool, change, in_use, stray_pages, wanted,
+};
 use crate::sizing::{Admission, Capacity, Demand, Refusal, Reserve, admit};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// So often the allocator is asked for room that some enclave lacks before those that have room are launched, after which it can be
 /// asked only once all have ended.
 const PATIENT_TRIES: u32 = 3;
+/// So long the first launch in a boot waits for a look at the host.
+const UNSEEN: Duration = Duration::from_secs(30);
 
 /// What became of the pool in a plan, for status and metrics.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -94,8 +99,8 @@ pub fn judge(
     if let Some(wanted) = &verdict.wanted {
         verdict.stray = stray_pages(inventory, wanted.node).unwrap_or_default();
     }
-    if let Ok(now) = &verdict.now {
-        verdict.change = change(verdict.wanted.clone(), now, running);
+    if let (Ok(now), Some(wanted)) = (&verdict.now, &verdict.wanted) {
+        verdict.change = change(Some(wanted.clone()), now, running, &in_use(inventory, &wanted.wish));
     }
     verdict
 }
@@ -206,15 +211,7 @@ impl Planner<'_> {
         if !self.manages() {
             return;
         }
-        // What a try came to counts for the boot, whether this process sees its end or the next one.
-        if let Some(ended) = &self.observed.reserve_ended
-            && self.ledger.pool.as_ref().is_none_or(|tried| tried.at != ended.at || tried.wish != ended.wish)
-            && self.ledger.boot_id.as_ref() == Some(&self.observed.boot_id)
-        {
-            let (wish, at) = (ended.wish.clone(), ended.at);
-            self.record(Change::PoolTried { wish, at });
-        }
-        let recorded = self.plan.steps.iter().any(|step| matches!(step, Step::Record(Change::PoolTried { .. })));
+        let recorded = self.note_try();
         let Some(verdict) = &self.verdict else { return };
         let plan = &mut self.plan.pool;
         plan.wanted = verdict.wanted.as_ref().map(|wanted| wanted.wish.clone());
@@ -255,34 +252,65 @@ impl Planner<'_> {
             self.pool_changes = true;
             return;
         }
-        match self.ledger.pool.as_ref().filter(|tried| tried.wish == to.wish) {
-            Some(_) if !urgent => {
-                plan.waits =
-                    Some("not all of it could be had in this boot; it is tried again after the next".to_owned());
-                return;
-            }
-            Some(tried) => {
-                let pause = restart::RESERVE.after(tried.tries);
-                if let Some(again) = restart::pause_end(tried.at, pause, self.now) {
-                    plan.waits = Some(format!("it could not be had; it is tried again at {again}"));
-                    // Launching what has room would keep the others waiting until it ends.
-                    self.pool_changes |= tried.tries < PATIENT_TRIES;
-                    return self.wake(again);
-                }
-            }
-            None => {}
+        if !urgent && self.ledger.launched {
+            plan.waits = Some(NOT_URGENT.to_owned());
+            return;
         }
-        plan.waits = Some("the allocator is asked for it".to_owned());
+        if !urgent && self.ledger.pool.as_ref().is_some_and(|tried| tried.wish == to.wish) {
+            plan.waits = Some("not all of it could be had in this boot; it is tried again after the next".to_owned());
+            return;
+        }
+        if let Some((again, tries)) = self.pause_of_the_allocator() {
+            self.plan.pool.waits = Some(format!("it could not be had; it is tried again at {again}"));
+            // Launching what has room would keep the others waiting until it ends.
+            self.pool_changes |= tries < PATIENT_TRIES;
+            return self.wake(again);
+        }
+        self.plan.pool.waits = Some("the allocator is asked for it".to_owned());
         self.pool_changes = true;
         self.plan.steps.push(Step::Reserve { wish: to.wish, least: to.least });
     }
 
-    /// Whether launches wait for the pool. Not for ever: a try that failed is over, and what fits the pool as it is goes on.
-    pub(super) fn waits_for_the_pool(&mut self, name: &EnclaveName) -> bool {
+    /// Notes what a try came to: it counts for the boot, whether this process sees its end or the next one. One in which the stock
+    /// allocator did not run is none. `true` if there is something to note.
+    fn note_try(&mut self) -> bool {
+        let Some(ended) = &self.observed.reserve_ended else { return false };
+        let known = self.ledger.pool.as_ref().is_some_and(|tried| tried.at == ended.at && tried.wish == ended.wish);
+        if known || self.ledger.boot_id.as_ref() != Some(&self.observed.boot_id) {
+            return false;
+        }
+        let (wish, at) = (ended.wish.clone(), ended.at);
+        self.record(Change::PoolTried { wish, at });
+        true
+    }
+
+    /// Until when the allocator is not asked again, whatever for, and how often in a row it was asked; `None`: it can be asked.
+    fn pause_of_the_allocator(&self) -> Option<(Timestamp, u32)> {
+        let tried = self.ledger.pool.as_ref().map(|tried| (tried.at, tried.in_a_row(self.now)));
+        // Also what was no try: systemd that can't be reached, say.
+        let failed = self.observed.failed.get(&JobKey::Reserve);
+        let failed = failed.map(|failed| (failed.at, if in_a_row(failed.at, self.now) { failed.count } else { 0 }));
+        let asked = [tried, failed].into_iter().flatten();
+        let tries = asked.clone().map(|(_, count)| count).max()?;
+        let pause = |(at, count)| restart::pause_end(at, restart::RESERVE.after(count), self.now);
+        asked.filter_map(pause).max().map(|again| (again, tries))
+    }
+
+    /// Whether a launch that was planned at that time waits for the pool. Not for ever: a try that failed is over, and what fits the
+    /// pool as it is goes on.
+    pub(super) fn waits_for_the_pool(&mut self, name: &EnclaveName, planned: Timestamp) -> bool {
         if self.pool_changes {
             self.wait(name, "the host's enclave pool is being changed first");
+            return true;
         }
-        self.pool_changes
+        // With the first launch the time is over in which all of the pool can be set aside: a look that failed is not to cost that.
+        let unseen = self.manages() && !self.ledger.launched && self.verdict.is_none();
+        if unseen && let Some(until) = restart::pause_end(planned, UNSEEN, self.now) {
+            self.wait(name, "what can be set aside for enclaves is looked at first");
+            self.wake(until);
+            return true;
+        }
+        false
     }
 
     /// An enclave has no room in the pool as it is: says why, and what ends that.

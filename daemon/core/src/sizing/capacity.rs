@@ -27,7 +27,8 @@ pub struct Capacity {
     pub threads_per_core: u32,
     /// What stays with the parent.
     pub reserve: Reserve,
-    /// The memory nodes, the one with most room first.
+    /// The memory nodes: that of the pool that is there first, as moving a pool costs a restart of the allocator; then the one with
+    /// most room.
     pub nodes: Vec<NodeCapacity>,
     /// The instance type, where it is known.
     pub instance_type: Option<String>,
@@ -102,7 +103,11 @@ impl Capacity {
         }
         let cpus = u32::try_from(ours.len()).unwrap_or(u32::MAX);
         let instance_type = inventory.instance_type.known().cloned();
-        Ok(Self::new(cpus, first.len(), reserve, nodes, instance_type))
+        let mut capacity = Self::new(cpus, first.len(), reserve, nodes, instance_type);
+        let present = inventory.pool_nodes().unwrap_or_default();
+        // Stable: the others stay in their order.
+        capacity.nodes.sort_by_key(|node| !present.contains(&node.node));
+        Ok(capacity)
     }
 
     /// Of an instance that is not there, by the table: a little less than its nominal memory.

@@ -1,7 +1,7 @@
 //! What the allocator is to reserve for the wanted enclaves, and whether the pool has to change for it.
 
-use super::admit::admit;
-use super::{Admission, Capacity, Demand, Refusal};
+use super::admit::{admit, needs};
+use super::{Capacity, Demand, NodeCapacity, Refusal};
 use crate::allocator_file::{CpuRequest, Reservation};
 pub use crate::desired::PoolPolicy;
 use crate::failure::Failure;
@@ -9,19 +9,27 @@ use crate::id::MemoryMib;
 use crate::inventory::{CpuSet, Inventory, known};
 use crate::observed::Observation;
 
+/// What is said of a change that brings no wanted enclave what it lacks.
+pub const NOT_URGENT: &str =
+    "all that is wanted has room, so it is changed at the next boot, before anything is launched";
+
 /// Less than everything beyond the reserve is good enough by one part in so many: memory that is in pieces is not worth a restart.
 const GOOD_ENOUGH: u64 = 16;
 
 /// A pool that would do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WantedPool {
+    /// By what it was made.
+    pub policy: PoolPolicy,
     /// What is asked for.
     pub wish: Reservation,
-    /// The least that all wanted enclaves run with, if the wish can't be had; the wish itself with [`PoolPolicy::Exact`]. `None`:
-    /// no enclave is wanted.
+    /// The least that all wanted enclaves run with, if the wish can't be had: without room for updates, which wait then. `None`: no
+    /// enclave is wanted.
     pub least: Option<Reservation>,
     /// The memory node.
     pub node: u32,
+    /// Less memory than this is worth another try.
+    enough: MemoryMib,
     /// More memory than this is more than was asked for.
     most: MemoryMib,
 }
@@ -31,6 +39,8 @@ pub struct WantedPool {
 pub struct PoolNow {
     /// The driver's CPUs.
     pub cpus: CpuSet,
+    /// Their node; `None` without any CPUs.
+    pub node: Option<u32>,
     /// Hugepages on their node; without any CPUs, on all nodes.
     pub memory: MemoryMib,
 }
@@ -64,44 +74,49 @@ pub enum PoolChange {
 /// The enclaves do not fit the host.
 pub fn wanted(policy: PoolPolicy, capacity: &Capacity, demands: &[Demand]) -> Result<Option<WantedPool>, Refusal> {
     let admission = if demands.is_empty() { None } else { Some(admit(capacity, demands)?) };
-    let least = admission.as_ref().and_then(|admission| least(capacity, admission));
-    match policy {
-        PoolPolicy::Exact => Ok(admission.zip(least).map(|(admission, least)| WantedPool {
-            wish: least.clone(),
-            node: admission.node,
-            most: MemoryMib(least.memory_mib.0.saturating_add(largest_page(capacity, admission.node))),
-            least: Some(least),
-        })),
-        PoolPolicy::All => {
-            // Where the enclaves are to be; the node with most room, if there are none.
-            let node = match &admission {
-                Some(admission) => capacity.nodes.iter().find(|node| node.node == admission.node),
-                None => capacity.nodes.first(),
-            };
-            let Some(node) = node else { return Ok(None) };
-            let (cpus, memory) = capacity.budget(node);
-            let most = MemoryMib(memory.0.saturating_add(node.smallest_page()));
-            let wish = reservation(capacity, node.node, cpus, memory).filter(|_| memory.0 > 0);
-            Ok(wish.map(|wish| WantedPool { wish, least, node: node.node, most }))
+    // Where the enclaves are to be; if there are none, the node of the pool that is there, or the one with most room.
+    let node = match &admission {
+        Some(admission) => capacity.nodes.iter().find(|node| node.node == admission.node),
+        None => capacity.nodes.first(),
+    };
+    let Some(node) = node else { return Ok(None) };
+    let least = admission.as_ref().and_then(|_| {
+        let needs = needs(node, demands, &[]);
+        reservation(capacity, node, u32::try_from(needs.cpus).ok()?, MemoryMib(needs.memory))
+    });
+    let wish = match policy {
+        PoolPolicy::Exact => {
+            admission.and_then(|admission| reservation(capacity, node, admission.cpus, admission.memory))
         }
-    }
-}
-
-fn least(capacity: &Capacity, admission: &Admission) -> Option<Reservation> {
-    reservation(capacity, admission.node, admission.cpus, admission.memory)
+        PoolPolicy::All => {
+            let (cpus, memory) = capacity.budget(node);
+            reservation(capacity, node, cpus, memory).filter(|_| memory.0 > 0)
+        }
+    };
+    let Some(wish) = wish else { return Ok(None) };
+    let most = most(capacity, Some(node.node), wish.memory_mib);
+    let enough = match policy {
+        PoolPolicy::Exact => wish.memory_mib,
+        PoolPolicy::All => MemoryMib(wish.memory_mib.0 - wish.memory_mib.0 / GOOD_ENOUGH),
+    };
+    let enough = enough.max(least.as_ref().map_or(MemoryMib(0), |least| least.memory_mib));
+    Ok(Some(WantedPool { policy, wish, least, node: node.node, enough, most }))
 }
 
 /// By count on a host with one memory node, where the allocator's choice is as good as any; by name where the node matters. `None`
 /// for no CPUs at all, which the allocator refuses.
-fn reservation(capacity: &Capacity, node: u32, cpus: u32, memory_mib: MemoryMib) -> Option<Reservation> {
-    let node = capacity.nodes.iter().find(|candidate| candidate.node == node)?;
+fn reservation(capacity: &Capacity, node: &NodeCapacity, cpus: u32, memory_mib: MemoryMib) -> Option<Reservation> {
     let chosen = node.take(cpus).filter(|cpus| !cpus.is_empty())?;
     let cpus = if capacity.nodes.len() == 1 { CpuRequest::Count(cpus) } else { CpuRequest::Pool(chosen) };
     Some(Reservation { cpus, memory_mib })
 }
 
-fn largest_page(capacity: &Capacity, node: u32) -> u64 {
-    capacity.nodes.iter().find(|candidate| candidate.node == node).map_or(0, |node| node.largest_page())
+/// With how much memory a pool is still the one that was asked for: a large page more, but never at the cost of the parent's reserve,
+/// beyond which is only what rounding up to pages takes.
+fn most(capacity: &Capacity, node: Option<u32>, memory: MemoryMib) -> MemoryMib {
+    let Some(node) = capacity.nodes.iter().find(|of| node.is_none_or(|node| of.node == node)) else { return memory };
+    let allowed = capacity.budget(node).1.0.saturating_add(node.smallest_page());
+    MemoryMib(memory.0.saturating_add(node.largest_page()).min(allowed)).max(memory)
 }
 
 impl PoolNow {
@@ -112,6 +127,7 @@ impl PoolNow {
     pub fn of(inventory: &Inventory) -> Result<Self, Failure> {
         let cpus = known(&inventory.pool)?.clone();
         let mut nodes = inventory.pool_nodes()?;
+        let node = nodes.first().copied();
         if nodes.is_empty() {
             nodes = known(&inventory.nodes)?.keys().copied().collect();
         }
@@ -119,28 +135,34 @@ impl PoolNow {
         for node in nodes {
             memory = memory.saturating_add(inventory.hugepages_on(node)?.0.0);
         }
-        Ok(Self { cpus, memory: MemoryMib(memory) })
+        Ok(Self { cpus, node, memory: MemoryMib(memory) })
     }
 
-    /// Whether it has at least that.
+    /// Whether it has room for that, on whatever node and with whatever CPUs it is.
     pub fn has(&self, reservation: &Reservation) -> bool {
-        self.memory >= reservation.memory_mib
-            && match &reservation.cpus {
-                CpuRequest::Count(count) => self.cpus.len() >= *count,
-                CpuRequest::Pool(cpus) => cpus.is_subset(&self.cpus),
-            }
+        self.cpus.len() >= reservation.cpus.count() && self.memory >= reservation.memory_mib
     }
 
     /// Whether restarting the allocator for that pool would bring nothing that is worth it.
     pub fn is(&self, wanted: &WantedPool) -> bool {
-        let cpus = match &wanted.wish.cpus {
-            CpuRequest::Count(count) => self.cpus.len() == *count,
-            CpuRequest::Pool(cpus) => self.cpus == *cpus,
-        };
-        let wish = wanted.wish.memory_mib.0;
-        let enough = if wanted.least.as_ref() == Some(&wanted.wish) { wish } else { wish - wish / GOOD_ENOUGH };
-        let enough = enough.max(wanted.least.as_ref().map_or(0, |least| least.memory_mib.0));
-        cpus && (enough..=wanted.most.0.max(enough)).contains(&self.memory.0)
+        self.is_between(&wanted.wish, Some(wanted.node), wanted.enough, wanted.most)
+    }
+
+    /// Whether it is what somebody asked for who knows no more than that.
+    ///
+    /// # Errors
+    /// What could not be seen.
+    pub fn is_just(&self, wish: &Reservation, inventory: &Inventory, capacity: &Capacity) -> Result<bool, Failure> {
+        let node = node_of(inventory, wish)?;
+        let most = most(capacity, node.or(self.node), wish.memory_mib);
+        Ok(self.is_between(wish, node, wish.memory_mib, most))
+    }
+
+    /// By count and node: which CPUs of a node they are makes no difference to an enclave.
+    fn is_between(&self, wish: &Reservation, node: Option<u32>, enough: MemoryMib, most: MemoryMib) -> bool {
+        self.cpus.len() == wish.cpus.count()
+            && node.is_none_or(|node| self.node.is_none_or(|now| now == node))
+            && (enough..=most).contains(&self.memory)
     }
 }
 
@@ -269,24 +291,50 @@ pub fn node_of(inventory: &Inventory, reservation: &Reservation) -> Result<Optio
     known(&cpu.node).copied().map(Some)
 }
 
-/// What is to be done to have that pool. `running`: how many enclaves run, whoever started them.
-pub fn change(wanted: Option<WantedPool>, now: &PoolNow, running: &Observation<u32>) -> PoolChange {
+/// How much of the hugepages is in use where the allocator would take them away: on the node of the pool, and on the one that
+/// reservation is for. An enclave that boots has taken its memory before anything else tells of it.
+///
+/// # Errors
+/// What could not be seen.
+pub fn in_use(inventory: &Inventory, reservation: &Reservation) -> Result<MemoryMib, Failure> {
+    let mut nodes = inventory.pool_nodes()?;
+    nodes.extend(node_of(inventory, reservation)?);
+    if nodes.is_empty() {
+        nodes.extend(known(&inventory.nodes)?.keys());
+    }
+    nodes.sort_unstable();
+    nodes.dedup();
+    nodes
+        .into_iter()
+        .try_fold(MemoryMib(0), |sum, node| Ok(MemoryMib(sum.0.saturating_add(inventory.hugepages_in_use_on(node)?.0))))
+}
+
+/// What is to be done to have that pool. `running`: how many enclaves run, whoever started them. `in_use`: as [`in_use`] says.
+pub fn change(
+    wanted: Option<WantedPool>,
+    now: &PoolNow,
+    running: &Observation<u32>,
+    in_use: &Result<MemoryMib, Failure>,
+) -> PoolChange {
     let Some(wanted) = wanted.filter(|wanted| !now.is(wanted)) else { return PoolChange::Nothing };
     let urgent = wanted.least.as_ref().is_some_and(|least| !now.has(least));
-    let why = match running {
-        Observation::Known(0) => return PoolChange::Due { to: wanted, urgent },
-        Observation::Known(count) => {
-            let runs = if *count == 1 { "1 enclave runs".to_owned() } else { format!("{count} enclaves run") };
-            format!("{runs}, and the allocator changes the pool only when none does; it is changed once all have ended")
-        }
-        Observation::Unknown(failure) => {
+    let only = "the allocator changes the pool only when none does";
+    let ended = "it is changed once all have ended";
+    let (why, until) = match (running, in_use) {
+        (Observation::Known(0), Ok(MemoryMib(0))) => return PoolChange::Due { to: wanted, urgent },
+        (Observation::Known(0), Ok(memory)) => (
             format!(
-                "whether an enclave runs is not known ({}), and the allocator changes the pool only when none does",
-                failure.message
-            )
+                "{memory} of the hugepages are in use, by whom is not known, and the allocator would take them away"
+            ),
+            "it is changed once nobody uses any",
+        ),
+        (Observation::Unknown(failure), _) | (Observation::Known(0), Err(failure)) => {
+            (format!("whether an enclave runs is not known ({}), and {only}", failure.message), ended)
         }
+        (Observation::Known(1), _) => (format!("1 enclave runs, and {only}"), ended),
+        (Observation::Known(count), _) => (format!("{count} enclaves run, and {only}"), ended),
     };
-    PoolChange::Waits { to: wanted, urgent, why }
+    PoolChange::Waits { to: wanted, urgent, why: format!("{why}; {}", if urgent { until } else { NOT_URGENT }) }
 }
 
 /// What to put on the kernel's command line to have that much memory in hugepages from the boot on, before anything is in pieces.

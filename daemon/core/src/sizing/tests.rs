@@ -114,6 +114,45 @@ fn on_a_host_with_two_nodes_everything_is_on_one_of_them() {
 }
 
 #[test]
+fn on_two_nodes_a_pool_is_judged_by_count_and_node_and_the_one_that_is_there_is_preferred() {
+    let mut big = host("m5.24xlarge");
+    let on = |node: u32, cpus: &str, memory: u64| PoolNow {
+        cpus: cpus.parse().unwrap(),
+        node: Some(node),
+        memory: MemoryMib(memory),
+    };
+    let small = [recreate("a", 2, 512)];
+    // Other CPUs than would be chosen are as good, on whatever node they are.
+    let exact = |big: &Capacity| wanted(PoolPolicy::Exact, big, &small).unwrap().unwrap();
+    assert_eq!(wish(&exact(&big)), (CpuRequest::Pool("47,95".parse().unwrap()), 512));
+    let there = on(1, "30,78", 512);
+    assert!(there.is(&exact(&big)) && there.has(&exact(&big).wish));
+    let elsewhere = on(0, "1,49", 512);
+    assert!(elsewhere.has(exact(&big).least.as_ref().unwrap()), "the enclave has room in it");
+    let moved = change(Some(exact(&big)), &elsewhere, &NONE_RUNS, &NOTHING_USED);
+    assert!(matches!(moved, PoolChange::Due { urgent: false, .. }));
+    // With the node of the pool that is there first, as an inventory gives it, nothing has to move.
+    big.nodes.sort_by_key(|node| node.node != 0);
+    assert_eq!(change(Some(exact(&big)), &elsewhere, &NONE_RUNS, &NOTHING_USED), PoolChange::Nothing);
+    // But for an enclave that has no room there.
+    let large = wanted(PoolPolicy::Exact, &big, &[recreate("a", 48, 512)]).unwrap().unwrap();
+    assert_eq!(large.node, 1);
+}
+
+#[test]
+fn the_room_for_an_update_is_wished_for_but_it_is_not_the_least() {
+    let host = host("m5.2xlarge");
+    for update in [UpdatePolicy::Auto, UpdatePolicy::BlueGreen] {
+        let exact = wanted(PoolPolicy::Exact, &host, &[demand("a", 2, 512, update)]).unwrap().unwrap();
+        assert_eq!(wish(&exact), (CpuRequest::Count(4), 1024));
+        assert_eq!(exact.least.as_ref().unwrap().cpus, CpuRequest::Count(2));
+        assert_eq!(exact.least.as_ref().unwrap().memory_mib, MemoryMib(512));
+        let without = change(Some(exact), &pool(2, 512), &NONE_RUNS, &NOTHING_USED);
+        assert!(matches!(without, PoolChange::Due { urgent: false, .. }), "{without:?}");
+    }
+}
+
+#[test]
 fn a_host_that_is_no_known_instance_gets_no_advice_on_families() {
     let laptop = Capacity { instance_type: None, ..host("m5.xlarge") };
     let refusal = refused(&laptop, &[recreate("a", 8, 512)]);
@@ -122,7 +161,7 @@ fn a_host_that_is_no_known_instance_gets_no_advice_on_families() {
 }
 
 fn pool(cpus: u32, memory: u64) -> PoolNow {
-    PoolNow { cpus: CpuSet::new(1..=cpus).unwrap(), memory: MemoryMib(memory) }
+    PoolNow { cpus: CpuSet::new(1..=cpus).unwrap(), node: Some(0), memory: MemoryMib(memory) }
 }
 
 fn wish(wanted: &WantedPool) -> (CpuRequest, u64) {
@@ -130,6 +169,7 @@ fn wish(wanted: &WantedPool) -> (CpuRequest, u64) {
 }
 
 const NONE_RUNS: Observation<u32> = Observation::Known(0);
+const NOTHING_USED: Result<MemoryMib, Failure> = Ok(MemoryMib(0));
 
 #[test]
 fn a_pool_of_all_takes_everything_beyond_the_reserve_whatever_the_enclaves_need() {
@@ -164,19 +204,31 @@ fn an_exact_pool_follows_the_enclaves() {
 fn a_change_waits_while_an_enclave_runs_or_may_run() {
     let host = host("m5.2xlarge");
     let wanted = || wanted(PoolPolicy::All, &host, &[recreate("a", 2, 1024)]).unwrap();
-    assert_eq!(change(wanted(), &pool(6, 28_672), &Observation::Known(1)), PoolChange::Nothing);
-    assert_eq!(change(None, &pool(0, 0), &NONE_RUNS), PoolChange::Nothing);
-    assert!(matches!(change(wanted(), &pool(2, 512), &NONE_RUNS), PoolChange::Due { urgent: true, .. }));
-    let PoolChange::Waits { urgent, why, .. } = change(wanted(), &pool(2, 512), &Observation::Known(2)) else {
+    assert_eq!(change(wanted(), &pool(6, 28_672), &Observation::Known(1), &NOTHING_USED), PoolChange::Nothing);
+    assert_eq!(change(None, &pool(0, 0), &NONE_RUNS, &NOTHING_USED), PoolChange::Nothing);
+    assert!(matches!(change(wanted(), &pool(2, 512), &NONE_RUNS, &NOTHING_USED), PoolChange::Due { urgent: true, .. }));
+    let PoolChange::Waits { urgent, why, .. } = change(wanted(), &pool(2, 512), &Observation::Known(2), &NOTHING_USED)
+    else {
         panic!()
     };
     assert!(urgent && why.contains("2 enclaves run, and the allocator changes the pool only when none does"), "{why}");
     // What is wanted has room already: only the rest is not reserved yet.
-    let waits = change(wanted(), &pool(2, 1024), &Observation::Known(1));
-    assert!(matches!(waits, PoolChange::Waits { urgent: false, .. }));
+    let waits = change(wanted(), &pool(2, 1024), &Observation::Known(1), &NOTHING_USED);
+    let PoolChange::Waits { urgent: false, why, .. } = waits else { panic!() };
+    assert!(why.ends_with("so it is changed at the next boot, before anything is launched"), "{why}");
     let unknown = Observation::Unknown(Failure::new("no /proc"));
-    let PoolChange::Waits { why, .. } = change(wanted(), &pool(2, 512), &unknown) else { panic!() };
+    let PoolChange::Waits { why, .. } = change(wanted(), &pool(2, 512), &unknown, &NOTHING_USED) else { panic!() };
     assert!(why.contains("not known (no /proc)"), "{why}");
+    let PoolChange::Waits { why, .. } = change(wanted(), &pool(2, 512), &NONE_RUNS, &Err(Failure::new("no sysfs")))
+    else {
+        panic!()
+    };
+    assert!(why.contains("not known (no sysfs)"), "{why}");
+    // An enclave that boots has taken its memory before anything else tells of it.
+    let PoolChange::Waits { why, .. } = change(wanted(), &pool(2, 512), &NONE_RUNS, &Ok(MemoryMib(64))) else {
+        panic!()
+    };
+    assert!(why.contains("64 MiB of the hugepages are in use, by whom is not known"), "{why}");
 }
 
 #[test]
@@ -320,9 +372,9 @@ proptest! {
             CpuRequest::Count(count) => CpuSet::new(1..=*count).unwrap(),
             CpuRequest::Pool(cpus) => cpus.clone(),
         };
-        let now = PoolNow { cpus, memory: wanted.wish.memory_mib };
+        let now = PoolNow { cpus, node: Some(wanted.node), memory: wanted.wish.memory_mib };
         prop_assert!(wanted.least.as_ref().is_none_or(|least| least.cpus.count() != wanted.wish.cpus.count() || now.has(least)));
-        prop_assert_eq!(change(Some(wanted), &now, &NONE_RUNS), PoolChange::Nothing);
+        prop_assert_eq!(change(Some(wanted), &now, &NONE_RUNS, &NOTHING_USED), PoolChange::Nothing);
     }
 
     #[test]

@@ -3,10 +3,12 @@
 //!
 //! Never writes the stock allocator's file, nor sysfs: this process may do neither.
 
-use super::{Outcome, SysfsAllocator};
-use crate::allocate::{ALLOCATE_UNIT, Did, FORMAT, Report, Request, at_work_file};
+use super::{NotReserved, Outcome, SysfsAllocator};
+use crate::allocate::{ALLOCATE_UNIT, Did, FORMAT, Report, Request, at_work_file, service};
 use crate::atomic_file;
 use crate::host::Allocator;
+use crate::host::inventory::ALLOCATOR_UNIT;
+use crate::launch_trace::Lock;
 use crate::systemd_bus::{JobError, SystemdBus, Verb};
 use enclaved_core::allocator_file::Reservation;
 use enclaved_core::failure::Failure;
@@ -14,7 +16,8 @@ use enclaved_core::observed::Pool;
 use std::fs::{File, TryLockError};
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The stock service has ten minutes for each of four restarts at the most.
 const PATIENCE: Duration = Duration::from_mins(42);
@@ -28,10 +31,21 @@ const LOOK: Duration = Duration::from_millis(500);
 const LINES: usize = 5;
 const LINE: usize = 200;
 
+/// How long systemd may take to say how the stock service is. It answers within milliseconds.
+const STOCK: Duration = Duration::from_secs(2);
+/// What it said holds for so long.
+const STOCK_AGE: Duration = Duration::from_secs(1);
+
 /// Starts the unit that changes the pool.
 pub trait AllocatorUnit: Send + Sync + 'static {
     /// Starts it, and waits until it has ended.
     fn run(&self) -> impl Future<Output = Result<(), JobError>> + Send;
+
+    /// Sees to it that it does not begin any more, if it has not; `false`: it has, or was not to.
+    fn take_back(&self) -> impl Future<Output = Outcome<bool>> + Send;
+
+    /// Whether the stock service is changing the pool, or is about to, whoever started it.
+    fn stock_at_work(&self) -> impl Future<Output = Outcome<bool>> + Send;
 }
 
 /// The unit under systemd.
@@ -41,6 +55,14 @@ pub struct SystemdUnit(pub SystemdBus);
 impl AllocatorUnit for SystemdUnit {
     async fn run(&self) -> Result<(), JobError> {
         self.0.run_job(Verb::Start, ALLOCATE_UNIT, PATIENCE).await
+    }
+
+    async fn take_back(&self) -> Outcome<bool> {
+        self.0.take_back(ALLOCATE_UNIT).await
+    }
+
+    async fn stock_at_work(&self) -> Outcome<bool> {
+        Ok(service::is_at_work(self.0.unit(ALLOCATOR_UNIT).await?.as_ref()))
     }
 }
 
@@ -53,6 +75,8 @@ pub struct ManagedSettings {
     pub request: PathBuf,
     /// What root writes, in a folder where nobody else can.
     pub report: PathBuf,
+    /// What every launch holds while it is under way. Root holds it, too, but can't make it.
+    pub launch_lock: PathBuf,
 }
 
 /// The pool is enclaved's to change.
@@ -61,12 +85,39 @@ pub struct ManagedAllocator<U> {
     settings: ManagedSettings,
     sysfs: SysfsAllocator,
     unit: U,
+    /// What was last said of the stock service, and when.
+    stock: Mutex<Option<(Instant, bool)>>,
 }
 
 impl<U: AllocatorUnit> ManagedAllocator<U> {
     /// By that unit.
     pub fn new(settings: ManagedSettings, unit: U) -> Self {
-        Self { sysfs: SysfsAllocator::new(&settings.sysfs), settings, unit }
+        Self { sysfs: SysfsAllocator::new(&settings.sysfs), settings, unit, stock: Mutex::default() }
+    }
+
+    /// Whether the pool is being changed: by root's process, or by a stock service that has outlived it, or was started by hand.
+    async fn is_changing(&self) -> bool {
+        at_work(&self.settings.report) || self.stock_at_work().await
+    }
+
+    /// Without an answer it is not: what is launched beside it fails, and is launched again.
+    async fn stock_at_work(&self) -> bool {
+        let known = *self.stock.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, false)) = known
+            && at.elapsed() < STOCK_AGE
+        {
+            return false;
+        }
+        let said = match tokio::time::timeout(STOCK, self.unit.stock_at_work()).await {
+            Ok(Ok(said)) => said,
+            Ok(Err(failure)) => {
+                tracing::debug!("whether {ALLOCATOR_UNIT} is at work is not known: {failure}");
+                false
+            }
+            Err(_) => false,
+        };
+        *self.stock.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), said));
+        said
     }
 
     /// Returns when it is known that the unit has not begun; never, once it has.
@@ -77,6 +128,16 @@ impl<U: AllocatorUnit> ManagedAllocator<U> {
                 return std::future::pending().await;
             }
             tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// What has not begun by now is not to begin later, when enclaves run.
+    async fn give_up(&self) -> JobError {
+        let late = Failure::new(format!("{ALLOCATE_UNIT} did not begin within {} s of being started", BEGIN.as_secs()));
+        match self.unit.take_back().await {
+            Ok(true) => JobError::NotRun(late),
+            Ok(false) => JobError::Unknown(late),
+            Err(failure) => JobError::Unknown(Failure::new(format!("{}; {}", late.message, failure.message))),
         }
     }
 
@@ -97,60 +158,64 @@ impl<U: AllocatorUnit> ManagedAllocator<U> {
 impl<U: AllocatorUnit> Allocator for ManagedAllocator<U> {
     async fn observe(&self) -> Outcome<Pool> {
         // In this order: what was being changed when the numbers were read is said to be so.
-        let before = at_work(&self.settings.report);
+        let before = self.is_changing().await;
         let pool = self.sysfs.observe().await?;
         Ok(match pool {
             Pool::Sized { cpus, memory, memory_free, .. } => {
-                Pool::Sized { cpus, memory, memory_free, changing: before || at_work(&self.settings.report) }
+                Pool::Sized { cpus, memory, memory_free, changing: before || self.is_changing().await }
             }
             Pool::External => Pool::External,
         })
     }
 
-    async fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> Outcome<()> {
+    async fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> Result<(), NotReserved> {
         let least = least.filter(|least| *least != wish).cloned();
         let request = Request { format: FORMAT, id: new_id(), wish: wish.clone(), least };
-        atomic_file::write_json(&self.settings.request, &request).map_err(|error| Failure::from_error(&error))?;
+        let written = Lock::make(&self.settings.launch_lock)
+            .and_then(|()| atomic_file::write_json(&self.settings.request, &request));
+        written.map_err(|error| NotReserved::not_tried(Failure::from_error(&error)))?;
         let ran = tokio::select! {
             biased;
             // What is dropped here goes on at systemd; whether it does is to be seen by its lock.
             ran = self.unit.run() => ran,
-            () = self.never_began(&request) => Err(JobError::Unknown(Failure::new(format!(
-                "{ALLOCATE_UNIT} did not begin within {} s of being started", BEGIN.as_secs()
-            )))),
+            () = self.never_began(&request) => Err(self.give_up().await),
         };
+        if matches!(ran, Err(JobError::Unknown(_))) {
+            // The bus was lost; it goes on, and will say what came of it.
+            while at_work(&self.settings.report) {
+                tokio::time::sleep(LOOK).await;
+            }
+        }
         let not_done = |failure: Failure| {
             let remedy = failure.remedy.clone().or_else(|| Some(format!("look at `systemctl status {ALLOCATE_UNIT}`")));
             Failure { message: format!("the enclave pool is not changed: {}", failure.message), remedy, ..failure }
         };
-        match ran {
-            Err(JobError::NotRun(failure)) => Err(not_done(failure)),
-            Err(JobError::Unknown(failure)) => match self.answer(&request) {
-                Ok(report) => judge(report, &request),
-                Err(_) => Err(not_done(failure)),
-            },
+        match (ran, self.answer(&request)) {
+            (Err(JobError::NotRun(failure)), _) => Err(NotReserved::not_tried(not_done(failure))),
             // It fails, too, where it says why.
-            Ok(()) | Err(JobError::Failed(_)) => match self.answer(&request) {
-                Ok(report) => judge(report, &request),
-                Err(none) => {
-                    let failed = ran.err().map_or_else(String::new, |error| format!(" ({error})"));
-                    let message = format!("{ALLOCATE_UNIT} left no answer{failed}: {}", none.message);
-                    Err(not_done(
-                        Failure::new(message).with_remedy(format!("`journalctl -u {ALLOCATE_UNIT}` says why")),
-                    ))
-                }
-            },
+            (Ok(()) | Err(JobError::Failed(_) | JobError::Unknown(_)), Ok(report)) => judge(report, &request),
+            (Err(JobError::Unknown(failure)), Err(_)) => Err(NotReserved::not_tried(not_done(failure))),
+            (ran, Err(none)) => {
+                let failed = ran.err().map_or_else(String::new, |error| format!(" ({error})"));
+                let message = format!("{ALLOCATE_UNIT} left no answer{failed}: {}", none.message);
+                // It was at work, and nobody knows how far it got.
+                Err(NotReserved::tried(not_done(
+                    Failure::new(message).with_remedy(format!("`journalctl -u {ALLOCATE_UNIT}` says why")),
+                )))
+            }
         }
     }
 }
 
 /// What the report comes to.
-fn judge(report: Report, request: &Request) -> Outcome<()> {
+fn judge(report: Report, request: &Request) -> Result<(), NotReserved> {
+    let ran = report.restarts > 0;
     match (&report.did, &report.failure) {
         (Did::Nothing, _) => Ok(()),
         (Did::Reserved(reserved), _) if *reserved == request.wish || Some(reserved) == request.least.as_ref() => Ok(()),
         (Did::Reserved(other), _) => {
-            Err(Failure::new(format!("{ALLOCATE_UNIT} reserved {other}, which it was not asked for")))
+            let failure = Failure::new(format!("{ALLOCATE_UNIT} reserved {other}, which it was not asked for"));
+            Err(NotReserved::tried(failure))
         }
         (Did::KeptFormer(_) | Did::Failed, failure) => {
             let failure = failure.clone().unwrap_or_else(|| Failure::new(format!("{ALLOCATE_UNIT} gave no reason")));
@@ -167,7 +232,7 @@ fn judge(report: Report, request: &Request) -> Outcome<()> {
                 .collect();
             let said = if lines.is_empty() { lines } else { format!("; nitro-enclaves-allocator said last:{lines}") };
             let text = Failure::new(format!("{}{kept}{said}", failure.message));
-            Err(Failure { remedy: failure.remedy, code: failure.code, ..text })
+            Err(NotReserved { failure: Failure { remedy: failure.remedy, code: failure.code, ..text }, ran })
         }
     }
 }
@@ -204,6 +269,8 @@ mod tests {
         request: PathBuf,
         report: PathBuf,
         act: Option<Act>,
+        take_back: bool,
+        stock: Outcome<bool>,
     }
 
     impl AllocatorUnit for Unit {
@@ -213,14 +280,26 @@ mod tests {
                 None => std::future::pending().await,
             }
         }
+
+        async fn take_back(&self) -> Outcome<bool> {
+            Ok(self.take_back)
+        }
+
+        async fn stock_at_work(&self) -> Outcome<bool> {
+            self.stock.clone()
+        }
     }
 
     fn host(act: Option<Act>) -> (TempDir, ManagedAllocator<Unit>) {
         let folder = tempfile::tempdir().unwrap();
         let (request, report) = (folder.path().join("allocate.json"), folder.path().join("report.json"));
-        let settings =
-            ManagedSettings { sysfs: folder.path().join("sys"), request: request.clone(), report: report.clone() };
-        (folder, ManagedAllocator::new(settings, Unit { request, report, act }))
+        let settings = ManagedSettings {
+            sysfs: folder.path().join("sys"),
+            request: request.clone(),
+            report: report.clone(),
+            launch_lock: folder.path().join("launch.lock"),
+        };
+        (folder, ManagedAllocator::new(settings, Unit { request, report, act, take_back: false, stock: Ok(false) }))
     }
 
     /// A report that answers the request that is there, with these fields.
@@ -250,7 +329,7 @@ mod tests {
         let (_folder, allocator) = answers(wished, Ok(()));
         allocator.reserve(&wish(64), None).await.unwrap();
         allocator.reserve(&wish(128), Some(&wish(64))).await.unwrap();
-        let failure = allocator.reserve(&wish(128), None).await.unwrap_err();
+        let failure = allocator.reserve(&wish(128), None).await.unwrap_err().failure;
         assert!(failure.message.contains("which it was not asked for"), "{failure}");
         let (_folder, allocator) = answers(r#""did":"nothing","failure":null,"journal":[]"#, Ok(()));
         allocator.reserve(&wish(64), None).await.unwrap();
@@ -262,7 +341,7 @@ mod tests {
             "failure":{"message":"2 CPUs and 64 MiB were asked for","remedy":"reboot"},
             "journal":["one","two","three","host systemd[1]: failed","four","five","six \u0007"]"#;
         let (_folder, allocator) = answers(said, failed());
-        let failure = allocator.reserve(&wish(64), None).await.unwrap_err();
+        let failure = allocator.reserve(&wish(64), None).await.unwrap_err().failure;
         let expected = "2 CPUs and 64 MiB were asked for; kept the former pool of 2 CPUs and 32 MiB; nitro-enclaves-allocator said \
                         last:\n  two\n  three\n  four\n  five\n  six ";
         assert_eq!((failure.message.as_str(), failure.remedy.as_deref()), (expected, Some("reboot")));
@@ -277,7 +356,7 @@ mod tests {
             Ok(())
         });
         let (_folder, allocator) = host(Some(act));
-        let failure = allocator.reserve(&wish(64), None).await.unwrap_err();
+        let failure = allocator.reserve(&wish(64), None).await.unwrap_err().failure;
         assert!(failure.message.contains("left no answer") && failure.message.contains("another request"), "{failure}");
         assert!(failure.remedy.unwrap().contains("journalctl -u enclaved-allocator.service"));
         // Nor one that was torn, or is not there.
@@ -285,7 +364,7 @@ mod tests {
             fs::write(report, "{\"format\"").unwrap();
             failed()
         })));
-        let failure = allocator.reserve(&wish(64), None).await.unwrap_err();
+        let failure = allocator.reserve(&wish(64), None).await.unwrap_err().failure;
         assert!(failure.message.contains("left no answer (starting: failed)"), "{failure}");
     }
 
@@ -293,21 +372,79 @@ mod tests {
     async fn a_unit_that_did_not_run_leaves_the_pool_as_it_is_and_an_answer_counts_though_its_end_was_not_seen() {
         let refused = Failure::new("access denied").with_remedy("install the polkit rule");
         let (_folder, allocator) = host(Some(Box::new(move |_, _| Err(JobError::NotRun(refused.clone())))));
-        let failure = allocator.reserve(&wish(64), None).await.unwrap_err();
+        let failure = allocator.reserve(&wish(64), None).await.unwrap_err().failure;
         assert_eq!(failure.message, "the enclave pool is not changed: access denied");
         assert_eq!(failure.remedy.as_deref(), Some("install the polkit rule"));
         let lost = Err(JobError::Unknown(Failure::new("the bus was lost")));
         let (_folder, allocator) = answers(r#""did":"nothing","failure":null,"journal":[]"#, lost.clone());
         allocator.reserve(&wish(64), None).await.unwrap();
         let (_folder, allocator) = host(Some(Box::new(move |_, _| lost.clone())));
-        assert!(allocator.reserve(&wish(64), None).await.unwrap_err().message.contains("the bus was lost"));
+        assert!(allocator.reserve(&wish(64), None).await.unwrap_err().failure.message.contains("the bus was lost"));
+    }
+
+    #[tokio::test]
+    async fn only_what_got_as_far_as_the_stock_service_was_a_try() {
+        async fn ran(allocator: &ManagedAllocator<Unit>) -> bool {
+            allocator.reserve(&wish(64), None).await.unwrap_err().ran
+        }
+        let not_run = || Err(JobError::NotRun(Failure::new("the bus is away")));
+        let unknown = || Err(JobError::Unknown(Failure::new("the bus was lost")));
+        assert!(!ran(&host(Some(Box::new(move |_, _| not_run()))).1).await);
+        assert!(!ran(&host(Some(Box::new(move |_, _| unknown()))).1).await);
+        // Root refused, or the stock service is masked.
+        let refused = r#""did":"failed","failure":{"message":"1 enclave runs"},"journal":[]"#;
+        let act = |restarts: u32| -> Option<Act> {
+            Some(Box::new(move |request, report| {
+                answer(request, report, refused);
+                let text = fs::read_to_string(report).unwrap();
+                fs::write(report, text.replace("\"restarts\":1", &format!("\"restarts\":{restarts}"))).unwrap();
+                failed()
+            }))
+        };
+        assert!(!ran(&host(act(0)).1).await);
+        assert!(ran(&host(act(1)).1).await);
+        // It was at work, and nobody knows how far it came.
+        assert!(ran(&host(Some(Box::new(|_, _| failed()))).1).await);
+    }
+
+    #[tokio::test]
+    async fn root_finds_the_lock_of_launches_which_it_cannot_make() {
+        let lock_is_there: Act = Box::new(|request, report| {
+            assert!(request.with_file_name("launch.lock").exists());
+            answer(request, report, r#""did":"nothing","failure":null,"journal":[]"#);
+            Ok(())
+        });
+        host(Some(lock_is_there)).1.reserve(&wish(64), None).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stock_service_at_work_is_a_pool_that_changes_whoever_started_it() {
+        let (folder, mut allocator) = host(None);
+        let changing = async |allocator: &ManagedAllocator<Unit>| match allocator.observe().await.unwrap() {
+            Pool::Sized { changing, .. } => changing,
+            Pool::External => panic!("it is ours"),
+        };
+        fs::create_dir_all(folder.path().join("sys/module/nitro_enclaves/parameters")).unwrap();
+        fs::write(folder.path().join("sys/module/nitro_enclaves/parameters/ne_cpus"), "\n").unwrap();
+        fs::create_dir_all(folder.path().join("sys/devices/system/node")).unwrap();
+        assert!(!changing(&allocator).await);
+        allocator.unit.stock = Ok(true);
+        allocator.stock = Mutex::default();
+        assert!(changing(&allocator).await);
+        allocator.unit.stock = Err(Failure::new("the bus is away"));
+        assert!(!changing(&allocator).await, "without an answer it is not, at once");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_unit_that_does_not_begin_is_not_waited_for_and_one_that_works_is() {
         let (_folder, allocator) = host(None);
-        let failure = allocator.reserve(&wish(64), None).await.unwrap_err();
+        let failure = allocator.reserve(&wish(64), None).await.unwrap_err().failure;
         assert!(failure.message.contains("did not begin within 60 s"), "{failure}");
+        // It must not begin later either.
+        let (_folder, mut allocator) = host(None);
+        allocator.unit.take_back = true;
+        let refused = allocator.reserve(&wish(64), None).await.unwrap_err();
+        assert!(!refused.ran && refused.failure.message.starts_with("the enclave pool is not changed"), "{refused:?}");
 
         let (folder, allocator) = host(None);
         let lock = File::create(at_work_file(&folder.path().join("report.json"))).unwrap();

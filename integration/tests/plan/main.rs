@@ -2,13 +2,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
-use enclaved_core::desired::{Desired, PoolPolicy};
+mod pool;
+
+use enclaved_core::desired::Desired;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, Cid, EnclaveKey, Generation, MemoryMib, Timestamp};
 use enclaved_core::image::VerifiedImage;
 use enclaved_core::image_record::{ImageFacts, ImageOutcome, ImageRecord, ValidityPeriod};
 use enclaved_core::ledger::{
-    Change, GenerationRecord, HeldBy, Identity, LaunchRecord, Ledger, Phase, PoolTried, ProcessIdentity, StopReason,
+    Change, GenerationRecord, HeldBy, Identity, LaunchRecord, Ledger, Phase, ProcessIdentity, StopReason,
 };
 use enclaved_core::observed::{
     AskedBy, CacheItem, CachedImage, End, HealthReport, ImageCache, Instance, InstanceState, JobFailure, JobKey,
@@ -279,57 +281,6 @@ proptest! {
                 observed.instances.known().is_some_and(|all| all.contains_key(key)));
             prop_assert!(followed || !matches!(step, Step::Record(Change::Launching(_))), "{step}");
             prop_assert!(which != 0 || !matches!(step, Step::Launch(_)), "{step}");
-        }
-    }
-
-    /// Whatever is in the ledger and on the host, and whatever of it can be seen.
-    #[test]
-    fn the_pool_is_changed_only_while_nothing_runs_or_may_run_and_nothing_is_launched_meanwhile(
-        seeds in seeds(), pool in prop_oneof![Just((2_u32, 1024_u64)), Just((6, 8192))], exact in any::<bool>(),
-        blind in 0..5_u8, at_work in 0..4_u8, tries in 0..5_u32,
-    ) {
-        let (mut ledger, mut observed) = world(&seeds, pool);
-        observed.images.extend([image(1), image(2)]);
-        with_images(&mut ledger, ImageFacts { size: 1, certificate: None });
-        let mut desired = wanted();
-        if exact { desired.host.pool = PoolPolicy::Exact }
-        match blind {
-            0 => observed.instances = unknown(),
-            1 => observed.pool = unknown(),
-            2 => observed.inventory = unknown(),
-            _ => {}
-        }
-        match at_work {
-            0 => drop(observed.running.insert(JobKey::Reserve)),
-            1 => if let Observation::Known(Pool::Sized { changing, .. }) = &mut observed.pool { *changing = true },
-            _ => {}
-        }
-        let first = plan(&desired, &observed, &ledger, NOW);
-        let reserve = |plan: &Plan| plan.steps.iter().find_map(|step| match step {
-            Step::Reserve { wish, least } => Some((wish.clone(), least.clone())),
-            _ => None,
-        });
-        let decides = |plan: &Plan| plan.steps.iter().any(|step| match step {
-            Step::Launch(_) => true,
-            Step::Record(Change::Launching(key)) => observed.instances.known().is_some_and(|all| !all.contains_key(key)),
-            _ => false,
-        });
-        if matches!(&observed.pool, Observation::Known(Pool::Sized { changing: true, .. })) {
-            prop_assert!(!decides(&first) && reserve(&first).is_none(), "{:?}", first.steps);
-        }
-        let Some((wish, least)) = reserve(&first) else { return Ok(()) };
-        prop_assert!(!decides(&first), "{:?}", first.steps);
-        prop_assert!(blind > 2 && at_work > 1, "it is asked for in the dark, or twice");
-        let alive = observed.instances.known().unwrap().values().filter(|one| !matches!(one.state, InstanceState::Ended { .. }));
-        prop_assert_eq!(alive.count() + ledger.generations().filter(|(_, of)| of.holds_resources()).count(), 0);
-        prop_assert!(wish.cpus.count() <= 6 && wish.memory_mib.0 <= 8192);
-        prop_assert!(least.is_none_or(|least| least.cpus.count() <= wish.cpus.count() && least.memory_mib <= wish.memory_mib));
-        // After so many tries just now it is not asked for again at once.
-        ledger.pool = (tries > 0).then(|| PoolTried { wish: wish.clone(), tries, at: NOW });
-        let again = plan(&desired, &observed, &ledger, NOW);
-        prop_assert_eq!(reserve(&again).is_some(), tries == 0);
-        if let Some(at) = again.wake_at {
-            prop_assert!(at > NOW);
         }
     }
 
