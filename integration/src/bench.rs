@@ -3,6 +3,7 @@
 //! ```text
 //! cargo run --release -p enclaved-integration --bin bench -- images [--size 1GiB] [--rounds 5] [--json FILE]
 //! cargo run --release -p enclaved-integration --bin bench -- relay [--only ingress] [--rounds 5] [--json FILE]
+//! cargo run --release -p enclaved-integration --bin bench -- death [--only direct] [--rounds 20] [--limit 50ms] [--json FILE]
 //! ```
 //!
 //! Prints one table for each comparison; what it looks like:
@@ -30,6 +31,7 @@
 //!
 //! A program that is missing is installed by `integration/tool`, outside the tree.
 
+mod death;
 mod images;
 mod relay;
 mod run;
@@ -55,6 +57,8 @@ enum What {
     Images(images::Options),
     /// Carrying raw connections beside nginx, haproxy and socat (Debian: nginx-light, libnginx-mod-stream, haproxy, socat).
     Relay(relay::Options),
+    /// How soon the daemon knows that an enclave has died, under both supervisors. No peers: a figure with a limit.
+    Death(death::Options),
     /// Runs a program, and writes what it cost to a file. Used by the comparisons.
     #[command(hide = true)]
     Run {
@@ -76,6 +80,7 @@ pub fn main() -> ExitCode {
     let done = match Arguments::parse().what {
         What::Images(options) => images::compare(&options),
         What::Relay(options) => relay::compare(&options),
+        What::Death(options) => death::measure(&options),
         What::Run { report, command } => return run::in_child(&report, &command),
         What::Serve { file } => server::serve(&file),
         What::Fetch { source, folder } => images::fetch(&source, &folder),

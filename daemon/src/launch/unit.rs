@@ -140,6 +140,8 @@ pub async fn ended(trace_dir: &Path) -> ExitCode {
     }
     if let Ok(Outcome::Ran(recorded)) = trace.outcome()
         && !matches!(procfs::is_alive(recorded.launch.process), Ok(false))
+        // One that is of this unit is ended after this: of a unit that was not up yet, systemd has only ended the helper so far.
+        && !procfs::same_control_group(recorded.launch.process.pid).unwrap_or(false)
         && procfs::boot_id().is_ok_and(|boot_id| boot_id == recorded.boot_id)
     {
         tracing::warn!("the enclave does not end with this unit: it was launched by other means, and runs on");
@@ -298,9 +300,8 @@ mod tests {
 
     #[tokio::test]
     async fn the_helper_stays_while_the_record_of_an_enclave_that_runs_cannot_be_written() {
-        let (stand, trace) = asked("touch $d/begun; enclave | tee $d/answer", "describe");
         // What a full disk does, too.
-        std::fs::create_dir(trace.folder().join("record.json")).unwrap();
+        let (stand, trace) = asked("mkdir $d/trace/record.json; touch $d/begun; enclave | tee $d/answer", "describe");
         let helper = spawned(&stand, &trace).await;
         std::fs::remove_dir(trace.folder().join("record.json")).unwrap();
         assert_eq!(format!("{:?}", helper.await.unwrap()), format!("{:?}", ExitCode::SUCCESS));

@@ -409,7 +409,11 @@ impl Planner<'_> {
             }
             Phase::Planned { .. } => self.decide_launch(key, record, spec, instances),
             Phase::Launching { .. } if !instances.contains_key(key) => self.launch(key, record, spec, instances),
-            Phase::Launching { .. } => self.wait(&key.name, "nitro-cli is starting it"),
+            Phase::Launching { .. } => match instances.get(key).map(|instance| &instance.state) {
+                // Said already, with the reason.
+                Some(InstanceState::Unknown(_)) => {}
+                _ => self.wait(&key.name, "nitro-cli is starting it"),
+            },
             Phase::Booting { .. } | Phase::Ready { .. } => self.watch(key, record, spec),
             Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Ended { .. } => {}
         }
