@@ -119,7 +119,8 @@ mod tests {
     #[test]
     fn what_a_stricter_version_refuses_stays_in_force_as_what_it_meant() {
         let dir = tempfile::tempdir().unwrap();
-        let example = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/enclaved.toml")).unwrap();
+        let example =
+            std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/enclaved.toml")).unwrap();
         let config = config(dir.path(), &example);
         keep(dir.path(), &config).unwrap();
         retire_a_key(dir.path());

@@ -709,9 +709,7 @@ impl Supervisor for World {
 
     async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {
         self.effect(Effect::SupervisorForget, |state| {
-            let early = |launched: &Launched| {
-                (launched.asked.is_none() || launched.asked_late) && !launched.is_told()
-            };
+            let early = |launched: &Launched| (launched.asked.is_none() || launched.asked_late) && !launched.is_told();
             if state.launched.get(key).is_some_and(|launched| launched.is_over() && early(launched)) {
                 state.violations.push(format!("{key} is to be forgotten before it is known how it ended"));
             }

@@ -37,7 +37,8 @@ pub(crate) enum StopStep {
 /// The next step, and what is to be noted before it is taken. `now` is the time since the boot.
 pub(crate) fn next(noted: Option<StopFile>, now: Duration) -> (StopStep, StopFile) {
     let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-    let over = |since_ms: u64, pause: Duration| now_ms.saturating_sub(since_ms) >= pause.as_millis().try_into().unwrap_or(0);
+    let over =
+        |since_ms: u64, pause: Duration| now_ms.saturating_sub(since_ms) >= pause.as_millis().try_into().unwrap_or(0);
     // What was noted later than now was noted in another boot.
     let Some(stop) = noted.filter(|stop| stop.asked_ms.max(stop.terminate_ms.unwrap_or(0)) <= now_ms) else {
         return (StopStep::Ask, StopFile { since_ms: now_ms, asked_ms: now_ms, terminate_ms: None });
@@ -45,9 +46,7 @@ pub(crate) fn next(noted: Option<StopFile>, now: Duration) -> (StopStep, StopFil
     match stop.terminate_ms {
         Some(at) if over(at, PATIENCE) => (StopStep::Kill, stop),
         Some(_) => (StopStep::Wait, stop),
-        None if over(stop.since_ms, PATIENCE) => {
-            (StopStep::Terminate, StopFile { terminate_ms: Some(now_ms), ..stop })
-        }
+        None if over(stop.since_ms, PATIENCE) => (StopStep::Terminate, StopFile { terminate_ms: Some(now_ms), ..stop }),
         None if over(stop.asked_ms, REPEAT) => (StopStep::Ask, StopFile { asked_ms: now_ms, ..stop }),
         None => (StopStep::Wait, stop),
     }

@@ -75,7 +75,10 @@ pub(super) fn measure(options: &Options) -> anyhow::Result<()> {
         };
         rows.push(Row { supervisor: kind, median_ms: median(rounds_ms.clone()), rounds_ms });
     }
-    println!("death of an enclave noticed, {} rounds\n  {:<12}{:>12}{:>12}", options.rounds, "supervisor", "median ms", "worst ms");
+    println!(
+        "death of an enclave noticed, {} rounds\n  {:<12}{:>12}{:>12}",
+        options.rounds, "supervisor", "median ms", "worst ms"
+    );
     for row in &rows {
         let worst = row.rounds_ms.iter().copied().fold(0.0, f64::max);
         println!("  {:<12}{:>12.1}{worst:>12.1}", format!("{:?}", row.supervisor).to_lowercase(), row.median_ms);

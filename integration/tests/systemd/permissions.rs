@@ -98,7 +98,8 @@ fn the_daemons_user_may_do_nothing_else() {
         refused.extend(["start", "stop", "restart"].map(|verb| vec![verb, unit]));
     }
     for unit in OTHERS {
-        refused.extend(["stop", "restart", "try-restart", "reset-failed", "reload", "kill"].map(|verb| vec![verb, unit]));
+        refused
+            .extend(["stop", "restart", "try-restart", "reset-failed", "reload", "kill"].map(|verb| vec![verb, unit]));
     }
     // Only what is loaded can be reset.
     refused.extend(["ssh.service", "dbus.service"].map(|unit| vec!["reset-failed", unit]));

@@ -190,7 +190,8 @@ fn what_is_stopped_by_hand_while_it_boots_is_held() {
     let parent = configured("");
     parent.switch_on(&[Hazard::always("run-enclave", Fault::SlowBoot { millis: 600_000 })]).unwrap();
     parent.run_ok(&["systemctl", "enable", "--now", "enclaved"]).unwrap();
-    let begun = || Ok(parent.run(&["test", "-e", "/run/enclaved/enclaves/signer-1/nitro-cli.json"])?.success().then_some(()));
+    let begun =
+        || Ok(parent.run(&["test", "-e", "/run/enclaved/enclaves/signer-1/nitro-cli.json"])?.success().then_some(()));
     parent.wait_until("nitro-cli is at work", DEADLINE, begun).unwrap();
     parent.run_ok(&["systemctl", "stop", "enclave@signer-1"]).unwrap();
     let status = parent.until("it is held", is_held).unwrap();
