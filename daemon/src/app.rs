@@ -114,7 +114,7 @@ pub async fn run(arguments: Arguments) -> Result<(), StartError> {
     tasks.spawn(serve_metrics(config.metrics.listen, source, facts.clone(), stop.clone()));
     tasks.spawn(identify(config.clone(), facts, reports.clone(), events.clone(), stop.clone()));
     tasks.spawn(service_manager::feed_watchdog(reports.clone(), stop.clone()));
-    tasks.spawn(service_manager::tell(reports, stop.clone()));
+    tasks.spawn(service_manager::tell(reports.clone(), stop.clone()));
     tasks.spawn(keeper.serve(reload_receiver, hangup, stop.clone()));
     let inputs = Inputs {
         desired: config.desired.clone(),
@@ -146,6 +146,8 @@ pub async fn run(arguments: Arguments) -> Result<(), StartError> {
             if config.host.on_stop == OnStop::Terminate {
                 // The loop ends by itself when every enclave has, or when it has taken too long.
                 drop(commands.send(Command::Terminate).await);
+                // Ends with this function.
+                tasks.spawn(service_manager::extend_end(reports));
             } else {
                 stop.cancel();
             }
@@ -483,6 +485,7 @@ impl RealHost {
         let settings = LaunchSettings {
             run_dir: host.run_dir.clone(),
             images_dir: images_dir.clone(),
+            stopped_dir: host.state_dir.join("stopped"),
             nitro_cli: config.nitro_cli.clone(),
         };
         let (supervisor, start) = match host.supervisor {

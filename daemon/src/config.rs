@@ -38,8 +38,8 @@ pub const MAX_FILE_BYTES: u64 = 1 << 20;
 /// The most files that are read.
 pub const MAX_FILES: usize = 64;
 
-/// A configuration that was checked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A configuration that was checked. It can be kept as what it means, too ([`crate::last_good`]): a field that is added needs a default.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Config {
     /// How the daemon works on this host.
     pub host: HostSettings,
@@ -54,13 +54,15 @@ pub struct Config {
     /// Fingerprint of the files' contents: 12 hexadecimal digits.
     pub revision: String,
     /// The files as they were read, so that this configuration can be kept byte for byte.
+    #[serde(skip)]
     pub sources: Vec<SourceFile>,
     /// What is allowed and should be known; each with file, line and column.
+    #[serde(skip)]
     pub warnings: Vec<String>,
 }
 
 /// How the daemon works on this host.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostSettings {
     /// What supervises the enclaves.
     pub supervisor: SupervisorKind,
@@ -113,14 +115,14 @@ pub enum OnStop {
 }
 
 /// Metrics, `/ready` and `/live`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MetricsSettings {
     /// Address and port; port 0 lets the kernel choose.
     pub listen: SocketAddr,
 }
 
 /// Who receives the status.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlPlaneSettings {
     /// `https://`, or `http://` to a loopback address; without user name, query and fragment.
     pub url: String,

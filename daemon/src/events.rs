@@ -176,6 +176,7 @@ impl Events {
                 warn!(enclave = %key.name, %key, "held as it is, an operator has to decide: {doubt}");
             }
             Change::Accepted(name) => info!(enclave = %name, "taken as it is by an operator"),
+            Change::Excused(key) => info!(enclave = %key, "somebody had asked for its end: it did not fail"),
             Change::Explained { key, failure } => info!(enclave = %key, "how it ended: {failure}"),
             Change::Held { name, by } => info!(enclave = %name, "held stopped by an operator ({by})"),
             Change::Released(name) => info!(enclave = %name, "released by an operator"),

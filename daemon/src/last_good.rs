@@ -1,5 +1,6 @@
-//! Keeps the last configuration that was in force, byte for byte, so that a bad edit or a stricter version never takes a
-//! working host down (invariant 7).
+//! Keeps the last configuration that was in force, so that a bad edit or a stricter version never takes a working host down
+//! (invariant 7): byte for byte, and as what it meant to the version that took it. The latter counts where this version would not
+//! take the same bytes any more.
 
 use crate::atomic_file::{self, FileError};
 use crate::config::{self, Config, ConfigErrors, SourceFile};
@@ -16,6 +17,9 @@ const LIMIT: u64 = 2 * config::MAX_FILE_BYTES * config::MAX_FILES as u64;
 struct Kept {
     format: u32,
     sources: Vec<KeptSource>,
+    /// A [`Config`] without its sources. Read only when it is needed, so that it can't spoil them.
+    #[serde(default)]
+    meaning: Option<serde_json::Value>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -50,11 +54,13 @@ pub enum LastGoodError {
 /// It could not be written; the one before it is still there.
 pub fn keep(state_dir: &Path, config: &Config) -> Result<(), LastGoodError> {
     let source = |source: &SourceFile| KeptSource { path: source.path.clone(), text: source.text.clone() };
-    let kept = Kept { format: 1, sources: config.sources.iter().map(source).collect() };
+    // All that is in it can be written as JSON; without it the bytes are kept all the same.
+    let meaning = serde_json::to_value(config).ok();
+    let kept = Kept { format: 1, sources: config.sources.iter().map(source).collect(), meaning };
     Ok(atomic_file::write_json(&state_dir.join(NAME), &kept)?)
 }
 
-/// The configuration that was kept.
+/// The configuration that was kept. If this version refuses its bytes, it is what they meant to the one that kept them.
 ///
 /// # Errors
 /// There is none, or it can't be used.
@@ -63,7 +69,16 @@ pub fn recall(state_dir: &Path) -> Result<Config, LastGoodError> {
     let Some(kept) = atomic_file::read_json::<Kept>(&path, LIMIT)? else { return Err(LastGoodError::None(path)) };
     let source = |source: KeptSource| SourceFile { path: source.path, text: source.text };
     let sources: Vec<_> = kept.sources.into_iter().map(source).collect();
-    config::parse(&sources).map_err(|errors| LastGoodError::Refused { path, errors })
+    config::parse(&sources).or_else(|errors| {
+        let meant = kept.meaning.and_then(|meaning| serde_json::from_value::<Config>(meaning).ok());
+        match meant {
+            Some(config) => {
+                tracing::warn!("this version refuses the last good configuration, too; what it meant before stays in force: {errors}");
+                Ok(Config { sources, ..config })
+            }
+            None => Err(LastGoodError::Refused { path, errors }),
+        }
+    })
 }
 
 /// Where the state folder is according to a configuration that is refused: a file with a wrong key in one place may well
@@ -91,6 +106,44 @@ mod tests {
         let config = config(dir.path(), "# a comment\n[host]\nreserve_cpus = 4\n");
         keep(dir.path(), &config).unwrap();
         assert_eq!(recall(dir.path()).unwrap(), config);
+    }
+
+    /// As if an earlier version had taken a key that this one does not know.
+    fn retire_a_key(dir: &Path) {
+        let path = dir.join(NAME);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains("[host]"));
+        std::fs::write(path, text.replace("[host]", "retired = 1\\n[host]")).unwrap();
+    }
+
+    #[test]
+    fn what_a_stricter_version_refuses_stays_in_force_as_what_it_meant() {
+        let dir = tempfile::tempdir().unwrap();
+        let example =
+            std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../config/enclaved.toml")).unwrap();
+        let config = config(dir.path(), &example);
+        keep(dir.path(), &config).unwrap();
+        retire_a_key(dir.path());
+        let recalled = recall(dir.path()).unwrap();
+        assert!(recalled.sources[0].text.contains("retired = 1"));
+        let without = |config: Config| Config { sources: Vec::new(), warnings: Vec::new(), ..config };
+        assert_eq!(without(recalled), without(config));
+
+        let text = std::fs::read_to_string(dir.path().join(NAME)).unwrap();
+        let mut kept: serde_json::Value = serde_json::from_str(&text).unwrap();
+        kept["meaning"] = serde_json::json!({"nonsense": 1});
+        std::fs::write(dir.path().join(NAME), kept.to_string()).unwrap();
+        assert!(matches!(recall(dir.path()), Err(LastGoodError::Refused { .. })));
+    }
+
+    #[test]
+    fn what_the_first_version_kept_can_still_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(NAME), include_str!("last_good/kept-by-0.1.json")).unwrap();
+        let recalled = recall(dir.path()).unwrap();
+        let (name, signer) = recalled.desired.enclaves.first_key_value().unwrap();
+        assert_eq!((name.as_str(), signer.cpus, signer.egress.len()), ("signer", 2, 1));
+        assert_eq!(recalled.host.state_dir, Path::new("/var/lib/enclaved"));
     }
 
     #[test]

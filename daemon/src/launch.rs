@@ -55,6 +55,9 @@ pub enum LaunchError {
     /// It is still not known whether the enclave runs.
     #[error("it could not be found out whether the enclave runs: {0}")]
     Unresolved(Failure),
+    /// systemd was not told that the enclave runs.
+    #[error("systemd could not be told that the enclave runs")]
+    NotTold(#[source] io::Error),
     /// A part of this program ended early.
     #[error("waiting for a lock was cut off")]
     Cut(#[from] tokio::task::JoinError),
@@ -179,8 +182,14 @@ async fn resolve(trace: &Trace, spec: &LaunchSpec, nitro_cli: &NitroCli, attempt
     let left = spec.patience().saturating_sub(now().since(attempt.at));
     let deadline = Instant::now() + left;
     let mut pause = BOOTING_PAUSE;
+    let is_alive = || mark(trace).is_alive().map_err(LaunchError::Process);
     loop {
-        let description = nitro_cli.describe_enclaves().await.map_err(unresolved)?;
+        let description = match nitro_cli.describe_enclaves().await {
+            Ok(description) => description,
+            // An enclave ends with the process that owns it: nobody has to say so.
+            Err(_) if !is_alive()? => return came_to_nothing(trace, spec),
+            Err(failure) => return Err(unresolved(failure)),
+        };
         match Found::in_description(&description, spec) {
             Found::Ours(enclave) => {
                 return match owner(trace, enclave).map_err(unresolved)? {
@@ -193,23 +202,28 @@ async fn resolve(trace: &Trace, spec: &LaunchSpec, nitro_cli: &NitroCli, attempt
                 return fail(trace, spec, what.with_remedy("it was ended again; launch it anew"));
             }
             Found::InTheWay(failure) => return fail(trace, spec, failure),
+            // Whoever does not answer is somebody else.
+            Found::Incomplete(_) if !is_alive()? => return came_to_nothing(trace, spec),
             Found::Incomplete(failure) => return Err(unresolved(failure.clone())),
             // An enclave is listed only when it has booted.
-            Found::Nothing if Instant::now() < deadline && mark(trace).is_alive().map_err(LaunchError::Process)? => {
+            Found::Nothing if Instant::now() < deadline && is_alive()? => {
                 tracing::info!("{}: a process of its launch is still at work", spec.key);
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(BOOTING_PAUSE_MAX);
             }
-            Found::Nothing => {
-                let unclear = trace.unclear().ok().flatten();
-                let interrupted = || {
-                    Failure::new("the launch was interrupted, and no enclave came of it")
-                        .with_remedy("it is launched again; if that repeats, see who ends the launch helper")
-                };
-                return fail(trace, spec, unclear.unwrap_or_else(interrupted));
-            }
+            Found::Nothing => return came_to_nothing(trace, spec),
         }
     }
+}
+
+/// No enclave of that launch runs.
+fn came_to_nothing(trace: &Trace, spec: &LaunchSpec) -> Result<(), LaunchError> {
+    let unclear = trace.unclear().ok().flatten();
+    let interrupted = || {
+        Failure::new("the launch was interrupted, and no enclave came of it")
+            .with_remedy("it is launched again; if that repeats, see who ends the launch helper")
+    };
+    fail(trace, spec, unclear.unwrap_or_else(interrupted))
 }
 
 /// What became of a launch, by what runs on the host.

@@ -60,6 +60,9 @@ pub struct LaunchSpec {
     pub nitro_cli: PathBuf,
     /// The lock that makes launches serial on this host.
     pub host_lock: PathBuf,
+    /// The folder of the notes of stops by hand ([`crate::stop_notes`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_notes: Option<PathBuf>,
 }
 
 impl LaunchSpec {

@@ -14,6 +14,7 @@ use crate::launch_trace::{FORMAT, LAUNCH_LOCK, LaunchSpec, STOP_FILE, Trace};
 use crate::nitro_cli::{self, NitroCli};
 use crate::pidfd::Pidfd;
 use crate::procfs;
+use crate::stop_notes::StopNotes;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, EnclaveKey, Timestamp};
 use enclaved_core::ledger::{LaunchRecord, ProcessIdentity};
@@ -52,6 +53,8 @@ pub struct LaunchSettings {
     pub run_dir: PathBuf,
     /// Holds the proven images, each as `<sha256>.eif`.
     pub images_dir: PathBuf,
+    /// Holds the notes of stops by hand; not emptied by a reboot.
+    pub stopped_dir: PathBuf,
     /// nitro-cli.
     pub nitro_cli: PathBuf,
 }
@@ -62,6 +65,7 @@ pub(crate) struct Launches {
     pub(crate) settings: LaunchSettings,
     /// `<run_dir>/enclaves`
     pub(crate) folder: PathBuf,
+    notes: StopNotes,
     boot_id: BootId,
     pub(crate) shared: Arc<Shared>,
     /// Waits for what was started to end an enclave. Ends with this process.
@@ -73,6 +77,8 @@ pub(crate) struct Launches {
 pub(crate) struct Beside {
     /// Launches whose helper is at work, or will be in a moment, or has just been.
     pub(crate) busy: BTreeSet<EnclaveKey>,
+    /// Launches whose unit is not over: what there is to be noted of an end is not all noted yet.
+    pub(crate) standing: BTreeSet<EnclaveKey>,
     /// Why it can't be seen whether a helper is at work.
     pub(crate) unseen: Option<Failure>,
     /// How units fared that failed.
@@ -213,14 +219,17 @@ impl Launches {
     /// The folders can't be made, or `/proc` can't be read.
     pub(crate) fn new(settings: LaunchSettings) -> Outcome<Self> {
         let folder = settings.run_dir.join("enclaves");
+        let notes = StopNotes::new(&settings.stopped_dir);
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
-        builder.create(&folder).map_err(|error| fault(&FileError::io("make folder", &folder)(error)))?;
+        for folder in [&folder, notes.folder()] {
+            builder.create(folder).map_err(|error| fault(&FileError::io("make folder", folder)(error)))?;
+        }
         let boot_id = procfs::boot_id()
             .map_err(|error| Failure::new(format!("could not find out which boot of the host this is: {error}")))?;
         let state = Mutex::new(State::default());
         let shared = Arc::new(Shared { state, version: watch::Sender::new(1) });
-        let launches = Self { settings, folder, boot_id, shared, tasks: Mutex::default() };
+        let launches = Self { settings, folder, notes, boot_id, shared, tasks: Mutex::default() };
         launches.remove_hidden();
         Ok(launches)
     }
@@ -242,6 +251,7 @@ impl Launches {
     pub(crate) fn scanner(&self, known: &BTreeMap<EnclaveKey, LaunchRecord>, beside: Beside) -> Scanner {
         Scanner {
             folder: self.folder.clone(),
+            notes: self.notes.clone(),
             boot_id: self.boot_id.clone(),
             nitro_cli: self.settings.nitro_cli.clone(),
             known: known.clone(),
@@ -307,10 +317,18 @@ impl Launches {
             image,
             nitro_cli: self.settings.nitro_cli.clone(),
             host_lock: self.settings.run_dir.join(LAUNCH_LOCK),
+            stop_notes: Some(self.notes.folder().to_owned()),
         };
         let Some(working) = Working::begin(&self.shared, &launch.key) else { return Ok(None) };
-        let folder = self.folder.clone();
-        let made = blocking(move || make_trace(&folder, &spec)).await?.map_err(|error| fault(&error))?;
+        let (folder, notes) = (self.folder.clone(), self.notes.clone());
+        let making = blocking(move || {
+            // One of another launch under this number, before the ledger was lost.
+            if !folder.join(spec.key.to_string()).exists() {
+                notes.remove(&spec.key)?;
+            }
+            make_trace(&folder, &spec)
+        });
+        let made = making.await?.map_err(|error| fault(&error))?;
         Ok(made.then_some(working))
     }
 
@@ -331,11 +349,13 @@ impl Launches {
             return Ok(None);
         };
         let trace = self.trace(key);
+        let since_boot = procfs::since_boot()
+            .map_err(|error| Failure::new(format!("could not find out how long this host has been up: {error}")))?;
         let noted = self.shared.state().stops.get(key).copied();
         let noting = blocking(move || {
             // An unreadable file only makes the escalation begin anew.
             let noted = noted.or_else(|| trace.read(STOP_FILE).ok().flatten());
-            let (step, next) = stop::next(noted, now());
+            let (step, next) = stop::next(noted, since_boot);
             let written = if noted != Some(next) && trace.folder().exists() {
                 atomic_file::write_json(&trace.folder().join(STOP_FILE), &next)
             } else {
@@ -371,7 +391,7 @@ impl Launches {
 
     /// Removes the traces of a launch that is over.
     pub(crate) async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {
-        let (folder, trace) = (self.folder.clone(), self.trace(key));
+        let (folder, notes, trace) = (self.folder.clone(), self.notes.clone(), self.trace(key));
         let name = key.clone();
         let refused = move |why: String| Failure::new(format!("the traces of {name} are not removed: {why}"));
         let Some(working) = Working::begin(&self.shared, key) else {
@@ -380,6 +400,7 @@ impl Launches {
         // The mark goes with the work: it stays until that is done, even if nobody waits for it any more.
         let removed = blocking(move || {
             scan::check_over(&trace).map_err(refused)?;
+            notes.remove(&working.key).map_err(|error| fault(&error))?;
             remove_trace(&folder, &working.key)
         });
         removed.await??;

@@ -27,6 +27,7 @@ pub mod pidfd;
 pub mod procfs;
 pub mod reconciler;
 pub mod service_manager;
+pub mod stop_notes;
 pub mod systemd_bus;
 #[cfg(test)]
 mod test_support;

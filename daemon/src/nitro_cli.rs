@@ -316,21 +316,26 @@ impl CallError {
 }
 
 fn enough_descriptors(command: &str) -> Result<(), Failure> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+    are_enough(command, (procfs::open_descriptors(), limit), procfs::host_files())
+}
+
+/// `own`: descriptors of this process that are open, and may be; `host`: open files of the host, and how many may be.
+fn are_enough(command: &str, own: (io::Result<u64>, u64), host: io::Result<(u64, u64)>) -> Result<(), Failure> {
     let refuse = |what: String| {
         Err(Failure::new(format!(
             "nitro-cli {command} was not run: {what}; without descriptors it ends healthy enclaves"
         ))
         .with_remedy("find out who holds so many files open, or raise the limit (LimitNOFILE=, fs.file-max)"))
     };
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
-    match procfs::open_descriptors() {
-        Ok(open) if open.saturating_add(SPARE_DESCRIPTORS) > limit => {
+    match own {
+        (Ok(open), limit) if open.saturating_add(SPARE_DESCRIPTORS) > limit => {
             return refuse(format!("{open} of {limit} descriptors of this process are in use"));
         }
-        Ok(_) => {}
-        Err(error) => return refuse(format!("the open descriptors could not be counted: {error}")),
+        (Ok(_), _) => {}
+        (Err(error), _) => return refuse(format!("the open descriptors could not be counted: {error}")),
     }
-    match procfs::host_files() {
+    match host {
         Ok((open, limit)) if open.saturating_add(SPARE_HOST_FILES) > limit => {
             refuse(format!("{open} of {limit} open files of the host are in use"))
         }

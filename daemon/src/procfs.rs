@@ -162,6 +162,18 @@ pub fn boot_time() -> io::Result<Timestamp> {
     Ok(Timestamp::from_millis(seconds.saturating_mul(1000)))
 }
 
+/// How long ago the host was booted, to a hundredth of a second. Setting the clock does not change it.
+///
+/// # Errors
+/// As [`boot_id`].
+pub fn since_boot() -> io::Result<Duration> {
+    let path = "/proc/uptime";
+    let text = read(Path::new(path))?;
+    let seconds = text.split_whitespace().next().and_then(|seconds| seconds.parse().ok());
+    let since = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    since.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("{path} is not understood")))
+}
+
 /// How long after the boot that process was started.
 pub fn started_after_boot(identity: ProcessIdentity) -> Duration {
     Duration::from_millis(identity.start_time.saturating_mul(1000 / TICKS_PER_SECOND))
@@ -320,6 +332,8 @@ mod tests {
     fn this_boot_has_an_identity_and_began_in_the_past() {
         assert_eq!(boot_id().unwrap(), boot_id().unwrap());
         assert!(boot_time().unwrap() < Timestamp::from(std::time::SystemTime::now()));
+        let own = own_identity().unwrap();
+        assert!(since_boot().unwrap() + Duration::from_secs(1) > started_after_boot(own));
         let (open, limit) = host_files().unwrap();
         assert!(open > 0 && limit > open);
         assert!(open_descriptors().unwrap() >= 3);

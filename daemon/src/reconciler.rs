@@ -20,6 +20,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 /// The loop looks at the host at least this often, whether or not anything woke it.
@@ -66,6 +67,8 @@ pub struct Report {
     pub status: Status,
     /// The proxy's own report, for its counters.
     pub proxy: Option<ProxyReport>,
+    /// Why what runs could not be seen: then nothing was adopted yet.
+    pub unseen: Option<Failure>,
     /// When it was made, by the clock that never steps.
     pub made: tokio::time::Instant,
 }
@@ -88,6 +91,9 @@ pub enum LoopError {
     /// A job panicked.
     #[error("a job of the reconcile loop panicked; this is a bug")]
     Job(#[source] tokio::task::JoinError),
+    /// Whoever wakes the loop ended.
+    #[error("what wakes the reconcile loop ended; this is a bug")]
+    Watcher(#[source] Option<tokio::task::JoinError>),
     /// Some enclaves did not end in time (`on_stop = "terminate"`).
     #[error("{left} enclaves did not end in time")]
     NotEnded {
@@ -123,7 +129,7 @@ pub struct Inputs {
 pub async fn run<H: Host>(host: Arc<H>, inputs: Inputs, stop: CancellationToken) -> Result<(), LoopError> {
     let Some((ledger, problem)) = load(&*host, &inputs, &stop).await else { return Ok(()) };
     let nudge = Arc::new(Notify::new());
-    let mut watchers = tokio::task::JoinSet::new();
+    let mut watchers = JoinSet::new();
     watchers.spawn(watch_supervisor(Arc::clone(&host), Arc::clone(&nudge)));
     watchers.spawn(watch_proxy(Arc::clone(&host), Arc::clone(&nudge)));
     let state = Loop {
@@ -149,7 +155,7 @@ pub async fn run<H: Host>(host: Arc<H>, inputs: Inputs, stop: CancellationToken)
         unsaved: None,
         terminating: None,
     };
-    state.run(&nudge, &stop).await
+    state.run(watchers, &nudge, &stop).await
 }
 
 async fn watch_supervisor<H: Host>(host: Arc<H>, nudge: Arc<Notify>) {
@@ -221,7 +227,7 @@ fn blind<H: Host>(host: &H, inputs: &Inputs, failure: &Failure) -> Report {
     let mut status = status(&inputs.desired, &observed, &ledger, &plan, &facts, now);
     status.problems = facts.problems;
     status.problems.push(Problem { about: "ledger".to_owned(), failure: failure.clone() });
-    Report { status, proxy: None, made: tokio::time::Instant::now() }
+    Report { status, proxy: None, unseen: Some(failure.clone()), made: tokio::time::Instant::now() }
 }
 
 struct Loop<H: Host> {
@@ -257,7 +263,12 @@ struct Loop<H: Host> {
 }
 
 impl<H: Host> Loop<H> {
-    async fn run(mut self, nudge: &Notify, stop: &CancellationToken) -> Result<(), LoopError> {
+    async fn run(
+        mut self,
+        mut watchers: JoinSet<()>,
+        nudge: &Notify,
+        stop: &CancellationToken,
+    ) -> Result<(), LoopError> {
         loop {
             let started = tokio::time::Instant::now();
             let observed = self.observe().await;
@@ -282,7 +293,7 @@ impl<H: Host> Loop<H> {
                 tokio::task::yield_now().await;
                 continue;
             }
-            self.wait(&plan, nudge, stop).await?;
+            self.wait(&plan, &mut watchers, nudge, stop).await?;
         }
     }
 
@@ -390,12 +401,23 @@ impl<H: Host> Loop<H> {
         let problem = |failure: &Failure| Problem { about: "ledger".to_owned(), failure: failure.clone() };
         facts.problems.extend(ledger_problems.map(problem));
         let status = status(&self.desired, observed, &self.ledger, plan, &facts, self.now());
-        let report = Report { status, proxy: observed.proxy.known().cloned(), made: tokio::time::Instant::now() };
+        let unseen = match &observed.instances {
+            Observation::Known(_) => None,
+            Observation::Unknown(failure) => Some(failure.clone()),
+        };
+        let proxy = observed.proxy.known().cloned();
+        let report = Report { status, proxy, unseen, made: tokio::time::Instant::now() };
         self.reports.send_replace(Some(Arc::new(report)));
     }
 
     /// Waits until there is a reason for another pass.
-    async fn wait(&mut self, plan: &Plan, nudge: &Notify, stop: &CancellationToken) -> Result<(), LoopError> {
+    async fn wait(
+        &mut self,
+        plan: &Plan,
+        watchers: &mut JoinSet<()>,
+        nudge: &Notify,
+        stop: &CancellationToken,
+    ) -> Result<(), LoopError> {
         let mut pause = plan.wake_at.map_or(TICK, |at| at.since(self.now()).min(TICK));
         if let Some(failed) = &self.unsaved {
             pause = pause.min(failed.at.plus(restart::STEP.after(failed.count)).since(self.now()));
@@ -417,6 +439,9 @@ impl<H: Host> Loop<H> {
             },
             // A permit that is not consumed stays.
             () = nudge.notified() => {}
+            // Cancel-safe: one that has ended is reported by the next call. They never end by themselves, and without them the loop
+            // would go on, late for everything.
+            ended = watchers.join_next() => return Err(LoopError::Watcher(ended.and_then(Result::err))),
             // A change that is not seen now is seen by the next call.
             changed = self.facts.changed() => {
                 if changed.is_err() {

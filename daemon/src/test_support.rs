@@ -128,6 +128,7 @@ pub(crate) fn launch_spec(stand: &Stand, key: &str) -> LaunchSpec {
         patience_s: 240,
         nitro_cli: stand.path().join("nitro-cli"),
         host_lock: stand.path().join("launch.lock"),
+        stop_notes: Some(stand.path().join("stopped")),
     }
 }
 

@@ -4,6 +4,7 @@
 //! cargo run --release -p enclaved-integration --bin bench -- images [--size 1GiB] [--rounds 5] [--json FILE]
 //! cargo run --release -p enclaved-integration --bin bench -- relay [--only ingress] [--rounds 5] [--json FILE]
 //! cargo run --release -p enclaved-integration --bin bench -- https [--without caddy] [--rounds 5] [--json FILE]
+//! cargo run --release -p enclaved-integration --bin bench -- death [--only direct] [--rounds 20] [--limit 50ms] [--json FILE]
 //! ```
 //!
 //! Prints one table for each comparison; what it looks like:
@@ -32,6 +33,7 @@
 //! A program that is missing is installed by `integration/tool`, outside the tree.
 
 mod contender;
+mod death;
 mod https;
 mod images;
 mod relay;
@@ -60,6 +62,8 @@ enum What {
     Relay(relay::Options),
     /// Serving HTTPS beside nginx, haproxy and Caddy (Debian: nginx-light, haproxy, caddy; the load: nghttp2-client).
     Https(https::Options),
+    /// How soon the daemon knows that an enclave has died, under both supervisors. No peers: a figure with a limit.
+    Death(death::Options),
     /// Runs a program, and writes what it cost to a file. Used by the comparisons.
     #[command(hide = true)]
     Run {
@@ -82,6 +86,7 @@ pub fn main() -> ExitCode {
         What::Images(options) => images::compare(&options),
         What::Relay(options) => relay::compare(&options),
         What::Https(options) => https::compare(&options),
+        What::Death(options) => death::measure(&options),
         What::Run { report, command } => return run::in_child(&report, &command),
         What::Serve { file } => server::serve(&file),
         What::Fetch { source, folder } => images::fetch(&source, &folder),

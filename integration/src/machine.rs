@@ -8,6 +8,7 @@
 //! Needs root.
 
 mod command;
+pub mod memory;
 pub mod parent;
 pub mod traffic;
 

@@ -85,6 +85,8 @@ struct Launched {
     over: Option<Instant>,
     /// Who ended it, if the control process did not.
     asked: Option<AskedBy>,
+    /// That is noted only when all is known of its end.
+    asked_late: bool,
     /// Its traces are lost; only its process tells that it runs.
     traceless: bool,
 }
@@ -135,6 +137,8 @@ struct State {
     effectless: bool,
     /// The allocator can't be started.
     allocator_away: bool,
+    /// Waiting for news of the launches panics.
+    watching_breaks: bool,
     /// What the allocator was asked for, each time.
     reserves: Vec<(u32, u64)>,
     /// The last inventory, and of what: pool and enclaves that run.
@@ -346,6 +350,7 @@ impl State {
             up_at: now + LAUNCH,
             over: None,
             asked: None,
+            asked_late: false,
             traceless: false,
         };
         self.launched.insert(key.clone(), launched);
@@ -371,6 +376,7 @@ impl World {
             in_one_piece: u64::MAX,
             effectless: false,
             allocator_away: false,
+            watching_breaks: false,
             reserves: Vec::new(),
             surveyed: None,
             images: BTreeMap::new(),
@@ -533,6 +539,20 @@ impl World {
         self.enclaves_changed.notify_one();
     }
 
+    /// The same, of a unit that was not up yet: that somebody asked for it is noted a while after its end.
+    pub fn end_by_hand_noted_late(&self, key: &EnclaveKey, asked: AskedBy) {
+        self.end_by_hand(key, asked);
+        if let Some(launched) = self.lock().launched.get_mut(key) {
+            launched.asked_late = true;
+        }
+    }
+
+    /// Whoever waits for news of the launches panics at the next call.
+    pub fn break_watching(&self) {
+        self.lock().watching_breaks = true;
+        self.enclaves_changed.notify_one();
+    }
+
     /// Every trace of every launch is removed; the enclaves run on.
     pub fn lose_traces(&self) {
         let mut state = self.lock();
@@ -634,10 +654,11 @@ impl Supervisor for World {
                 let generation = (!launched.traceless).then(|| launched.record.clone());
                 let state = match launched.over {
                     Some(over) if over <= now => {
-                        let told = launched.asked.is_none() && now < over + ACCOUNT;
-                        let account = (!told).then(|| "it exited with status 0".to_owned());
-                        let settled = !told;
-                        InstanceState::Ended(End { asked: launched.asked, account, settled, ..End::noticed(at) })
+                        let early = now < over + ACCOUNT;
+                        let asked = launched.asked.filter(|_| !(early && launched.asked_late));
+                        let settled = asked.is_some() || !early;
+                        let account = settled.then(|| "it exited with status 0".to_owned());
+                        InstanceState::Ended(End { asked, account, settled, ..End::noticed(at) })
                     }
                     _ if now < launched.up_at => InstanceState::Launching,
                     _ => InstanceState::Running(launched.process.clone()),
@@ -699,7 +720,7 @@ impl Supervisor for World {
 
     async fn forget(&self, key: &EnclaveKey) -> Outcome<()> {
         self.effect(Effect::SupervisorForget, |state| {
-            let early = |launched: &Launched| launched.asked.is_none() && !launched.is_told();
+            let early = |launched: &Launched| (launched.asked.is_none() || launched.asked_late) && !launched.is_told();
             if state.launched.get(key).is_some_and(|launched| launched.is_over() && early(launched)) {
                 state.violations.push(format!("{key} is to be forgotten before it is known how it ended"));
             }
@@ -714,6 +735,7 @@ impl Supervisor for World {
     }
 
     async fn changed(&self) {
+        assert!(!self.lock().watching_breaks, "it was asked to break");
         // A fault here means that no wake-up comes; the loop's own tick must do.
         if self.effect(Effect::SupervisorChanged, |_| Ok(())).await.is_ok() {
             tokio::select! {

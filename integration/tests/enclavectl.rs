@@ -97,7 +97,7 @@ impl Daemon {
 
     fn show(&self, status: Status) {
         let made = tokio::time::Instant::now();
-        self.reports.send_replace(Some(Arc::new(Report { status, proxy: None, made })));
+        self.reports.send_replace(Some(Arc::new(Report { status, proxy: None, unseen: None, made })));
     }
 
     async fn ctl(&self, args: &[&str]) -> Done {

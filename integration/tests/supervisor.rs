@@ -12,7 +12,12 @@ use enclaved_integration::nitro_host::{NitroHost, Shape};
 fn stand() -> Stand<Direct> {
     let host = NitroHost::new(&Shape::small()).unwrap();
     let at = |name: &str| host.path().join(name);
-    let launches = LaunchSettings { run_dir: at("run"), images_dir: at("images"), nitro_cli: host.nitro_cli() };
+    let launches = LaunchSettings {
+        run_dir: at("run"),
+        images_dir: at("images"),
+        stopped_dir: at("stopped"),
+        nitro_cli: host.nitro_cli(),
+    };
     let places =
         Places { launches, sysfs: host.sysfs(), vsock: host.vsock(), state: at("state"), faults: at("faults.json") };
     Stand::new(places, host, |places| {

@@ -1,7 +1,8 @@
 //! What is wanted: the configuration after it was read and checked, without the form it was written in.
 //!
 //! These types say what the planner needs and no more; reading TOML, its defaults and its error messages live in the
-//! daemon's `config`.
+//! daemon's `config`. They are also kept on disk, as the last good configuration: a field that is added needs a default, so that
+//! what an earlier version kept can be read.
 
 mod source;
 
@@ -17,7 +18,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 /// All that is wanted of this host.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Desired {
     /// Rules for the host as a whole.
     pub host: HostPolicy,
@@ -30,7 +31,7 @@ pub struct Desired {
 }
 
 /// Rules for the host as a whole.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostPolicy {
     /// CPUs (vCPUs) that stay with the parent.
     pub reserve_cpus: u32,
@@ -110,7 +111,7 @@ impl PoolPolicy {
 }
 
 /// One wanted enclave.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EnclaveSpec {
     /// Where its image comes from, and what it must be.
     pub image: ImageRequest,
@@ -172,7 +173,7 @@ pub enum RestartPolicy {
 }
 
 /// How an enclave is known to be ready and well.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HealthCheck {
     /// What is asked.
     pub probe: Probe,
@@ -200,7 +201,8 @@ pub enum OnUnhealthy {
 }
 
 /// What a health check asks.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Probe {
     /// An HTTP GET over vsock; 200 to 399 is well.
     Http {
@@ -245,7 +247,7 @@ pub fn hosts_document(egress: &[EgressSpec]) -> String {
 }
 
 /// What reaches an enclave.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct IngressSpec {
     /// HTTPS: names it answers to. Empty: no HTTPS.
     pub domains: Vec<String>,
@@ -256,7 +258,7 @@ pub struct IngressSpec {
 }
 
 /// A raw TCP port.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TcpPort {
     /// Where clients connect.
     pub listen: SocketAddr,

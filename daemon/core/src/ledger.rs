@@ -501,6 +501,8 @@ pub enum Change {
         /// What happened.
         failure: Failure,
     },
+    /// It came to be known that somebody had asked for the last end that counted as a failure.
+    Excused(EnclaveKey),
     /// An operator stops it.
     Held {
         /// Which.
@@ -539,6 +541,7 @@ impl fmt::Display for Change {
             Self::Ended { key, failure: None } => write!(f, "note that {key} ended as asked"),
             Self::Forgotten(key) => write!(f, "forget {key}"),
             Self::Explained { key, failure } => write!(f, "note how {key} ended: {failure}"),
+            Self::Excused(key) => write!(f, "note that {key} ended as asked after all"),
             Self::Held { name, by } => write!(f, "hold {name} stopped ({by})"),
             Self::Released(name) => write!(f, "release {name}"),
             Self::Removed(name) => write!(f, "forget {name}"),
@@ -682,6 +685,14 @@ impl Ledger {
                 let end = self.enclaves.get_mut(&key.name).and_then(|enclave| enclave.last_end.as_mut());
                 if let Some(end) = end.filter(|end| end.generation == key.generation) {
                     end.failure = failure;
+                }
+            }
+            Change::Excused(key) => {
+                if let Some(enclave) = self.enclaves.get_mut(&key.name)
+                    && enclave.last_end.take_if(|end| end.generation == key.generation).is_some()
+                {
+                    enclave.failures = enclave.failures.saturating_sub(1);
+                    enclave.restarts = enclave.restarts.saturating_sub(1);
                 }
             }
             Change::Held { name, by } => {

@@ -1,7 +1,7 @@
 //! The stock allocator's service, as little of it as is needed: restart it, and read what it said.
 
 use crate::host::inventory::ALLOCATOR_UNIT;
-use crate::journal::{self, Shown};
+use crate::journal;
 use crate::systemd_bus::{JobError, SystemdBus, UnitState, Verb};
 use enclaved_core::failure::Failure;
 use std::future::Future;
@@ -54,7 +54,7 @@ impl StockService for Systemd {
     }
 
     async fn journal(&self, lines: u32) -> Result<Vec<String>, Failure> {
-        journal::last_lines(ALLOCATOR_UNIT, lines, Shown::Whole).await
+        journal::last_lines(ALLOCATOR_UNIT, lines).await
     }
 }
 

@@ -6,7 +6,8 @@
 //! never touched.
 
 use super::{Outcome, Supervisor};
-use crate::journal::{self, Shown};
+use crate::journal;
+use crate::launch::unit::ENDED_UNASKED;
 use crate::launches::{Beside, LaunchSettings, Launches, Story, UNIT_PREFIX, unit_name};
 use crate::systemd_bus::{JobError, ServiceResult, SystemdBus, UnitState, Verb};
 use enclaved_core::failure::Failure;
@@ -30,8 +31,8 @@ const LIST_RETRY: Duration = Duration::from_secs(5);
 /// How often, and how long after each other, is looked whether systemd begins to stop a unit.
 const STOP_LOOKS: u32 = 10;
 const STOP_LOOK: Duration = Duration::from_millis(50);
-/// How many lines of a unit's journal are told.
-const WORDS: u32 = 5;
+/// How many lines of a unit's journal are told: what the helper said of the launch, and whatever nitro-cli's process did.
+const WORDS: u32 = 12;
 
 /// The supervisor for hosts with systemd.
 #[derive(Debug)]
@@ -150,9 +151,10 @@ impl Systemd {
             }
         }
         let units = lock(&self.units);
-        let at_work = states.iter().filter(|(_, state)| is_at_work(state)).map(|(key, _)| key);
+        let with = |is: fn(&UnitState) -> bool| states.iter().filter(move |(_, state)| is(state)).map(|(key, _)| key);
         Beside {
-            busy: at_work.chain(units.started.keys()).cloned().collect(),
+            busy: with(is_at_work).chain(units.started.keys()).cloned().collect(),
+            standing: with(|state| !is_over(state)).cloned().collect(),
             unseen: listed.as_ref().err().cloned(),
             stories: units.stories.clone(),
             exits_are_noted: true,
@@ -171,15 +173,17 @@ impl Systemd {
         while tasks.try_join_next().is_some() {}
         tasks.spawn(async move {
             let unit = unit_name(&key);
-            let (service, words) = tokio::join!(bus.service(&unit), journal::last_lines(&unit, WORDS, Shown::Words));
+            let (service, words) = tokio::join!(bus.service(&unit), journal::last_words(&unit, WORDS));
             let result = match service {
                 Ok(service) => fared(&service),
                 Err(failure) => failure.message,
             };
-            let words = words.unwrap_or_else(|failure| {
+            let mut words = words.unwrap_or_else(|failure| {
                 tracing::debug!("{key}: {failure}");
                 Vec::new()
             });
+            // That is what the words are put beside.
+            words.retain(|line| !line.contains(ENDED_UNASKED));
             let mut units = lock(&units);
             // Unless it was started anew meanwhile.
             if units.stories.get(&key) == Some(&Story::Coming) {
@@ -284,8 +288,7 @@ impl Supervisor for Systemd {
         let Some(stopping) = self.launches.stop(key, launch).await? else { return Ok(()) };
         if stopping.ask {
             let listed = self.list().await;
-            let runs = |unit: &UnitState| !["inactive", "failed"].contains(&unit.active.as_str());
-            let in_unit = listed.as_ref().is_ok_and(|states| states.get(key).is_some_and(runs));
+            let in_unit = listed.as_ref().is_ok_and(|states| states.get(key).is_some_and(|unit| !is_over(unit)));
             let asked = match in_unit {
                 true => self.ask_to_stop(key).await,
                 false => Err(listed.err().unwrap_or_else(|| Failure::new("it does not run in a unit of its own"))),
@@ -335,6 +338,11 @@ impl Supervisor for Systemd {
 /// Whether the unit's helper is at work, or will be, or what its end leaves behind is still being noted.
 fn is_at_work(state: &UnitState) -> bool {
     state.job.is_some() || ["activating", "deactivating", "reloading"].contains(&state.active.as_str())
+}
+
+/// Whether the unit runs nothing, and will run nothing unless it is started.
+fn is_over(state: &UnitState) -> bool {
+    state.job.is_none() && ["inactive", "failed"].contains(&state.active.as_str())
 }
 
 /// How a service fared, in words.

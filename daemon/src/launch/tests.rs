@@ -38,7 +38,7 @@ pub(crate) fn helper(folder: &Path) -> PathBuf {
 }
 
 /// A launch that was asked for, and a nitro-cli whose calls are counted in the file `calls`.
-fn asked(run_enclave: &str, describe_enclaves: &str) -> (Stand, Trace) {
+pub(super) fn asked(run_enclave: &str, describe_enclaves: &str) -> (Stand, Trace) {
     let stand = Stand::new();
     stand.nitro_cli(run_enclave, describe_enclaves);
     let trace = Trace::new(stand.path().join("trace"));
@@ -109,21 +109,29 @@ async fn an_unclear_launch_is_settled_by_what_runs() {
     assert!(failure(&trace).await.message.contains("not its JSON"), "the first reason is kept");
 }
 
+/// What nitro-cli says where an enclave does not answer it, and lists none.
+const PARTIAL: &str = "echo '[]'; echo 'Failed connections: 1\n[ E39 ] x' >&2; exit 39";
+
 #[tokio::test]
-async fn an_unclear_launch_stays_unclear_while_nobody_can_be_asked() {
-    let (_stand, trace) = asked("exit 101", "echo '[ E07 ] x' >&2; exit 7");
-    for count in 1..=2 {
-        let error = perform(&trace).await.unwrap_err();
-        assert!(matches!(error, LaunchError::Unresolved(_)), "{error}");
-        assert!(matches!(trace.outcome().unwrap(), Outcome::Attempted(_)));
-        assert_eq!(trace.resolve().unwrap().unwrap().count, count);
+async fn an_unclear_launch_stays_unclear_while_a_process_of_it_lives_and_nobody_can_be_asked() {
+    for describe in ["echo '[ E07 ] x' >&2; exit 7", PARTIAL] {
+        let (_stand, trace) = asked("enclave > $d/answer; exit 101", describe);
+        for count in 1..=2 {
+            let error = perform(&trace).await.unwrap_err();
+            assert!(matches!(error, LaunchError::Unresolved(_)), "{error}");
+            assert!(matches!(trace.outcome().unwrap(), Outcome::Attempted(_)));
+            assert_eq!(trace.resolve().unwrap().unwrap().count, count);
+        }
     }
 }
 
 #[tokio::test]
-async fn a_partial_answer_that_lacks_the_enclave_settles_nothing() {
-    let (_stand, trace) = asked("exit 101", "echo '[]'; echo 'Failed connections: 1\n[ E39 ] x' >&2; exit 39");
-    assert!(matches!(perform(&trace).await.unwrap_err(), LaunchError::Unresolved(_)));
+async fn a_launch_of_which_no_process_lives_is_over_whoever_else_does_not_answer() {
+    for describe in ["echo '[ E07 ] x' >&2; exit 7", PARTIAL] {
+        let (_stand, trace) = asked("exit 101", describe);
+        let failure = failure(&trace).await;
+        assert!(failure.message.contains("101"), "the first reason is kept: {failure}");
+    }
 }
 
 #[tokio::test]

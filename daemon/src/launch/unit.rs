@@ -4,47 +4,78 @@
 //! Whoever stops the unit by hand wants the enclave to stay stopped, and this is where that is told from all other ends: by
 //! enclaved (it has noted so before), by itself, or because the host shuts down. At a shutdown systemd stops all units, and
 //! nothing of that may hold an enclave stopped after the boot: so it is noted as what it is, and as that also if it can't be
-//! told; and what was noted in one boot means nothing in the next.
+//! told; and what was noted in one boot means nothing in the next, but for a stop by hand, of which a second note is on disk.
 
-use super::{LaunchError, TRY_AGAIN, perform, unfinished};
+use super::{LaunchError, mark, perform, unfinished};
 use crate::launch_trace::{Asked, Exit, Outcome, Recorded, Trace};
 use crate::launches::unit_name;
 use crate::procfs;
+use crate::stop_notes::StopNotes;
 use crate::systemd_bus::SystemdBus;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{EnclaveKey, Timestamp};
 use enclaved_core::observed::AskedBy;
+use enclaved_core::plan::restart::Backoff;
 use sd_notify::NotifyState;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
+use tokio::task::JoinSet;
 
 /// How often systemd is told that the start goes on, and for how long each time.
 const EXTEND_EVERY: Duration = Duration::from_secs(15);
 const EXTEND_USEC: u32 = 60_000_000;
+/// Pauses before it is tried again to find out what came of a launch, while any of its processes lives. Rather long ones later:
+/// every question puts load on enclaves that run.
+const AGAIN_PAUSES: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(300));
 /// How long it may take to find out who stops a unit. The enclave runs on meanwhile.
 const ASKING_PATIENCE: Duration = Duration::from_secs(5);
 /// No word of systemd's about an exit is longer.
 const MAX_WORD: usize = 64;
+/// How what is said of an end that nobody asked for begins.
+pub(crate) const ENDED_UNASKED: &str = "ended unasked";
 /// Exit status 1: it did not go well, as is to be seen by the unit.
 const FAILED: u8 = 1;
 
 /// `ExecStart=`: carries out the launch, and makes nitro-cli's process the unit's main process.
 ///
-/// Exit status: 0 when the enclave runs, 1 when it does not, 75 when that is not known and the unit should be started again,
-/// 70 when the traces make no sense.
+/// With the end of this process before that, the unit ends, and with the unit every process of it, the enclave's among them. So
+/// it stays, and tries again, for as long as it is not known what came of the launch and any process of it lives.
+///
+/// Exit status: 0 when the enclave runs, 1 when it does not, 75 when nothing of it lives and that could not be noted, 70 when the
+/// traces make no sense.
 pub async fn supervised(trace_dir: &Path) -> ExitCode {
-    let extending = tokio::spawn(extend());
+    let mut extending = JoinSet::new();
+    extending.spawn(extend());
     let trace = Trace::new(trace_dir);
-    let performed = perform(&trace).await;
-    extending.abort();
-    let outcome = performed.and_then(|()| trace.outcome().map_err(LaunchError::File));
-    match outcome {
-        Ok(Outcome::Ran(recorded)) => hand_over(&recorded).await,
+    let mut failures = 0;
+    loop {
+        let error = match supervise(&trace).await {
+            Ok(code) => return code,
+            Err(error @ LaunchError::NoLaunch(_)) => return unfinished(trace_dir, &error),
+            Err(error) => error,
+        };
+        // Where that can't be found out, it may.
+        if matches!(mark(&trace).is_alive(), Ok(false)) {
+            return unfinished(trace_dir, &error);
+        }
+        failures += 1;
+        let (failure, pause) = (Failure::from_error(&error), AGAIN_PAUSES.after(failures));
+        tracing::warn!("a process of this launch lives, and it is tried again in {} s: {failure}", pause.as_secs());
+        tell(&[NotifyState::Status(&format!("not known yet whether it runs: {}", failure.message))]);
+        tokio::time::sleep(pause).await;
+    }
+}
+
+async fn supervise(trace: &Trace) -> Result<ExitCode, LaunchError> {
+    perform(trace).await?;
+    match trace.outcome()? {
+        Outcome::Ran(recorded) => hand_over(&recorded),
         // Said when it failed; and again by a unit that was started once more.
-        Ok(Outcome::Failed(failed)) => over(&format!("it failed at {}: {}", failed.at, failed.failure)),
-        Ok(Outcome::Attempted(_) | Outcome::Nothing) => ExitCode::from(TRY_AGAIN),
-        Err(error) => unfinished(trace_dir, &error),
+        Outcome::Failed(failed) => Ok(over(&format!("it failed at {}: {}", failed.at, failed.failure))),
+        Outcome::Attempted(_) | Outcome::Nothing => {
+            Err(LaunchError::Unresolved(Failure::new("what was noted of it was lost again")))
+        }
     }
 }
 
@@ -53,43 +84,38 @@ fn over(why: &str) -> ExitCode {
     ExitCode::from(FAILED)
 }
 
-/// Tells systemd that the start goes on: waiting for other launches and booting may take longer than any fixed limit.
+/// Tells systemd that the start goes on: waiting for other launches, booting, and finding out what came of it may take longer
+/// than any fixed limit.
 async fn extend() {
     loop {
-        if let Err(error) = sd_notify::notify(&[NotifyState::ExtendTimeoutUsec(EXTEND_USEC)]) {
-            tracing::debug!("the service manager was not told: {error}");
-        }
+        tell(&[NotifyState::ExtendTimeoutUsec(EXTEND_USEC)]);
         tokio::time::sleep(EXTEND_EVERY).await;
     }
 }
 
+fn tell(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!("the service manager was not told: {error}");
+    }
+}
+
 /// The record is on disk: from here on the unit is nitro-cli's process.
-async fn hand_over(recorded: &Recorded) -> ExitCode {
+fn hand_over(recorded: &Recorded) -> Result<ExitCode, LaunchError> {
     let process = recorded.launch.process;
     let alive = procfs::is_alive(process).and_then(|alive| Ok(alive && procfs::boot_id()? == recorded.boot_id));
-    match alive {
-        Ok(true) => {}
-        Ok(false) => return over("its enclave has ended"),
-        Err(error) => {
-            tracing::error!("the process {} of the enclave can't be looked at: {error}", process.pid);
-            return ExitCode::from(TRY_AGAIN);
-        }
+    if !alive.map_err(LaunchError::Process)? {
+        return Ok(over("its enclave has ended"));
     }
     if !procfs::same_control_group(process.pid).unwrap_or(true) {
         // It was launched by other means: systemd would not take it for this unit's.
         tracing::error!("its enclave runs already, outside of this unit, as process {}", process.pid);
-        return ExitCode::from(FAILED);
+        return Ok(ExitCode::from(FAILED));
     }
     let status = format!("{} runs", recorded.launch.enclave_id);
-    let told = [NotifyState::MainPid(process.pid), NotifyState::Ready, NotifyState::Status(&status)];
-    match sd_notify::notify(&told) {
-        // systemd reads it before it learns that this process, which it watches as the main one until then, has ended.
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("systemd could not be told that the enclave runs: {error}");
-            ExitCode::from(TRY_AGAIN)
-        }
-    }
+    // systemd reads it before it learns that this process, which it watches as the main one until then, has ended.
+    sd_notify::notify(&[NotifyState::MainPid(process.pid), NotifyState::Ready, NotifyState::Status(&status)])
+        .map_err(LaunchError::NotTold)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// `ExecStop=`: notes who stops the unit, if it was not enclaved. systemd runs it also when the main process has ended by
@@ -114,6 +140,8 @@ pub async fn ended(trace_dir: &Path) -> ExitCode {
     }
     if let Ok(Outcome::Ran(recorded)) = trace.outcome()
         && !matches!(procfs::is_alive(recorded.launch.process), Ok(false))
+        // One that is of this unit is ended after this: of a unit that was not up yet, systemd has only ended the helper so far.
+        && !procfs::same_control_group(recorded.launch.process.pid).unwrap_or(false)
         && procfs::boot_id().is_ok_and(|boot_id| boot_id == recorded.boot_id)
     {
         tracing::warn!("the enclave does not end with this unit: it was launched by other means, and runs on");
@@ -133,7 +161,7 @@ pub async fn ended(trace_dir: &Path) -> ExitCode {
     if asked {
         return ExitCode::SUCCESS;
     }
-    tracing::error!("ended unasked: {}, {} {}", exit.result, exit.code, exit.status);
+    tracing::error!("{ENDED_UNASKED}: {}, {} {}", exit.result, exit.code, exit.status);
     ExitCode::from(FAILED)
 }
 
@@ -158,6 +186,13 @@ async fn note_who_asks(trace: &Trace) -> bool {
     let Some(by) = who_asks(&key).await else { return false };
     let noted = procfs::boot_id().map_err(|error| Failure::from_error(&error)).and_then(|boot_id| {
         let asked = Asked { boot_id, at: now(), by };
+        if by == AskedBy::Stop
+            && let Some(folder) = trace.spec().ok().flatten().and_then(|spec| spec.stop_notes)
+            && let Err(error) = StopNotes::new(folder).write(&key, &asked)
+        {
+            // It counts in this boot all the same.
+            tracing::warn!("a reboot before enclaved runs again would launch it: {}", Failure::from_error(&error));
+        }
         trace.write_asked(&asked).map_err(|error| Failure::from_error(&error))
     });
     match noted {
@@ -220,6 +255,8 @@ fn now() -> Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::launch::tests::asked;
+    use crate::test_support::Stand;
 
     #[test]
     fn only_a_stop_of_that_unit_alone_is_one_by_hand() {
@@ -240,5 +277,46 @@ mod tests {
         assert_eq!(format!("{:?}", stopping(&missing).await), format!("{:?}", ExitCode::SUCCESS));
         assert_eq!(format!("{:?}", ended(&missing).await), format!("{:?}", ExitCode::SUCCESS));
         assert!(!missing.exists());
+    }
+
+    async fn spawned(stand: &Stand, trace: &Trace) -> tokio::task::JoinHandle<ExitCode> {
+        let folder = trace.folder().to_owned();
+        let helper = tokio::spawn(async move { supervised(&folder).await });
+        stand.wait_for("begun").await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(!helper.is_finished(), "its end would be that of the enclave");
+        helper
+    }
+
+    #[tokio::test]
+    async fn the_helper_stays_while_it_cannot_be_found_out_whether_the_enclave_runs() {
+        let describe = "touch $d/begun; [ -e $d/well ] || { echo '[ E07 ] x' >&2; exit 7; }; describe";
+        let (stand, trace) = asked("enclave > $d/answer; exit 101", describe);
+        let helper = spawned(&stand, &trace).await;
+        std::fs::write(stand.path().join("well"), "").unwrap();
+        assert_eq!(format!("{:?}", helper.await.unwrap()), format!("{:?}", ExitCode::SUCCESS));
+        assert!(matches!(trace.outcome().unwrap(), Outcome::Ran(_)));
+    }
+
+    #[tokio::test]
+    async fn the_helper_stays_while_the_record_of_an_enclave_that_runs_cannot_be_written() {
+        // What a full disk does, too.
+        let (stand, trace) = asked("mkdir $d/trace/record.json; touch $d/begun; enclave | tee $d/answer", "describe");
+        let helper = spawned(&stand, &trace).await;
+        std::fs::remove_dir(trace.folder().join("record.json")).unwrap();
+        assert_eq!(format!("{:?}", helper.await.unwrap()), format!("{:?}", ExitCode::SUCCESS));
+        assert!(matches!(trace.outcome().unwrap(), Outcome::Ran(_)));
+    }
+
+    #[tokio::test]
+    async fn the_helper_ends_when_nothing_of_its_launch_lives() {
+        let describe = "touch $d/begun; echo '[ E07 ] x' >&2; exit 7";
+        let (stand, trace) = asked("enclave > $d/answer; exit 101", describe);
+        let helper = spawned(&stand, &trace).await;
+        let pid: i32 = std::fs::read_to_string(stand.path().join("pids")).unwrap().trim().parse().unwrap();
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        assert_eq!(format!("{:?}", helper.await.unwrap()), format!("{:?}", ExitCode::from(FAILED)));
+        assert!(matches!(trace.outcome().unwrap(), Outcome::Failed(_)));
     }
 }

@@ -6,7 +6,9 @@ use crate::atomic_file::FileError;
 use crate::host::Outcome;
 use crate::launch_trace::{self, Exit, Failed, LaunchSpec, Moment, Trace};
 use crate::launches::unit_name;
+use crate::nitro_cli::Mark;
 use crate::procfs;
+use crate::stop_notes::StopNotes;
 use enclaved_core::failure::Failure;
 use enclaved_core::id::{BootId, EnclaveKey, Timestamp};
 use enclaved_core::ledger::{LaunchRecord, ProcessIdentity};
@@ -22,7 +24,7 @@ use std::time::Duration;
 const RESOLVE_PAUSES: Backoff = Backoff::new(Duration::from_secs(15), Duration::from_secs(600));
 /// A launch is noted within this time after its process was started, whatever was done to the clock in small steps.
 const CLOCK_SLACK: Duration = Duration::from_secs(5);
-/// An exit is noted within this time after the end of the process, or not at all.
+/// An end is told without an account of it after this time; its unit may take much longer to be done with it.
 const ACCOUNT_PATIENCE: Duration = Duration::from_secs(10);
 /// The kernel keeps so many bytes of an executable's name.
 const NAME_LEN: usize = 15;
@@ -31,6 +33,7 @@ const NAME_LEN: usize = 15;
 #[derive(Debug)]
 pub(crate) struct Scanner {
     pub(crate) folder: PathBuf,
+    pub(crate) notes: StopNotes,
     pub(crate) boot_id: BootId,
     pub(crate) nitro_cli: PathBuf,
     /// The processes that the ledger knows.
@@ -75,8 +78,21 @@ impl Scanner {
                 scan.instances.insert(key, instance);
             }
         }
+        self.noted(&mut scan);
         self.known_alive(&mut scan);
         Ok(scan)
+    }
+
+    /// Launches of which a reboot has left nothing but the note that they were stopped by hand.
+    fn noted(&self, scan: &mut Scan) {
+        let keys = self.notes.keys().unwrap_or_else(|error| {
+            tracing::warn!("what was stopped by hand before the boot is not known: {}", fault(&error));
+            Vec::new()
+        });
+        for key in keys {
+            let end = End { asked: Some(AskedBy::Stop), ..End::noticed(self.now) };
+            scan.instances.entry(key).or_insert(Instance { generation: None, state: InstanceState::Ended(end) });
+        }
     }
 
     /// What can be seen of that launch; `None` if it was forgotten since it was listed.
@@ -140,12 +156,18 @@ impl Scanner {
         if spec.is_some_and(|spec| !same_boot(&spec.boot_id)) {
             return self.end(key, trace, scan);
         }
-        if let Ok(Some(end)) = trace.end() {
+        if let Ok(Some(_)) = trace.end() {
             // Whoever works on it removes it.
-            return Ok(InstanceState::Ended(End { asked: self.asked(trace), ..End::noticed(end.at) }));
+            return self.end(key, trace, scan);
         }
         if self.works_on(key) {
-            return Ok(self.launching(key, trace, spec, scan));
+            return Ok(match self.between_tries(key, trace)? {
+                Some(failure) => {
+                    scan.look_within(LOOK_AGAIN);
+                    InstanceState::Unknown(not_known(key, failure))
+                }
+                None => self.launching(key, trace, spec, scan),
+            });
         }
         let Some(_lock) = trace.try_lock().map_err(|error| fault(&error))? else {
             return Ok(self.launching(key, trace, spec, scan));
@@ -234,19 +256,18 @@ impl Scanner {
                 self.now
             }
         };
-        let mut end = End { asked: self.asked(trace), ..End::noticed(at) };
+        let mut end = End { asked: self.asked(key, trace), ..End::noticed(at) };
         if self.beside.exits_are_noted && self.is_of_this_boot(trace) {
-            // It was noticed by its process; its unit notes a moment later how that ended.
+            // It was noticed by its process; its unit notes a moment later how that ended, and who asked for it.
             let exit = trace.exit().ok().flatten();
             let story = self.beside.stories.get(key);
-            let asked = end.asked.is_some() || trace.stop_is_noted();
-            let told = exit.is_some() && (asked || matches!(story, Some(Story::Told { .. }))) && self.is_at_rest(key);
-            match pause_end(at, ACCOUNT_PATIENCE, self.now).filter(|_| !told) {
-                Some(due) => {
-                    end.settled = false;
-                    scan.look_within(due.since(self.now));
-                }
-                None => end.account = account(exit.as_ref(), story),
+            end.settled = self.is_at_rest(key) && story != Some(&Story::Coming);
+            let late = pause_end(at, ACCOUNT_PATIENCE, self.now).is_none();
+            if end.settled || late {
+                end.account = account(exit.as_ref(), story);
+            }
+            if !end.settled {
+                scan.look_within(LOOK_AGAIN);
             }
         }
         Ok(InstanceState::Ended(end))
@@ -254,21 +275,23 @@ impl Scanner {
 
     /// The launch failed.
     fn failed(&self, key: &EnclaveKey, trace: &Trace, failed: Failed) -> InstanceState {
-        let (asked, settled) = (self.asked(trace), self.is_at_rest(key));
+        let (asked, settled) = (self.asked(key, trace), self.is_at_rest(key));
         InstanceState::Ended(End { launch_failure: Some(failed.failure), asked, settled, ..End::noticed(failed.at) })
     }
 
     /// Whether its unit, if it has one, does nothing any more: until then more may be noted, and it may yet come to be seen as
     /// failed.
     fn is_at_rest(&self, key: &EnclaveKey) -> bool {
-        self.beside.unseen.is_none() && !self.beside.busy.contains(key)
+        let Beside { unseen, busy, standing, .. } = &self.beside;
+        unseen.is_none() && !busy.contains(key) && !standing.contains(key)
     }
 
-    /// Who asked for its end in this boot, if enclaved did not.
-    fn asked(&self, trace: &Trace) -> Option<AskedBy> {
+    /// Who asked for its end, if enclaved did not: in this boot, or in a former one by hand.
+    fn asked(&self, key: &EnclaveKey, trace: &Trace) -> Option<AskedBy> {
         // What can't be read is as good as not there: an end that nobody asked for is the one that leads to a launch.
-        let asked = trace.asked().ok().flatten()?;
-        (asked.boot_id == self.boot_id).then_some(asked.by)
+        let asked = trace.asked().ok().flatten().filter(|asked| asked.boot_id == self.boot_id);
+        let by_hand = || self.notes.is_noted(key).is_ok_and(|noted| noted).then_some(AskedBy::Stop);
+        asked.map(|asked| asked.by).or_else(by_hand)
     }
 
     fn is_of_this_boot(&self, trace: &Trace) -> bool {
@@ -277,6 +300,22 @@ impl Scanner {
 
     fn works_on(&self, key: &EnclaveKey) -> bool {
         self.beside.busy.contains(key) || self.shared.state().working.contains(key)
+    }
+
+    /// Why the helper of a unit, which stays while a process of its launch lives, could not find out what came of that; `None` while
+    /// it tries to.
+    fn between_tries(&self, key: &EnclaveKey, trace: &Trace) -> Outcome<Option<Failure>> {
+        if !self.beside.busy.contains(key) || self.shared.state().working.contains(key) {
+            return Ok(None);
+        }
+        let failed = match trace.resolve() {
+            Err(error) if error.is_about_contents() => None,
+            failed => failed.map_err(|error| fault(&error))?,
+        };
+        let Some(Failed { failure, .. }) = failed else { return Ok(None) };
+        let idle = trace.try_lock().map_err(|error| fault(&error))?.is_some();
+        // By now it may be known.
+        Ok((idle && !trace.is_over()).then_some(failure))
     }
 
     fn launching(&self, key: &EnclaveKey, trace: &Trace, spec: Option<&LaunchSpec>, scan: &mut Scan) -> InstanceState {
@@ -301,6 +340,16 @@ impl Scanner {
 
     /// An attempt of which it is not known what came of it.
     fn unresolved(&self, key: &EnclaveKey, trace: &Trace, scan: &mut Scan) -> Outcome<InstanceState> {
+        if self.asked(key, trace).is_some() && trace.exit().is_ok_and(|exit| exit.is_some()) {
+            // Not to be started again to find out what came of it, as long as that is certain without.
+            let look = |error| Failure::new(format!("could not look for processes of its launch: {error}"));
+            if !Mark(trace.folder().to_owned()).is_alive().map_err(look)? {
+                let failure = Failure::new("its unit was stopped while it was being launched");
+                let failed = Failed { at: self.now, count: 1, failure };
+                trace.write_failure(&failed).map_err(|error| fault(&error))?;
+                return Ok(self.failed(key, trace, failed));
+            }
+        }
         if let Some((pause, failure)) = self.shared.helper_pause(key) {
             scan.look_within(pause);
             return Ok(InstanceState::Unknown(not_known(key, failure)));

@@ -1,6 +1,5 @@
 //! How an enclave is made to end: asked, asked by another way, killed. Which of these comes when; nothing is done here.
 
-use enclaved_core::id::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -9,16 +8,17 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How long until it is asked once more in the same way.
 const REPEAT: Duration = Duration::from_secs(10);
 
-/// How far the ending of an enclave is.
+/// How far the ending of an enclave is. All times are since the boot, in ms: the clock may be set meanwhile, and no such file means
+/// anything in another boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct StopFile {
     /// When it was first asked (SIGTERM to nitro-cli's process, which ends its enclave and itself).
-    since: Timestamp,
+    since_ms: u64,
     /// When it was last asked.
-    asked: Timestamp,
+    asked_ms: u64,
     /// When nitro-cli was told to end it.
-    terminate: Option<Timestamp>,
+    terminate_ms: Option<u64>,
 }
 
 /// What to do now.
@@ -34,16 +34,20 @@ pub(crate) enum StopStep {
     Kill,
 }
 
-/// The next step, and what is to be noted before it is taken.
-pub(crate) fn next(noted: Option<StopFile>, now: Timestamp) -> (StopStep, StopFile) {
-    let Some(stop) = noted else {
-        return (StopStep::Ask, StopFile { since: now, asked: now, terminate: None });
+/// The next step, and what is to be noted before it is taken. `now` is the time since the boot.
+pub(crate) fn next(noted: Option<StopFile>, now: Duration) -> (StopStep, StopFile) {
+    let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+    let over =
+        |since_ms: u64, pause: Duration| now_ms.saturating_sub(since_ms) >= pause.as_millis().try_into().unwrap_or(0);
+    // What was noted later than now was noted in another boot.
+    let Some(stop) = noted.filter(|stop| stop.asked_ms.max(stop.terminate_ms.unwrap_or(0)) <= now_ms) else {
+        return (StopStep::Ask, StopFile { since_ms: now_ms, asked_ms: now_ms, terminate_ms: None });
     };
-    match stop.terminate {
-        Some(at) if now.since(at) >= PATIENCE => (StopStep::Kill, stop),
+    match stop.terminate_ms {
+        Some(at) if over(at, PATIENCE) => (StopStep::Kill, stop),
         Some(_) => (StopStep::Wait, stop),
-        None if now.since(stop.since) >= PATIENCE => (StopStep::Terminate, StopFile { terminate: Some(now), ..stop }),
-        None if now.since(stop.asked) >= REPEAT => (StopStep::Ask, StopFile { asked: now, ..stop }),
+        None if over(stop.since_ms, PATIENCE) => (StopStep::Terminate, StopFile { terminate_ms: Some(now_ms), ..stop }),
+        None if over(stop.asked_ms, REPEAT) => (StopStep::Ask, StopFile { asked_ms: now_ms, ..stop }),
         None => (StopStep::Wait, stop),
     }
 }
@@ -57,7 +61,7 @@ mod tests {
         let mut noted = None;
         let mut steps = Vec::new();
         for second in 0..=62 {
-            let (step, next) = next(noted, Timestamp::from_millis(1_000_000 + second * 1000));
+            let (step, next) = next(noted, Duration::from_secs(1000 + second));
             noted = Some(next);
             if step != StopStep::Wait {
                 steps.push((second, step));
@@ -68,8 +72,8 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_goes_back_only_makes_it_wait() {
-        let (_, noted) = next(None, Timestamp::from_millis(1_000_000));
-        assert_eq!(next(Some(noted), Timestamp::from_millis(5)), (StopStep::Wait, noted));
+    fn what_was_noted_in_another_boot_only_makes_it_begin_anew() {
+        let (_, noted) = next(None, Duration::from_secs(1000));
+        assert_eq!(next(Some(noted), Duration::from_secs(5)), next(None, Duration::from_secs(5)));
     }
 }

@@ -287,3 +287,20 @@ fn patience_lies_above_what_nitro_cli_grants() {
     assert_eq!(seconds(13 << 30, 200 << 10), 5 * 90 + 60);
     assert!(patience(u64::MAX, MemoryMib(u64::MAX)) > Duration::from_secs(1));
 }
+
+#[test]
+fn nitro_cli_is_not_run_near_the_limit_of_descriptors_nor_where_they_cannot_be_counted() {
+    let wide = || Ok((1000, 100_000));
+    are_enough("describe-enclaves", (Ok(960), 1024), wide()).unwrap();
+    let uncounted = || io::Error::from(io::ErrorKind::PermissionDenied);
+    for (own, host, words) in [
+        ((Ok(961), 1024), wide(), "961 of 1024 descriptors of this process"),
+        ((Err(uncounted()), 1024), wide(), "could not be counted"),
+        ((Ok(10), 1024), Ok((99_800, 100_000)), "99800 of 100000 open files of the host"),
+        ((Ok(10), 1024), Err(uncounted()), "could not be counted"),
+    ] {
+        let failure = are_enough("describe-enclaves", own, host).unwrap_err();
+        assert!(failure.message.contains(words) && failure.message.contains("was not run"), "{failure}");
+        assert!(failure.remedy.unwrap().contains("LimitNOFILE="));
+    }
+}

@@ -1,7 +1,8 @@
 //! Commands in a machine: run as root or as another, with what they said; and what is asked of systemd all the time.
 
 use super::Machine;
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
+use std::fs;
 use std::io::Write as _;
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -51,6 +52,28 @@ impl Machine {
         command.arg("--target").arg(self.init()?.to_string()).args(["--all", "--wdns=/", "--"]);
         command.args(arguments).env_clear().env("PATH", PATH).env("LANG", "C.UTF-8").stdin(Stdio::null());
         Ok(command)
+    }
+
+    /// The number by which a process of the machine is known outside.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn outside(&self, pid: u32) -> anyhow::Result<u32> {
+        let init = self.init()?;
+        let namespace = fs::read_link(format!("/proc/{init}/ns/pid"))?;
+        for entry in fs::read_dir("/proc")? {
+            let Some(outside) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+            if !fs::read_link(format!("/proc/{outside}/ns/pid")).is_ok_and(|other| other == namespace) {
+                continue;
+            }
+            // The last of its numbers is the one in its own namespace.
+            let status = fs::read_to_string(format!("/proc/{outside}/status")).unwrap_or_default();
+            let inside = status.lines().find_map(|line| line.strip_prefix("NSpid:")?.split_whitespace().last());
+            if inside.is_some_and(|inside| inside == pid.to_string()) {
+                return Ok(outside);
+            }
+        }
+        bail!("no process {pid} in the machine")
     }
 
     /// Runs a command as root.

@@ -1,5 +1,5 @@
-//! Clients of an echo service, in the network of a machine, for as long as this lives: new connections without a pause, and one
-//! that lasts. Counts, and says what failed; judges nothing.
+//! Clients of an echo service, in the network of a machine, for as long as this lives: new connections without a pause, and, if
+//! wanted, one that lasts. Counts, and says what failed; judges nothing.
 
 use super::Machine;
 use anyhow::{Context as _, anyhow};
@@ -25,8 +25,10 @@ const WORDS: [u8; 64] = [b'e'; 64];
 pub struct Outcome {
     /// New connections that were echoed to.
     pub served: u64,
-    /// Why others were not.
+    /// Why others were not made.
     pub refused: Vec<String>,
+    /// Why others, which were made, were not echoed to.
+    pub broken: Vec<String>,
     /// Why the one that lasts ended.
     pub cut: Option<String>,
 }
@@ -45,13 +47,25 @@ impl Traffic {
     /// # Errors
     /// The machine is not up, or nothing was served in time.
     pub fn begin(machine: &Machine, to: SocketAddr) -> anyhow::Result<Self> {
+        Self::with(machine, to, true)
+    }
+
+    /// Begins without a connection that lasts.
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    pub fn of_short_connections(machine: &Machine, to: SocketAddr) -> anyhow::Result<Self> {
+        Self::with(machine, to, false)
+    }
+
+    fn with(machine: &Machine, to: SocketAddr, one_lasts: bool) -> anyhow::Result<Self> {
         let network = File::open(format!("/proc/{}/ns/net", machine.init()?))?;
         let (stop, served) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let thread = thread::spawn({
             let (stop, served) = (stop.clone(), served.clone());
             move || {
                 move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))?;
-                Ok(clients(to, &stop, &served))
+                Ok(clients(to, one_lasts, &stop, &served))
             }
         });
         let traffic = Self { stop, served, thread };
@@ -77,23 +91,27 @@ impl Traffic {
     }
 }
 
-fn clients(to: SocketAddr, stop: &AtomicBool, served: &AtomicU64) -> Outcome {
+fn clients(to: SocketAddr, one_lasts: bool, stop: &AtomicBool, served: &AtomicU64) -> Outcome {
     let mut outcome = Outcome::default();
-    let mut lasting = connect(to);
+    let mut lasting = one_lasts.then(|| connect(to));
     while !stop.load(Ordering::Relaxed) {
-        match connect(to).and_then(|mut stream| echo(&mut stream)) {
-            Ok(()) => {
+        match connect(to).map(|mut stream| echo(&mut stream)) {
+            Ok(Ok(())) => {
                 outcome.served += 1;
                 served.fetch_add(1, Ordering::Relaxed);
             }
+            Ok(Err(error)) => outcome.broken.push(error.to_string()),
             Err(error) => outcome.refused.push(error.to_string()),
         }
-        if outcome.cut.is_none() {
-            let echoed = match &mut lasting {
+        if let Some(connected) = &mut lasting {
+            let echoed = match connected {
                 Ok(stream) => echo(stream),
                 Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
             };
-            outcome.cut = echoed.err().map(|error| error.to_string());
+            if let Err(error) = echoed {
+                outcome.cut = Some(error.to_string());
+                lasting = None;
+            }
         }
         sleep(PAUSE);
     }

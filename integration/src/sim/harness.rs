@@ -11,6 +11,7 @@ use enclaved_core::desired::{
     AllocatorMode, Desired, EgressSpec, EnclaveSpec, HealthCheck, HostPolicy, ImageRequest, ImageSource, IngressSpec,
     OnUnhealthy, Probe, RestartPolicy, TcpPort, UpdatePolicy,
 };
+use enclaved_core::failure::Failure;
 use enclaved_core::id::{EnclaveKey, EnclaveName, MemoryMib};
 use enclaved_core::image::{ExpectedImage, Limits, Measurer, VerifiedImage, verify};
 use enclaved_core::ledger::Phase;
@@ -171,6 +172,21 @@ impl Harness {
         let process = self.process.take().expect("it was started");
         process.commands.send(Command::Terminate).await.expect("it takes commands");
         process.task.await.expect("it does not panic")
+    }
+
+    /// Waits until the control process ends by itself; why.
+    ///
+    /// # Panics
+    /// If it was not started.
+    #[expect(clippy::expect_used, reason = "a test fixture")]
+    pub async fn ended(&mut self) -> Result<(), LoopError> {
+        let process = self.process.take().expect("it was started");
+        process.task.await.expect("it does not panic")
+    }
+
+    /// Why the control process could not see what runs, when it looked last.
+    pub fn unseen(&self) -> Option<Failure> {
+        self.process.as_ref()?.reports.borrow().as_ref()?.unseen.clone()
     }
 
     /// Another configuration, now and after every restart.

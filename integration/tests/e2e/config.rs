@@ -61,6 +61,30 @@ async fn a_daemon_restarted_on_a_bad_configuration_goes_on_with_the_last_good_on
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_upgrade_that_refuses_what_the_version_before_took_keeps_what_runs_and_says_so() {
+    let host = Host::ready().await;
+    let before = host.until_ready().await;
+    host.kill_daemon();
+    // As if the version before had taken a key that this one does not know: in the file, and in what it kept of it.
+    host.machine.write_config(&(host.machine.host_config() + &host.signer() + "retired = true\n")).unwrap();
+    let kept = host.machine.state_dir().join("last-good-config.json");
+    let text = std::fs::read_to_string(&kept).unwrap();
+    let retired = text.replace("[[enclave]]\\n", "[[enclave]]\\nretired = true\\n");
+    assert_ne!(retired, text);
+    std::fs::write(&kept, retired).unwrap();
+    for _ in 0..2 {
+        host.start();
+        let after = host.until("it works", |status| status.host.pid == host.daemon() && status.ready).await;
+        let complaint = complaint(&after).unwrap();
+        assert!(complaint.contains("retired") && complaint.contains("stays in force"), "{complaint}");
+        assert_eq!(of(&after, "signer").pid, of(&before, "signer").pid);
+        Client::new(&host, "localhost").answer().await;
+        host.kill_daemon();
+    }
+    assert_eq!(host.launches().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_with_a_bad_configuration_and_no_good_one_before_it_exits_78_with_the_reason() {
     let host = Host::with_image().await;
     host.configure(&bad(&host));

@@ -596,6 +596,10 @@ fn a_host_that_cannot_be_seen_keeps_every_enclave_and_every_route() {
         harness.pass(PATIENCE).await;
         assert_eq!(harness.world.alive(), before);
         assert_eq!(harness.world.routes().or(routes.clone()), routes);
+        assert!(harness.unseen().is_some(), "it does not take itself for one that has adopted them");
+        harness.world.storm(0, 7);
+        harness.pass(PATIENCE).await;
+        assert_eq!(harness.unseen(), None);
     });
 }
 
@@ -639,6 +643,40 @@ fn a_held_enclave_stays_down_over_reload_and_reboot_until_it_is_started() {
         harness.release(&name("signer")).await;
         harness.converge(PATIENCE).await.unwrap();
         assert!(harness.world.alive().keys().any(|key| key.name == name("signer")));
+    });
+}
+
+#[test]
+fn a_stop_by_hand_that_is_noted_only_after_the_end_holds_all_the_same_and_is_no_failure() {
+    for (asked, held) in [(AskedBy::Stop, true), (AskedBy::Restart, false), (AskedBy::Shutdown, false)] {
+        on_a_ready_host(async |harness| {
+            let signer = harness.world.alive().into_keys().find(|key| key.name == name("signer")).unwrap();
+            harness.world.end_by_hand_noted_late(&signer, asked);
+            harness.pass(Duration::from_millis(200)).await;
+            assert!(harness.status().unwrap().enclaves[0].restarts == 1, "a death, as far as is known");
+            if held {
+                harness.expect_held(&signer.name);
+            }
+            harness.pass(Duration::from_secs(5)).await;
+            harness.converge(PATIENCE).await.unwrap();
+            let ledger = harness.world.ledger().unwrap();
+            let signer = &ledger.enclaves[&signer.name];
+            assert_eq!((signer.restarts, signer.failures, &signer.last_end), (0, 0, &None));
+            assert_eq!(signer.held_since.is_some(), held);
+            if held {
+                harness.release(&name("signer")).await;
+                harness.converge(PATIENCE).await.unwrap();
+            }
+        });
+    }
+}
+
+#[test]
+fn a_loop_that_nothing_wakes_any_more_ends_and_says_so() {
+    on_a_ready_host(async |harness| {
+        harness.world.break_watching();
+        let ended = tokio::time::timeout(PATIENCE, harness.ended()).await.unwrap();
+        assert!(matches!(ended, Err(enclaved::reconciler::LoopError::Watcher(Some(_)))), "{ended:?}");
     });
 }
 

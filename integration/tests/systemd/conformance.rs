@@ -22,6 +22,7 @@ fn stand() -> Stand<Systemd> {
     let launches = LaunchSettings {
         run_dir: "/run/enclaved".into(),
         images_dir: "/var/lib/enclaved/images".into(),
+        stopped_dir: "/var/lib/enclaved/stopped".into(),
         nitro_cli: "/opt/nitro/nitro-cli".into(),
     };
     let at = |name: &str| std::path::Path::new("/run/standin").join(name);

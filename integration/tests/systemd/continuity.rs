@@ -1,14 +1,17 @@
-//! Whatever happens to the control process, and to systemd itself: enclaves keep their processes, and no connection is refused.
+//! Whatever happens to the control process, to the proxy, and to systemd itself: enclaves keep their processes, and no connection is
+//! refused.
 
 use enclaved_core::status::Status;
 use enclaved_integration::machine::DEADLINE;
+use enclaved_integration::machine::memory::Starved;
 use enclaved_integration::machine::parent::{Parent, parent_host};
 use enclaved_integration::machine::traffic::Traffic;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::thread::sleep;
 use std::time::Duration;
 
+const PROXY: &str = "enclaved-proxy.service";
 /// Where the enclave `signer` echoes.
 const ECHO: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9007);
 const V1: &str = "/srv/v1.eif";
@@ -53,9 +56,20 @@ impl Host {
         self.parent.main_pid("enclaved").unwrap().unwrap()
     }
 
-    fn kill_daemon(&self) {
+    fn proxy(&self) -> Option<u32> {
+        let active = self.parent.property(PROXY, "ActiveState").unwrap() == "active";
+        self.parent.main_pid(PROXY).unwrap().filter(|_| active)
+    }
+
+    /// Waits until another process than that is the proxy, and serves.
+    fn until_another_proxy(&self, before: u32) {
+        let other = || Ok(self.proxy().filter(|pid| *pid != before));
+        self.parent.wait_until("another process is the proxy", DEADLINE, other).unwrap();
+    }
+
+    fn kill(&self, unit: &str) {
         // It may be between two lives.
-        self.parent.run(&["systemctl", "kill", "--kill-who=main", "--signal=KILL", "enclaved"]).unwrap();
+        self.parent.run(&["systemctl", "kill", "--kill-who=main", "--signal=KILL", unit]).unwrap();
     }
 
     /// The processes of the enclaves of that status, as systemd knows them.
@@ -83,14 +97,27 @@ impl Host {
 
 fn nothing_was_lost(traffic: Traffic) {
     let outcome = traffic.end().unwrap();
-    assert_eq!((outcome.refused.as_slice(), &outcome.cut), ([].as_slice(), &None), "of {}", outcome.served);
+    let nothing = [] as [String; 0];
+    assert_eq!((&outcome.refused[..], &outcome.broken[..]), (&nothing[..], &nothing[..]), "of {}", outcome.served);
+    assert_eq!(outcome.cut, None);
+}
+
+/// The proxy died so often: nobody was refused, and no more was cut than was under way.
+fn only_cut_so_often(traffic: Traffic, deaths: usize) {
+    let outcome = traffic.end().unwrap();
+    assert!(outcome.refused.is_empty() && outcome.broken.len() <= deaths, "of {deaths} deaths: {outcome:?}");
 }
 
 #[test]
-fn restarts_of_the_control_process_keep_every_enclave_and_refuse_no_connection() {
+fn restarts_and_upgrades_of_the_control_process_keep_every_enclave_and_refuse_no_connection() {
     let host = Host::ready();
     let traffic = Traffic::begin(&host.parent, ECHO).unwrap();
-    for _ in 0..10 {
+    for round in 0..50 {
+        if round == 25 {
+            // Another file from now on, as a package puts it there.
+            host.parent.run_ok(&["cp", "/usr/bin/enclaved", "/usr/bin/enclaved.new"]).unwrap();
+            host.parent.run_ok(&["mv", "/usr/bin/enclaved.new", "/usr/bin/enclaved"]).unwrap();
+        }
         let before = host.daemon();
         host.parent.run_ok(&["systemctl", "restart", "enclaved"]).unwrap();
         assert_ne!(host.daemon(), before);
@@ -173,22 +200,38 @@ fn after_a_reboot_every_enclave_is_launched_anew_once() {
     }
 }
 
-/// Twenty rounds, or `ENCLAVED_ROUNDS`: in each the second enclave is to come, to go, or to be another; and the daemon is killed
-/// somewhere in between, at a moment that is another in each round.
+/// Twenty rounds, or `ENCLAVED_ROUNDS`: in each the second enclave is to come, to go, or to be another; and the daemon or the proxy is
+/// killed somewhere in between, at a moment that is another in each round.
 #[test]
-fn a_control_process_killed_at_any_moment_of_a_change_carries_it_out_and_nothing_else() {
-    let rounds: u64 = std::env::var("ENCLAVED_ROUNDS").map_or(20, |rounds| rounds.parse().unwrap());
+fn a_control_process_or_a_proxy_killed_at_any_moment_of_a_change_loses_nothing_and_doubles_nothing() {
+    let rounds: usize = std::env::var("ENCLAVED_ROUNDS").map_or(20, |rounds| rounds.parse().unwrap());
     let host = Host::ready();
-    let traffic = Traffic::begin(&host.parent, ECHO).unwrap();
+    let traffic = Traffic::of_short_connections(&host.parent, ECHO).unwrap();
     let signer = host.pids.get("signer").copied();
+    let mut deaths = 0;
     for round in 0..rounds {
-        let other = [None, Some(V1), Some(V2)][usize::try_from(round % 3).unwrap()];
+        let other = [None, Some(V1), Some(V2)][round % 3];
         host.configure(other);
         // A reload whose answer does not come fails; the file counts at the next start anyhow.
         host.parent.run(&["systemctl", "reload", "--no-block", "enclaved"]).unwrap();
         // Steps of a prime, so that the rounds cover all of the change's half second.
-        sleep(Duration::from_millis(round * 97 % 600));
-        host.kill_daemon();
+        sleep(Duration::from_millis(round as u64 * 97 % 600));
+        match round % 5 {
+            0 | 2 => host.kill("enclaved"),
+            1 | 3 => {
+                let before = host.proxy();
+                host.kill(PROXY);
+                host.until_another_proxy(before.unwrap_or_default());
+                deaths += 1;
+            }
+            _ => {
+                host.kill(PROXY);
+                host.kill("enclaved");
+                deaths += 1;
+            }
+        }
+        // Its answer may have been lost with whoever was killed.
+        host.parent.run(&["systemctl", "reload", "enclaved"]).unwrap();
         let enclaves = 1 + usize::from(other.is_some());
         let status = host.until_ready(enclaves);
         assert_eq!(host.processes(&status).get("signer").copied(), signer, "round {round}");
@@ -196,24 +239,107 @@ fn a_control_process_killed_at_any_moment_of_a_change_carries_it_out_and_nothing
         let only = || Ok((host.units().len() == enclaves).then_some(()));
         host.parent.wait_until("only what is wanted runs", DEADLINE, only).unwrap();
     }
+    only_cut_so_often(traffic, deaths);
+}
+
+#[test]
+fn restarts_of_the_proxy_refuse_no_connection_and_cut_none_that_ends_in_time() {
+    let host = Host::ready();
+    let stored = host.parent.property(PROXY, "NFileDescriptorStore").unwrap();
+    assert_eq!(stored, "3", "the port of signer, HTTPS, and the link");
+    let traffic = Traffic::of_short_connections(&host.parent, ECHO).unwrap();
+    for _ in 0..50 {
+        host.parent.run_ok(&["systemctl", "restart", PROXY]).unwrap();
+    }
+    nothing_was_lost(traffic);
+    assert_eq!(host.processes(&host.until_ready(2)), host.pids);
+    assert_eq!(host.parent.property(PROXY, "NFileDescriptorStore").unwrap(), stored);
+}
+
+#[test]
+fn a_proxy_that_is_killed_again_and_again_refuses_no_connection() {
+    let host = Host::ready();
+    let traffic = Traffic::of_short_connections(&host.parent, ECHO).unwrap();
+    for _ in 0..10 {
+        let before = host.proxy().unwrap();
+        host.kill(PROXY);
+        host.until_another_proxy(before);
+    }
+    only_cut_so_often(traffic, 10);
+    assert_eq!(host.processes(&host.until_ready(2)), host.pids);
+}
+
+#[test]
+fn a_stop_of_the_proxy_closes_its_sockets_and_a_start_opens_them_again() {
+    let host = Host::ready();
+    let connect = || host.parent.in_network(|| TcpStream::connect(ECHO).map(drop)).unwrap();
+    // What the other tests rely on: their clients do find out.
+    let traffic = Traffic::begin(&host.parent, ECHO).unwrap();
+    host.parent.run_ok(&["systemctl", "stop", "enclaved", PROXY]).unwrap();
+    assert_eq!(connect().unwrap_err().kind(), std::io::ErrorKind::ConnectionRefused);
+    sleep(Duration::from_millis(200));
+    let outcome = traffic.end().unwrap();
+    assert!(!outcome.refused.is_empty() && outcome.cut.is_some(), "{outcome:?}");
+    host.parent.run_ok(&["systemctl", "start", PROXY]).unwrap();
+    connect().unwrap();
+    assert_eq!(host.parent.property(PROXY, "StatusText").unwrap(), "2 of 2 listeners open");
+}
+
+#[test]
+fn a_control_process_or_a_proxy_that_the_kernel_kills_for_want_of_memory_comes_back_and_nothing_else_ends() {
+    let host = Host::ready();
+    let traffic = Traffic::of_short_connections(&host.parent, ECHO).unwrap();
+    let before = host.daemon();
+    let starved = Starved::process(&host.parent, before).unwrap();
+    host.parent
+        .wait_until("another process is the daemon", DEADLINE, || {
+            // An answer takes memory.
+            host.parent.run(&["enclavectl", "status"])?;
+            Ok(host.parent.main_pid("enclaved")?.filter(|pid| *pid != before))
+        })
+        .unwrap();
+    assert_eq!(starved.killed().unwrap(), 1);
+    assert_eq!(host.processes(&host.until_ready(2)), host.pids);
+
+    let before = host.proxy().unwrap();
+    let starved = Starved::process(&host.parent, before).unwrap();
+    host.until_another_proxy(before);
+    assert_eq!(starved.killed().unwrap(), 1);
+    assert_eq!(host.processes(&host.until_ready(2)), host.pids);
+    only_cut_so_often(traffic, 1);
+}
+
+#[test]
+fn restarts_of_the_allocators_change_nothing_that_runs() {
+    let host = Host::ready();
+    let traffic = Traffic::begin(&host.parent, ECHO).unwrap();
+    for unit in ["nitro-enclaves-allocator", "enclaved-allocator"] {
+        // Both refuse, each with its reason.
+        assert!(!host.parent.run(&["systemctl", "restart", unit]).unwrap().success(), "{unit}");
+    }
+    host.parent.run_ok(&["systemctl", "restart", "enclaved"]).unwrap();
+    assert_eq!(host.processes(&host.until_ready(2)), host.pids);
     nothing_was_lost(traffic);
 }
 
 #[test]
-fn a_restart_of_the_proxy_refuses_no_connection_and_a_stop_of_it_is_seen() {
+fn a_shutdown_ends_enclaves_cleanly_in_the_midst_of_traffic_and_the_next_boot_launches_them() {
     let host = Host::ready();
     let traffic = Traffic::begin(&host.parent, ECHO).unwrap();
-    for _ in 0..5 {
-        host.parent.run_ok(&["systemctl", "restart", "enclaved-proxy"]).unwrap();
+    host.parent.reboot().unwrap();
+    // It was served until then, and not since.
+    assert!(traffic.end().unwrap().served > 0);
+    let status = host.until_ready(2);
+    for enclave in &status.enclaves {
+        assert_eq!((enclave.restarts, &enclave.last_error), (0, &None), "{}", enclave.name);
+        let journal = host.parent.journal(&format!("enclave@{}-1", enclave.name)).unwrap();
+        for said in ["stopped with everything else", "Deactivated successfully"] {
+            assert!(journal.contains(said), "{said}: {journal}");
+        }
+        // Neither by force nor by anybody's hand.
+        for said in ["timed out", "SIGKILL", "held stopped", "ended unasked"] {
+            assert!(!journal.contains(said), "{said}: {journal}");
+        }
     }
-    let outcome = traffic.end().unwrap();
-    assert!(outcome.refused.is_empty(), "{outcome:?}");
-    assert_eq!(host.processes(&host.until_ready(2)), host.pids);
-
-    // What the other tests rely on: the clients do find out.
-    let traffic = Traffic::begin(&host.parent, ECHO).unwrap();
-    host.parent.run_ok(&["systemctl", "stop", "enclaved", "enclaved-proxy"]).unwrap();
-    sleep(Duration::from_millis(200));
-    let outcome = traffic.end().unwrap();
-    assert!(!outcome.refused.is_empty() && outcome.cut.is_some(), "{outcome:?}");
+    nothing_was_lost(Traffic::begin(&host.parent, ECHO).unwrap());
 }

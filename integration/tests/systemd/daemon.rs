@@ -99,3 +99,19 @@ fn a_daemon_without_a_configuration_says_so_and_takes_one_when_it_comes() {
     parent.configure("").unwrap();
     parent.until("it is ready", |status| status.ready).unwrap();
 }
+
+#[test]
+fn a_daemon_that_cannot_see_what_runs_says_so_and_not_that_it_is_ready() {
+    let parent = parent_host().unwrap();
+    parent.configure("").unwrap();
+    // It can't be read, and not be taken for a broken one either.
+    parent.run_ok(&["mkdir", "/var/lib/enclaved/ledger.json"]).unwrap();
+    parent.run_ok(&["systemctl", "start", "--no-block", "enclaved"]).unwrap();
+    let said = || Ok(parent.property("enclaved", "StatusText")?.contains("what runs can't be seen").then_some(()));
+    parent.wait_until("it says so", DEADLINE, said).unwrap();
+    assert_eq!(parent.property("enclaved", "ActiveState").unwrap(), "activating");
+    parent.run_ok(&["rmdir", "/var/lib/enclaved/ledger.json"]).unwrap();
+    let ready = || Ok((parent.property("enclaved", "ActiveState")? == "active").then_some(()));
+    parent.wait_until("it is ready", DEADLINE, ready).unwrap();
+    assert_eq!(parent.property("enclaved", "NRestarts").unwrap(), "0");
+}

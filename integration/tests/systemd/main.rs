@@ -10,7 +10,6 @@ mod continuity;
 mod daemon;
 mod machine;
 mod permissions;
-mod proxy;
 mod readme;
 mod stock_allocator;
 mod supervisor;

@@ -29,19 +29,18 @@ fn is_refused(said: &Said) -> bool {
             .any(|sign| text.contains(sign))
 }
 
-const OURS: [&str; 5] = [
-    "enclave@signer-1.service",
-    "enclave@a.service",
-    "enclave@a-b-c-4000000000.service",
-    "enclaved-proxy.service",
-    "enclaved-allocator.service",
-];
+const ENCLAVES: [&str; 2] = ["enclave@signer-1.service", "enclave@a-b-c-4000000000.service"];
+const OTHERS: [&str; 2] = ["enclaved-proxy.service", "enclaved-allocator.service"];
 
 #[test]
-fn the_daemons_user_may_manage_the_units_of_enclaves_proxy_and_allocator() {
+fn the_daemons_user_may_start_and_stop_enclaves_and_start_the_proxy_and_the_allocator() {
     let parent = host();
-    for unit in OURS {
-        for verb in ["start", "restart", "stop", "reset-failed"] {
+    for unit in OTHERS {
+        assert!(parent.run_as("enclaved", &["systemctl", "--no-ask-password", "start", unit]).unwrap().success());
+        assert_eq!(parent.property(unit, "ActiveState").unwrap(), "active");
+    }
+    for unit in ENCLAVES {
+        for verb in ["start", "stop", "reset-failed"] {
             let said = parent.run_as("enclaved", &["systemctl", "--no-ask-password", verb, unit]).unwrap();
             // What is not loaded has nothing to be reset, which is no refusal.
             assert!(
@@ -52,18 +51,18 @@ fn the_daemons_user_may_manage_the_units_of_enclaves_proxy_and_allocator() {
         assert_eq!(parent.property(unit, "ActiveState").unwrap(), "inactive");
     }
     // One that has failed is there to be reset.
-    parent.run_ok(&["systemctl", "start", OURS[0]]).unwrap();
-    parent.run_ok(&["systemctl", "kill", "--signal=KILL", OURS[0]]).unwrap();
-    let failed = || parent.property(OURS[0], "ActiveState");
+    parent.run_ok(&["systemctl", "start", ENCLAVES[0]]).unwrap();
+    parent.run_ok(&["systemctl", "kill", "--signal=KILL", ENCLAVES[0]]).unwrap();
+    let failed = || parent.property(ENCLAVES[0], "ActiveState");
     parent.wait_until("it has failed", super::DEADLINE, || Ok((failed()? == "failed").then_some(()))).unwrap();
-    assert!(parent.run_as("enclaved", &["systemctl", "reset-failed", OURS[0]]).unwrap().success());
+    assert!(parent.run_as("enclaved", &["systemctl", "reset-failed", ENCLAVES[0]]).unwrap().success());
     assert_eq!(failed().unwrap(), "inactive");
 }
 
 #[test]
 fn the_daemons_user_may_do_nothing_else() {
     let parent = host();
-    parent.run_ok(&["systemctl", "start", OURS[0], "ssh.service"]).unwrap();
+    parent.run_ok(&["systemctl", "start", ENCLAVES[0], OTHERS[0], OTHERS[1], "ssh.service"]).unwrap();
     let mut refused: Vec<Vec<&str>> = vec![
         vec!["daemon-reload"],
         vec!["daemon-reexec"],
@@ -72,27 +71,35 @@ fn the_daemons_user_may_do_nothing_else() {
         vec!["isolate", "rescue.target"],
         vec!["set-environment", "A=B"],
         vec!["set-default", "rescue.target"],
-        vec!["enable", OURS[3]],
-        vec!["disable", OURS[3]],
-        vec!["mask", OURS[0]],
+        vec!["enable", OTHERS[0]],
+        vec!["disable", OTHERS[0]],
+        vec!["mask", ENCLAVES[0]],
         vec!["link", "/var/lib/enclaved/evil.service"],
         vec!["reset-failed"],
-        vec!["kill", OURS[0]],
-        vec!["set-property", "--runtime", OURS[0], "MemoryMax=1"],
-        vec!["reload", OURS[0]],
-        vec!["clean", OURS[0]],
-        vec!["freeze", OURS[0]],
+        vec!["kill", ENCLAVES[0]],
+        vec!["set-property", "--runtime", ENCLAVES[0], "MemoryMax=1"],
+        vec!["reload", ENCLAVES[0]],
+        vec!["clean", ENCLAVES[0]],
+        vec!["freeze", ENCLAVES[0]],
         vec!["start", "enclaved.service"],
         vec!["stop", "enclaved.service"],
         vec!["start", "enclave@a.timer"],
         vec!["start", "enclave@A.service"],
-        vec!["start", "enclave@..service"],
+        vec!["start", "enclave@a.service"],
         vec!["start", "enclave@a-.service"],
-        vec!["start", "enclave@a\\x2fb.service"],
+        vec!["start", "enclave@a-b.service"],
+        vec!["restart", ENCLAVES[0]],
+        vec!["try-restart", ENCLAVES[0]],
+        vec!["start", "enclave@..service"],
+        vec!["start", "enclave@a\\x2fb-1.service"],
         vec!["stop", "multi-user.target"],
     ];
     for unit in ["ssh.service", "enclaved-other.service", "enclavex.service", "other@enclave.service", "dbus.service"] {
         refused.extend(["start", "stop", "restart"].map(|verb| vec![verb, unit]));
+    }
+    for unit in OTHERS {
+        refused
+            .extend(["stop", "restart", "try-restart", "reset-failed", "reload", "kill"].map(|verb| vec![verb, unit]));
     }
     // Only what is loaded can be reset.
     refused.extend(["ssh.service", "dbus.service"].map(|unit| vec!["reset-failed", unit]));
@@ -104,7 +111,7 @@ fn the_daemons_user_may_do_nothing_else() {
     let transient = ["systemd-run", "--no-ask-password", "--unit=enclave@evil.service", "id"];
     let said = parent.run_as("enclaved", &transient).unwrap();
     assert!(is_refused(&said), "{said:?}");
-    for unit in [OURS[0], "ssh.service", "dbus.service"] {
+    for unit in [ENCLAVES[0], OTHERS[0], OTHERS[1], "ssh.service", "dbus.service"] {
         assert_eq!(parent.property(unit, "ActiveState").unwrap(), "active", "{unit}");
     }
 }
@@ -112,11 +119,11 @@ fn the_daemons_user_may_do_nothing_else() {
 #[test]
 fn other_users_may_do_nothing_at_all() {
     let parent = host();
-    parent.run_ok(&["systemctl", "start", OURS[0]]).unwrap();
+    parent.run_ok(&["systemctl", "start", ENCLAVES[0]]).unwrap();
     for user in ["enclaved-proxy", "nobody"] {
-        for unit in OURS {
+        for unit in ENCLAVES.iter().chain(&OTHERS) {
             for verb in ["start", "stop", "restart", "reset-failed"] {
-                if verb == "reset-failed" && unit != OURS[0] {
+                if verb == "reset-failed" && *unit != ENCLAVES[0] {
                     // Not loaded: there is nothing that could be refused.
                     continue;
                 }
@@ -125,5 +132,5 @@ fn other_users_may_do_nothing_at_all() {
             }
         }
     }
-    assert_eq!(parent.property(OURS[0], "ActiveState").unwrap(), "active");
+    assert_eq!(parent.property(ENCLAVES[0], "ActiveState").unwrap(), "active");
 }

@@ -4,7 +4,11 @@
 use crate::DEADLINE;
 use enclaved_core::status::{EnclaveState, EnclaveStatus, Status};
 use enclaved_integration::machine::parent::{Parent, parent_host};
+use enclaved_integration::nitro_cli::Code;
 use enclaved_integration::nitro_cli::faults::{Fault, Hazard};
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
 
 const IMAGE: &str = "/opt/images/signer.eif";
 
@@ -13,11 +17,34 @@ fn config(parent: &Parent, more: &str) -> String {
     host + &parent.sample_enclave("signer", IMAGE)
 }
 
-/// A parent host with an enclave that serves.
-fn serving_with(more: &str) -> Parent {
+/// A parent host with an enclave that is configured, and a daemon that was not started.
+fn configured(more: &str) -> Parent {
     let parent = parent_host().unwrap();
     parent.put_image(IMAGE, &parent.sample_application("v1")).unwrap();
     parent.write("/etc/enclaved/enclaved.toml", config(&parent, more)).unwrap();
+    parent
+}
+
+/// Lines for the units of enclaves, or of enclaved.
+fn drop_in(parent: &Parent, unit: &str, lines: &str) {
+    let path = format!("/etc/systemd/system/{unit}.service.d/test.conf");
+    parent.write(&path, format!("[Service]\n{lines}\n")).unwrap();
+    parent.run_ok(&["systemctl", "daemon-reload"]).unwrap();
+}
+
+/// The units of enclaves that are not over.
+fn units(parent: &Parent) -> String {
+    let states = "--state=active,activating,deactivating";
+    parent.run_ok(&["systemctl", "list-units", "--plain", "--no-legend", states, "enclave@*"]).unwrap()
+}
+
+fn is_held(status: &Status) -> bool {
+    signer(status).state == EnclaveState::Held
+}
+
+/// A parent host with an enclave that serves.
+fn serving_with(more: &str) -> Parent {
+    let parent = configured(more);
     parent.run_ok(&["systemctl", "enable", "--now", "enclaved"]).unwrap();
     until_ready(&parent, 1);
     parent
@@ -71,9 +98,7 @@ fn an_enclave_is_a_unit_whose_main_process_is_nitro_clis_and_it_outlives_the_dae
 
 #[test]
 fn enclaved_comes_back_at_once_while_an_enclave_boots() {
-    let parent = parent_host().unwrap();
-    parent.put_image(IMAGE, &parent.sample_application("v1")).unwrap();
-    parent.write("/etc/enclaved/enclaved.toml", config(&parent, "")).unwrap();
+    let parent = configured("");
     parent.switch_on(&[Hazard::always("run-enclave", Fault::SlowBoot { millis: 20_000 })]).unwrap();
     parent.run_ok(&["systemctl", "enable", "--now", "enclaved"]).unwrap();
     until_property(&parent, "enclave@signer-1", "ActiveState", "activating");
@@ -125,6 +150,83 @@ fn what_is_stopped_by_hand_while_no_daemon_runs_is_held_by_the_next_one() {
 }
 
 #[test]
+fn what_is_stopped_by_hand_while_no_daemon_runs_is_held_after_a_reboot_too() {
+    let parent = serving();
+    parent.run_ok(&["systemctl", "stop", "enclaved"]).unwrap();
+    parent.run_ok(&["systemctl", "stop", "enclave@signer-1"]).unwrap();
+    parent.reboot().unwrap();
+    parent.until("it is held", is_held).unwrap();
+    // The hold is in the ledger now, and the note is not needed any more.
+    let gone = || Ok(parent.run_ok(&["ls", "/var/lib/enclaved/stopped"])?.is_empty().then_some(()));
+    parent.wait_until("the note is gone", DEADLINE, gone).unwrap();
+    assert_eq!(units(&parent), "");
+    parent.reboot().unwrap();
+    parent.until("it is still held", is_held).unwrap();
+    parent.run_ok(&["enclavectl", "start", "signer"]).unwrap();
+    until_ready(&parent, 2);
+}
+
+#[test]
+fn what_is_stopped_by_hand_before_its_unit_is_up_is_held() {
+    // systemd is never told that it is up; the enclave is seen all the same.
+    let parent = configured("");
+    drop_in(&parent, "enclave@", "Environment=NOTIFY_SOCKET=/nonexistent");
+    parent.run_ok(&["systemctl", "enable", "--now", "enclaved"]).unwrap();
+    until_ready(&parent, 1);
+    let unit = "enclave@signer-1";
+    assert_eq!(parent.property(unit, "ActiveState").unwrap(), "activating");
+    parent.run_ok(&["systemctl", "stop", unit]).unwrap();
+    let status = parent.until("it is held", is_held).unwrap();
+    let none_is_left = || Ok(units(&parent).is_empty().then_some(()));
+    parent.wait_until("what was launched instead has ended again", DEADLINE, none_is_left).unwrap();
+    assert_eq!((signer(&status).restarts, &signer(&status).last_error), (0, &None), "it did not fail");
+    drop_in(&parent, "enclave@", "");
+    parent.run_ok(&["enclavectl", "start", "signer"]).unwrap();
+    parent.until("it serves again", |status| status.ready).unwrap();
+}
+
+#[test]
+fn what_is_stopped_by_hand_while_it_boots_is_held() {
+    let parent = configured("");
+    parent.switch_on(&[Hazard::always("run-enclave", Fault::SlowBoot { millis: 600_000 })]).unwrap();
+    parent.run_ok(&["systemctl", "enable", "--now", "enclaved"]).unwrap();
+    let begun =
+        || Ok(parent.run(&["test", "-e", "/run/enclaved/enclaves/signer-1/nitro-cli.json"])?.success().then_some(()));
+    parent.wait_until("nitro-cli is at work", DEADLINE, begun).unwrap();
+    parent.run_ok(&["systemctl", "stop", "enclave@signer-1"]).unwrap();
+    let status = parent.until("it is held", is_held).unwrap();
+    assert_eq!(signer(&status).last_error, None);
+    assert_eq!(units(&parent), "");
+    parent.switch_on(&[]).unwrap();
+    parent.run_ok(&["enclavectl", "start", "signer"]).unwrap();
+    until_ready(&parent, 2);
+}
+
+#[test]
+fn an_enclave_of_which_nothing_can_be_found_out_for_a_while_is_not_given_up() {
+    let parent = configured("");
+    // A launch has no more time than this, unless it asks for more.
+    drop_in(&parent, "enclave@", "TimeoutStartSec=2s");
+    let deaf = Hazard::always("describe-enclaves", Fault::Fail { code: Code(7) });
+    parent.switch_on(&[Hazard::always("run-enclave", Fault::GarbledAnswer), deaf]).unwrap();
+    parent.run_ok(&["systemctl", "enable", "--now", "enclaved"]).unwrap();
+    let unknown = |status: &Status| {
+        let waits = signer(status).waiting_for.clone().unwrap_or_default();
+        waits.contains("cannot be told whether signer-1 runs")
+    };
+    parent.until("it says that it can't be told", unknown).unwrap();
+    let told = || Ok(parent.property("enclave@signer-1", "StatusText")?.contains("not known yet").then_some(()));
+    parent.wait_until("its unit says so, too", DEADLINE, told).unwrap();
+    std::thread::sleep(Duration::from_secs(4));
+    assert_eq!(parent.property("enclave@signer-1", "ActiveState").unwrap(), "activating");
+    parent.switch_on(&[]).unwrap();
+    until_ready(&parent, 1);
+    let launches = parent.calls().unwrap().iter().filter(|call| call.command() == "run-enclave").count();
+    assert_eq!(launches, 1);
+    until_property(&parent, "enclave@signer-1", "ActiveState", "active");
+}
+
+#[test]
 fn what_is_restarted_by_hand_is_launched_anew_and_has_not_failed() {
     let parent = serving();
     // The unit itself can't: a generation is launched once.
@@ -148,6 +250,11 @@ fn a_death_is_told_with_how_the_process_ended_and_the_enclave_is_launched_again(
         };
         let status = parent.until("it is told how it ended", told).unwrap();
         assert_eq!(self::signer(&status).restarts, u64::from(generation));
+        // With what its own processes said last, not with what systemd says of every unit that ends.
+        let message = &self::signer(&status).last_error.as_ref().unwrap().failure.message;
+        let (_, words) = message.split_once("last in its journal: ").unwrap();
+        assert!(words.contains(&format!("signer-{generation}: runs as process")), "{message}");
+        assert!(!words.contains("Main process exited") && !words.contains("ended unasked"), "{message}");
     }
     parent
         .wait_until("nothing of it looks failed", DEADLINE, || {
@@ -211,12 +318,34 @@ fn an_enclave_goes_on_while_the_bus_is_away_and_the_news_come_in_when_it_is_back
 #[test]
 fn where_it_is_said_so_the_enclaves_end_with_the_daemon() {
     let parent = serving_with("on_stop = \"terminate\"\n");
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     parent.run_ok(&["systemctl", "stop", "enclaved"]).unwrap();
     // systemd would stop its unit only after enclaved's own.
-    assert!(began.elapsed() < std::time::Duration::from_secs(15), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
     until_property(&parent, "enclave@signer-1", "ActiveState", "inactive");
     parent.run_ok(&["systemctl", "start", "enclaved"]).unwrap();
     let signer = until_ready(&parent, 2);
     assert_eq!(signer.last_error, None);
+}
+
+#[test]
+fn enclaves_that_end_with_the_daemon_have_all_their_time_to_drain() {
+    let parent = parent_host().unwrap();
+    let echo = SocketAddr::from(([127, 0, 0, 1], 9007));
+    parent.put_image(IMAGE, &parent.sample_application("v1")).unwrap();
+    let host = parent.host_config().replace("[host]\n", "[host]\non_stop = \"terminate\"\n");
+    let host = host.replace("drain = \"2s\"", "drain = \"12s\"");
+    parent.write("/etc/enclaved/enclaved.toml", host + &parent.echoing_enclave("signer", IMAGE, echo)).unwrap();
+    // No more than this, unless it asks for more.
+    drop_in(&parent, "enclaved", "TimeoutStopSec=5s");
+    parent.run_ok(&["systemctl", "enable", "--now", "enclaved"]).unwrap();
+    until_ready(&parent, 1);
+    let mut client = parent.in_network(|| TcpStream::connect(echo)).unwrap().unwrap();
+    client.write_all(b"x").unwrap();
+    client.read_exact(&mut [0; 1]).unwrap();
+    let began = Instant::now();
+    parent.run_ok(&["systemctl", "stop", "enclaved"]).unwrap();
+    assert!(began.elapsed() >= Duration::from_secs(12), "{:?}", began.elapsed());
+    assert_eq!(parent.property("enclaved", "Result").unwrap(), "success");
+    until_property(&parent, "enclave@signer-1", "ActiveState", "inactive");
 }

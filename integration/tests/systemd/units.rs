@@ -62,6 +62,7 @@ fn users_and_folders_are_there_after_installing_and_after_a_reboot() {
             ("/etc/enclaved", "750 root:enclaved"),
             ("/etc/enclaved/conf.d", "750 root:enclaved"),
             ("/var/lib/enclaved", "700 enclaved:enclaved"),
+            ("/var/lib/enclaved/stopped", "700 enclaved:enclaved"),
             ("/var/lib/enclaved-proxy", "700 enclaved-proxy:enclaved-proxy"),
             ("/run/enclaved", "750 enclaved:enclaved"),
             ("/run/enclaved/enclaves", "700 enclaved:enclaved"),

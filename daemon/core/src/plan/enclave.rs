@@ -79,6 +79,12 @@ impl Planner<'_> {
                 }
                 // Nothing of it runs, and nobody can say what it was.
                 None if matches!(instance.state, InstanceState::Ended(_)) => {
+                    let by_hand =
+                        matches!(&instance.state, InstanceState::Ended(end) if end.asked == Some(AskedBy::Stop));
+                    if by_hand && record.last_generation < key.generation && record.held_since.is_none() {
+                        // Nor does the ledger know that this was stopped.
+                        self.record(Change::Held { name: name.clone(), by: HeldBy::Systemctl });
+                    }
                     self.job(&JobKey::Forget(key.clone()), restart::STEP, Step::Forget(key.clone()));
                 }
                 None => self.wait(
@@ -159,7 +165,15 @@ impl Planner<'_> {
     /// Takes in what came to be known of an end after it was noticed; then nothing is needed of its traces any more.
     fn over(&mut self, key: EnclaveKey, end: &End) {
         let last = self.ledger.enclaves.get(&key.name).and_then(|enclave| enclave.last_end.as_ref());
-        if let (Some(last), Some(account)) = (last.filter(|last| last.generation == key.generation), &end.account) {
+        let last = last.filter(|last| last.generation == key.generation);
+        if let (Some(_), Some(asked)) = (last, end.asked) {
+            // Its unit noted that only after its end was noticed: it was not up yet.
+            if asked == AskedBy::Stop {
+                self.record(Change::Held { name: key.name.clone(), by: HeldBy::Systemctl });
+            }
+            return self.record(Change::Excused(key));
+        }
+        if let (Some(last), Some(account)) = (last, &end.account) {
             for text in [GONE, RIGHT_AFTER] {
                 let failure = death(text, Some(account));
                 if last.failure == death(text, None) && last.failure != failure {
@@ -395,7 +409,11 @@ impl Planner<'_> {
             }
             Phase::Planned { .. } => self.decide_launch(key, record, spec, instances),
             Phase::Launching { .. } if !instances.contains_key(key) => self.launch(key, record, spec, instances),
-            Phase::Launching { .. } => self.wait(&key.name, "nitro-cli is starting it"),
+            Phase::Launching { .. } => match instances.get(key).map(|instance| &instance.state) {
+                // Said already, with the reason.
+                Some(InstanceState::Unknown(_)) => {}
+                _ => self.wait(&key.name, "nitro-cli is starting it"),
+            },
             Phase::Booting { .. } | Phase::Ready { .. } => self.watch(key, record, spec),
             Phase::Draining { .. } | Phase::Stopping { .. } | Phase::Ended { .. } => {}
         }

@@ -25,6 +25,7 @@ fn settings(stand: &Stand) -> LaunchSettings {
     LaunchSettings {
         run_dir: stand.path().to_owned(),
         images_dir: stand.path().join("images"),
+        stopped_dir: stand.path().join("stopped"),
         nitro_cli: stand.path().join("nitro-cli"),
     }
 }
@@ -229,6 +230,7 @@ async fn while_nobody_can_say_what_came_of_a_launch_that_one_is_unknown_and_the_
     let trace = left(&stand);
     trace.write_attempt(&Moment { at: now() }).unwrap();
     trace.write_unclear(&Failure::new("x")).unwrap();
+    let (_of_the_launch, _) = marked_sleeper(trace.folder());
     let (_child, record) = sleeper();
     let other: EnclaveKey = "other-1".parse().unwrap();
     let trace = Trace::new(stand.path().join("enclaves/other-1"));
@@ -363,8 +365,8 @@ async fn an_enclave_that_does_not_heed_is_ended_through_nitro_cli() {
     let trace = left(&stand);
     trace.write_record(&recorded(&record)).unwrap();
     // It was first asked half a minute ago, by an earlier life.
-    let ago = Timestamp::from_millis(now().as_millis() - 31_000);
-    let noted = format!(r#"{{"since":"{ago}","asked":"{ago}","terminate":null}}"#);
+    let ago = procfs::since_boot().unwrap().as_millis() - 31_000;
+    let noted = format!(r#"{{"since_ms":{ago},"asked_ms":{ago},"terminate_ms":null}}"#);
     fs::write(trace.folder().join(STOP_FILE), noted).unwrap();
     let direct = direct(&stand);
     direct.observe(&Known::new()).await.unwrap();
