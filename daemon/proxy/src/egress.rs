@@ -2,11 +2,15 @@
 //! that vsock port; where the name leads is up to `dial`. On AF_VSOCK a port is one listener for all enclaves, and the peer's
 //! CID says whose endpoint is meant.
 
+mod handshake;
 mod hello;
 pub(crate) mod hosts;
 mod rate;
+mod records;
 pub(crate) mod seats;
 
+use self::handshake::Ended;
+use self::hello::Hellos;
 use self::hosts::Hosts;
 use self::rate::Rate;
 use self::seats::Seats;
@@ -109,8 +113,18 @@ impl Endpoint {
         shared: &Shared,
     ) -> Result<(), (Failure, Option<String>)> {
         // On the heap: what this needs is not kept for as long as the relay lives.
-        let mut upstream = Box::pin(self.reach(enclave, turn, shared)).await?;
-        let ended = relay(enclave, &mut *upstream, &self.traffic, &shared.limits).await;
+        let (mut upstream, hellos) = Box::pin(self.reach(enclave, turn, shared)).await?;
+        let ended = match hellos {
+            None => relay(enclave, &mut *upstream, &self.traffic, &shared.limits).await,
+            Some(hellos) => {
+                let relay = handshake::relay(enclave, &mut *upstream, hellos, &self.traffic, &shared.limits);
+                match Box::pin(relay).await {
+                    Err(Ended::Refused(error)) => return Err((error.failure(), Some(chain(&error)))),
+                    Err(Ended::Broken(broken)) => Err(broken),
+                    Ok(()) => Ok(()),
+                }
+            }
+        };
         if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
             upstream.ended_well();
         }
@@ -121,22 +135,24 @@ impl Endpoint {
         })
     }
 
-    /// Connects to the upstream when it is this connection's turn, and if it is what the endpoint takes.
+    /// Connects to the upstream when it is this connection's turn, and if it is what the endpoint takes. Also who judges how
+    /// it goes on, where that matters.
     async fn reach(
         &self,
         enclave: &mut Stream,
         turn: Instant,
         shared: &Shared,
-    ) -> Result<ResetOnDrop, (Failure, Option<String>)> {
+    ) -> Result<(ResetOnDrop, Option<Hellos>), (Failure, Option<String>)> {
         if turn > Instant::now() {
             sleep_until(turn).await;
         }
         // Before the upstream hears of it.
-        let hello = if self.route.sni {
+        let (hello, hellos) = if self.route.sni {
             let hello = hello::expect(enclave, &self.route.hostname, shared.limits.egress_hello).await;
-            hello.map_err(|error| (error.failure(), Some(chain(&error))))?
+            let (hello, hellos) = hello.map_err(|error| (error.failure(), Some(chain(&error))))?;
+            (hello, Some(hellos))
         } else {
-            Vec::new()
+            (Vec::new(), None)
         };
         let dialled = self.upstream.dial(&self.traffic.connects, shared).await;
         let mut upstream = ResetOnDrop::new(dialled.map_err(|error| (error.failure(), Some(chain(&error))))?);
@@ -145,7 +161,7 @@ impl Endpoint {
             passed.map_err(|_| (Failure::Idle, None))?.map_err(|_| (Failure::Reset, None))?;
             self.traffic.from_enclave.fetch_add(hello.len() as u64, Relaxed);
         }
-        Ok(upstream)
+        Ok((upstream, hellos))
     }
 
     fn fail(&self, failure: Failure, text: Option<&str>) {

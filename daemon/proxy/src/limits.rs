@@ -11,6 +11,9 @@ pub struct Limits {
     pub retry: Duration,
     /// The time between two rounds of maintenance: certificates, idle connections, routes that are not on disk yet.
     pub maintenance: Duration,
+    /// How long whoever hands routes over waits for the disk that they are saved on, and for certificates. They are served before
+    /// that.
+    pub settle: Duration,
     /// How long requests in flight may go on after the proxy was told to end.
     pub drain: Duration,
     /// A relayed connection without a byte in either direction ends after this. Long: database pools keep connections for
@@ -66,6 +69,7 @@ impl Default for Limits {
         Self {
             retry: Duration::from_secs(3),
             maintenance: Duration::from_secs(5),
+            settle: Duration::from_secs(5),
             drain: Duration::from_secs(5),
             relay_idle: Duration::from_secs(24 * 3600),
             relay_half_closed: Duration::from_secs(600),
