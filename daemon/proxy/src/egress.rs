@@ -19,6 +19,7 @@ use crate::current::Current;
 use crate::dial::Upstream;
 use crate::error_text::chain;
 use crate::inherited::Unusable;
+use crate::limits::Limits;
 use crate::listening::{Service, Socket};
 use crate::relay::{Broken, relay};
 use crate::shared::Shared;
@@ -65,6 +66,7 @@ pub(crate) struct Endpoint {
     traffic: Arc<Traffic>,
     /// Of this enclave's CID on this vsock port alone, while `traffic` is that of all generations.
     pub(crate) seats: Seats,
+    limits: Limits,
     upstream: Upstream,
     rate: Rate,
     failures: Throttle,
@@ -89,7 +91,8 @@ impl Endpoint {
     ) -> Self {
         let rate = Rate::new(route.limits.connections_per_second.unwrap_or(shared.limits.egress_rate));
         let upstream = Upstream::new(&route, &shared.resolver);
-        Self { route, cut, traffic, seats, upstream, rate, failures: Throttle::new() }
+        let limits = shared.limits.of_egress(&route.limits);
+        Self { route, cut, traffic, seats, limits, upstream, rate, failures: Throttle::new() }
     }
 
     async fn carry(&self, mut enclave: Stream, turn: Instant, shared: &Shared) {
@@ -115,9 +118,9 @@ impl Endpoint {
         // On the heap: what this needs is not kept for as long as the relay lives.
         let (mut upstream, hellos) = Box::pin(self.reach(enclave, turn, shared)).await?;
         let ended = match hellos {
-            None => relay(enclave, &mut *upstream, &self.traffic, &shared.limits).await,
+            None => relay(enclave, &mut *upstream, &self.traffic, &self.limits).await,
             Some(hellos) => {
-                let relay = handshake::relay(enclave, &mut *upstream, hellos, &self.traffic, &shared.limits);
+                let relay = handshake::relay(enclave, &mut *upstream, hellos, &self.traffic, &self.limits);
                 match Box::pin(relay).await {
                     Err(Ended::Refused(error)) => return Err((error.failure(), Some(chain(&error)))),
                     Err(Ended::Broken(broken)) => Err(broken),
@@ -148,16 +151,16 @@ impl Endpoint {
         }
         // Before the upstream hears of it.
         let (hello, hellos) = if self.route.sni {
-            let hello = hello::expect(enclave, &self.route.hostname, shared.limits.egress_hello).await;
+            let hello = hello::expect(enclave, &self.route.hostname, self.limits.egress_hello).await;
             let (hello, hellos) = hello.map_err(|error| (error.failure(), Some(chain(&error))))?;
             (hello, Some(hellos))
         } else {
             (Vec::new(), None)
         };
-        let dialled = self.upstream.dial(&self.traffic.connects, shared).await;
+        let dialled = self.upstream.dial(&self.traffic.connects, &self.limits, &shared.own_addresses).await;
         let mut upstream = ResetOnDrop::new(dialled.map_err(|error| (error.failure(), Some(chain(&error))))?);
         if !hello.is_empty() {
-            let passed = timeout(shared.limits.dial, upstream.write_all(&hello)).await;
+            let passed = timeout(self.limits.dial, upstream.write_all(&hello)).await;
             passed.map_err(|_| (Failure::Idle, None))?.map_err(|_| (Failure::Reset, None))?;
             self.traffic.from_enclave.fetch_add(hello.len() as u64, Relaxed);
         }
@@ -284,7 +287,6 @@ impl Service for EgressPort {
 mod tests {
     use super::*;
     use crate::counters::TrafficKey;
-    use crate::limits::Limits;
     use enclaved_core::routes::{Direction, EgressLimits};
     use tokio::io::AsyncReadExt;
     use tokio::net::{TcpListener, UnixStream};

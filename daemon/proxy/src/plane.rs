@@ -317,6 +317,7 @@ impl Plane {
                 vsock_port: route.vsock_port,
                 target: route.target.and_then(|cid| state.lives.get(&cid).cloned()),
                 rules: route.rules.clone(),
+                limits: self.shared.limits.aged(route.rules.ages),
                 traffic: self.shared.counters.traffic(key(&route.enclave, Direction::Tcp, name)),
             };
             match state.slots.get(&Slot::Tcp(route.listen)) {

@@ -6,6 +6,7 @@ use crate::counters::{Failure, Live, Open, Traffic};
 use crate::current::Current;
 use crate::error_text::chain;
 use crate::inherited::Unusable;
+use crate::limits::Limits;
 use crate::listening::Service;
 use crate::manager::ingress_name;
 use crate::relay::{Broken, relay};
@@ -30,6 +31,7 @@ pub(crate) struct Backend {
     pub(crate) target: Option<Arc<Live>>,
     pub(crate) traffic: Arc<Traffic>,
     pub(crate) rules: TcpRules,
+    pub(crate) limits: Limits,
 }
 
 /// A TCP port.
@@ -76,7 +78,7 @@ impl TcpPort {
             let told = timeout(CONNECT_TIMEOUT, enclave.write_all(&header)).await;
             told.map_err(|_| (Failure::ConnectTimeout, None))?.map_err(|_| (Failure::Reset, None))?;
         }
-        let ended = relay(&mut enclave, &mut *client, &backend.traffic, &self.shared.limits).await;
+        let ended = relay(&mut enclave, &mut *client, &backend.traffic, &backend.limits).await;
         if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
             client.ended_well();
         }

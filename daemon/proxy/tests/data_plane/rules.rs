@@ -1,7 +1,7 @@
 //! What single endpoints and ports demand, and how much they carry.
 
 use crate::support::{Enclave, Host, Upstream, cid, egress, soon, tcp_address, tcp_route, traffic};
-use enclaved_core::routes::{Direction, EgressRoute, HostsRoute, ProxyProtocol, Routes};
+use enclaved_core::routes::{Ages, Direction, EgressRoute, HostsRoute, ProxyProtocol, Routes};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, HandshakeKind};
 use std::sync::Arc;
@@ -344,4 +344,64 @@ async fn an_upstream_that_never_answers_takes_nothing_from_another_endpoint() {
         stream.write_all(b"1").await.unwrap();
         assert_eq!(soon("the echo", stream.read_u8()).await.unwrap(), b'1');
     }
+}
+
+#[tokio::test]
+async fn endpoints_and_ports_end_connections_at_the_silence_and_the_age_that_their_routes_say() {
+    let host = Host::new().await;
+    let _enclave = Enclave::echoing(&host.vsock(), 16);
+    let upstream = Upstream::echoing().await;
+    let (silent, old) = (Ages { idle_s: Some(1), lifetime_s: None }, Ages { idle_s: None, lifetime_s: Some(1) });
+    let mut routes = host.routes();
+    for (number, ages) in [silent, old, Ages::default()].into_iter().enumerate() {
+        let mut route = egress(16, 8000 + u32::try_from(number).unwrap(), upstream.address);
+        route.limits.ages = ages;
+        routes.egress.push(route);
+    }
+    let mut port = tcp_route("127.0.0.1:0", Some(16));
+    port.rules.ages = silent;
+    routes.tcp.push(port);
+    let address = tcp_address(&host.publish(&routes).await);
+
+    let mut silent = host.connect_from(16, 8000).await.unwrap();
+    let mut old = host.connect_from(16, 8001).await.unwrap();
+    let mut kept = host.connect_from(16, 8002).await.unwrap();
+    let mut client = TcpStream::connect(address).await.unwrap();
+    silent.write_all(b"1").await.unwrap();
+    assert_eq!(soon("the echo", silent.read_u8()).await.unwrap(), b'1');
+    let talk = async {
+        while old.write_all(b"2").await.is_ok() && old.read_u8().await.is_ok() {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    soon("the end at its age", talk).await;
+    is_hung_up_on(&mut silent).await;
+    is_hung_up_on(&mut client).await;
+    kept.write_all(b"3").await.unwrap();
+    assert_eq!(soon("the echo of one without", kept.read_u8()).await.unwrap(), b'3');
+    let failed = |report: &enclaved_core::routes::ProxyReport, reason: &str| {
+        report.traffic.iter().filter_map(|traffic| traffic.failed.get(reason)).sum::<u64>()
+    };
+    host.until("all are counted", |report| (failed(report, "idle"), failed(report, "lifetime")) == (2, 1)).await;
+}
+
+#[tokio::test]
+async fn an_endpoint_gives_its_upstream_as_long_to_accept_as_its_route_says() {
+    let host = Host::new().await;
+    let dead = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    rustix::net::listen(&dead, 0).unwrap();
+    let address = dead.local_addr().unwrap();
+    let mut queue = Vec::new();
+    while let Ok(stream) = std::net::TcpStream::connect_timeout(&address, std::time::Duration::from_millis(100)) {
+        queue.push(stream);
+    }
+    let mut route = egress(16, 8000, address);
+    route.limits.connect_timeout_ms = Some(300);
+    host.publish(&Routes { egress: vec![route], ..host.routes() }).await;
+    let began = std::time::Instant::now();
+    is_hung_up_on(&mut host.connect_from(16, 8000).await.unwrap()).await;
+    let took = began.elapsed();
+    assert!(took.as_millis() >= 300 && took.as_secs() < 8, "{took:?}, and by itself it is ten seconds");
+    let report = host.until("it ended", |report| traffic(report, Direction::Egress).open == 0).await;
+    assert_eq!(traffic(&report, Direction::Egress).failed["connect_timeout"], 1);
 }
