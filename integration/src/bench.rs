@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release -p enclaved-integration --bin bench -- images [--size 1GiB] [--rounds 5] [--json FILE]
-//! cargo run --release -p enclaved-integration --bin bench -- relay [--only ingress] [--rounds 5] [--json FILE]
+//! cargo run --release -p enclaved-integration --bin bench -- relay [--only ingress] [--buffers 16,64,256] [--rounds 5] [--json FILE]
 //! ```
 //!
 //! Prints one table for each comparison; what it looks like:
@@ -55,6 +55,13 @@ enum What {
     Images(images::Options),
     /// Carrying raw connections beside nginx, haproxy and socat (Debian: nginx-light, libnginx-mod-stream, haproxy, socat).
     Relay(relay::Options),
+    /// Relays by splice(2). Used by the comparisons.
+    #[command(hide = true)]
+    Splice {
+        /// Pairs of a place to listen on and one to connect to.
+        #[arg(required = true)]
+        places: Vec<relay::Place>,
+    },
     /// Runs a program, and writes what it cost to a file. Used by the comparisons.
     #[command(hide = true)]
     Run {
@@ -77,6 +84,10 @@ pub fn main() -> ExitCode {
         What::Images(options) => images::compare(&options),
         What::Relay(options) => relay::compare(&options),
         What::Run { report, command } => return run::in_child(&report, &command),
+        What::Splice { places } => {
+            let pairs: Vec<_> = places.chunks_exact(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
+            relay::splice(&pairs)
+        }
         What::Serve { file } => server::serve(&file),
         What::Fetch { source, folder } => images::fetch(&source, &folder),
     };

@@ -76,7 +76,9 @@ impl Limits {
         Self {
             relay_idle: ages.idle_s.map_or(self.relay_idle, seconds),
             // An end that is closed makes no silence last longer.
-            relay_half_closed: ages.idle_s.map_or(self.relay_half_closed, |idle| self.relay_half_closed.min(seconds(idle))),
+            relay_half_closed: ages
+                .idle_s
+                .map_or(self.relay_half_closed, |idle| self.relay_half_closed.min(seconds(idle))),
             relay_lifetime: ages.lifetime_s.map(seconds).or(self.relay_lifetime),
             ..self.clone()
         }

@@ -170,7 +170,11 @@ mod tests {
                 port: 443,
                 allow_addresses: Vec::new(),
                 sni: true,
-                limits: EgressLimits { max_connections: Some(1), connections_per_second: Some(1), ..EgressLimits::default() },
+                limits: EgressLimits {
+                    max_connections: Some(1),
+                    connections_per_second: Some(1),
+                    ..EgressLimits::default()
+                },
             }],
             hosts: vec![HostsRoute {
                 enclave: "signer".parse().unwrap(),

@@ -76,7 +76,10 @@ async fn a_reader_that_stops_stalls_its_sender_at_a_bounded_amount() {
     let mut sent = 0;
     while let Ok(Ok(written)) = tokio::time::timeout(Duration::from_secs(1), enclave.write(&[0; 4096])).await {
         sent += written;
-        assert!(sent <= 2 * 1000 + Limits::default().relay_buffer, "{sent} bytes were taken from the sender, and nobody reads them");
+        assert!(
+            sent <= 2 * 1000 + Limits::default().relay_buffer,
+            "{sent} bytes were taken from the sender, and nobody reads them"
+        );
     }
     assert!(sent >= 1000);
 }

@@ -9,8 +9,8 @@
 //!   that is silent delays one question, and no more. (glibc waits for each in turn: resolv.conf(5).)
 
 use super::{NameError, QUESTION, Said};
-use hickory_resolver::lookup::Lookup;
 use hickory_resolver::config::{NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts};
+use hickory_resolver::lookup::Lookup;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::op::ResponseCode;

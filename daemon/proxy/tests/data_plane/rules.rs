@@ -12,7 +12,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 /// What a TLS client that wants this server says first.
 fn hello(name: &str) -> Vec<u8> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
+    let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(rustls::RootCertStore::empty())
@@ -78,7 +78,7 @@ async fn with_sni_tls_for_that_server_passes_whole_also_where_the_server_asks_fo
         host.publish(&Routes { egress: vec![with_sni(&upstream)], ..host.routes() }).await;
         let enclave = host.connect_from(16, 8000).await.unwrap();
         let name = ServerName::try_from("localhost").unwrap();
-        let mut enclave = soon("the handshake", connector.connect(name, enclave)).await.unwrap();
+        let enclave = soon("the handshake", connector.connect(name, enclave)).await.unwrap();
         let kind = enclave.get_ref().1.handshake_kind();
         let expected = if retry { HandshakeKind::FullWithHelloRetryRequest } else { HandshakeKind::Full };
         assert_eq!(kind, Some(expected));

@@ -2,7 +2,8 @@
 
 use super::Judge;
 use crate::config::form::{
-    DurationText, EgressForm, EnclaveForm, FullPortForm, HealthForm, IngressForm, ListenForm, MeasurementsForm, PinsForm, PortForm,
+    DurationText, EgressForm, EnclaveForm, FullPortForm, HealthForm, IngressForm, ListenForm, MeasurementsForm,
+    PinsForm, PortForm,
 };
 use crate::config::source::{Path, quoted};
 use enclaved_core::desired::{

@@ -317,7 +317,8 @@ async fn a_silent_nameserver_delays_one_question_by_a_second_and_those_after_it_
     let second = Duration::from_secs(1);
     let ask = async |within: Duration| {
         let began = std::time::Instant::now();
-        let answer = timeout(within, system.resolve("db.example.com")).await.expect("it waited for a silent nameserver");
+        let answer =
+            timeout(within, system.resolve("db.example.com")).await.expect("it waited for a silent nameserver");
         assert_eq!(answer, said(&["10.0.0.1"], 60));
         began.elapsed()
     };
