@@ -24,7 +24,7 @@ use crate::listening::{Service, Socket};
 use crate::relay::{Broken, relay};
 use crate::shared::Shared;
 use crate::tcp::ResetOnDrop;
-use crate::throttle::Throttle;
+use crate::throttle::{Changes, Throttle};
 use crate::vsock::{ListenError, ListenPoint, Listener, Stream, Transport};
 use enclaved_core::id::Cid;
 use enclaved_core::routes::EgressRoute;
@@ -69,7 +69,8 @@ pub(crate) struct Endpoint {
     limits: Limits,
     upstream: Upstream,
     rate: Rate,
-    failures: Throttle,
+    /// How the last connection was refused or failed before it was one; none if it was not.
+    went: Changes<Option<Failure>>,
 }
 
 /// What an enclave has on a vsock port of the parent.
@@ -92,7 +93,7 @@ impl Endpoint {
         let rate = Rate::new(route.limits.connections_per_second.unwrap_or(shared.limits.egress_rate));
         let upstream = Upstream::new(&route, &shared.resolver);
         let limits = shared.limits.of_egress(&route.limits);
-        Self { route, cut, traffic, seats, limits, upstream, rate, failures: Throttle::new() }
+        Self { route, cut, traffic, seats, limits, upstream, rate, went: Changes::new(None) }
     }
 
     async fn carry(&self, mut enclave: Stream, turn: Instant, shared: &Shared) {
@@ -117,6 +118,11 @@ impl Endpoint {
     ) -> Result<(), (Failure, Option<String>)> {
         // On the heap: what this needs is not kept for as long as the relay lives.
         let (mut upstream, hellos) = Box::pin(self.reach(enclave, turn, shared)).await?;
+        if self.went.now(None).is_some() {
+            let EgressRoute { enclave, cid, vsock_port, .. } = &self.route;
+            let endpoint = &self.traffic.key().endpoint;
+            tracing::info!(%enclave, %cid, vsock_port, %endpoint, "an enclave reaches its endpoint again");
+        }
         let ended = match hellos {
             None => relay(enclave, &mut *upstream, &self.traffic, &self.limits).await,
             Some(hellos) => {
@@ -170,7 +176,7 @@ impl Endpoint {
     fn fail(&self, failure: Failure, text: Option<&str>) {
         self.traffic.fail(failure);
         if let Some(error) = text
-            && let Some(left_out) = self.failures.pass()
+            && let Some(left_out) = self.went.now(Some(failure))
         {
             let EgressRoute { enclave, cid, vsock_port, .. } = &self.route;
             let endpoint = &self.traffic.key().endpoint;
