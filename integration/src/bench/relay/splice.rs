@@ -3,12 +3,12 @@
 
 use super::contenders::Front;
 use anyhow::{Context as _, bail};
-use rustix::fd::{AsFd, OwnedFd};
-use rustix::net::{Shutdown, shutdown, sockopt};
+use rustix::fd::{AsFd, BorrowedFd};
+use rustix::net::{Shutdown, shutdown};
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 use std::io;
 use std::path::PathBuf;
-use tokio::io::unix::AsyncFd;
+use tokio::io::Interest;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 /// A pipe's size as it is: sixteen pages, 64 KiB.
@@ -61,7 +61,7 @@ async fn accept(listen: Front, to: Front) -> anyhow::Result<()> {
             let listener = TcpListener::bind(address).await?;
             loop {
                 let (stream, _) = listener.accept().await?;
-                tokio::spawn(relay(tcp(stream), to.clone()));
+                tokio::spawn(relay(End::Tcp(stream), to.clone()));
             }
         }
         Front::Unix(path) => {
@@ -70,50 +70,82 @@ async fn accept(listen: Front, to: Front) -> anyhow::Result<()> {
             rustix::net::listen(&listener, 4096)?;
             loop {
                 let (stream, _) = listener.accept().await?;
-                tokio::spawn(relay(stream.into_std().map(OwnedFd::from), to.clone()));
+                tokio::spawn(relay(End::Unix(stream), to.clone()));
             }
         }
         Front::Vsock(_) => bail!("AF_VSOCK knows no splice(2)"),
     }
 }
 
-fn tcp(stream: TcpStream) -> io::Result<OwnedFd> {
-    sockopt::set_tcp_nodelay(&stream, true)?;
-    stream.into_std().map(OwnedFd::from)
+/// An end of a relay.
+#[derive(Debug)]
+enum End {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl End {
+    async fn connect(to: &Front) -> io::Result<Self> {
+        match to {
+            Front::Tcp(address) => TcpStream::connect(address).await.map(Self::Tcp),
+            Front::Unix(path) => UnixStream::connect(path).await.map(Self::Unix),
+            Front::Vsock(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// Does it when the socket is ready for that; again when it was not, after all.
+    async fn when<T>(&self, ready: Interest, mut act: impl FnMut(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
+        loop {
+            let tried = match self {
+                Self::Tcp(stream) => {
+                    stream.ready(ready).await?;
+                    stream.try_io(ready, || act(stream.as_fd()))
+                }
+                Self::Unix(stream) => {
+                    stream.ready(ready).await?;
+                    stream.try_io(ready, || act(stream.as_fd()))
+                }
+            };
+            match tried {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return done,
+            }
+        }
+    }
+
+    fn close_writing(&self) -> rustix::io::Result<()> {
+        match self {
+            Self::Tcp(stream) => shutdown(stream, Shutdown::Write),
+            Self::Unix(stream) => shutdown(stream, Shutdown::Write),
+        }
+    }
 }
 
 /// What becomes of one connection is seen at its ends.
-async fn relay(client: io::Result<OwnedFd>, to: Front) -> io::Result<()> {
-    let server = match to {
-        Front::Tcp(address) => tcp(TcpStream::connect(address).await?)?,
-        Front::Unix(path) => UnixStream::connect(path).await?.into_std()?.into(),
-        Front::Vsock(_) => return Err(io::ErrorKind::Unsupported.into()),
-    };
-    let (client, server) = (AsyncFd::register(client?)?, AsyncFd::register(server)?);
+async fn relay(client: End, to: Front) -> io::Result<()> {
+    let server = End::connect(&to).await?;
+    for end in [&client, &server] {
+        if let End::Tcp(stream) = end {
+            stream.set_nodelay(true)?;
+        }
+    }
     tokio::try_join!(pump(&client, &server), pump(&server, &client)).map(|((), ())| ())
 }
 
-async fn pump(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
+async fn pump(from: &End, to: &End) -> io::Result<()> {
     let (taken, given) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
     let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
-    let moved = |from: &dyn AsFd, to: &dyn AsFd, most| Ok(splice(from.as_fd(), None, to.as_fd(), None, most, flags)?);
     loop {
-        let mut held = loop {
-            let mut ready = from.readable().await?;
-            if let Ok(result) = ready.try_io(|from| moved(from.get_ref(), &given, AT_ONCE)) {
-                break result?;
-            }
-        };
+        let take = |from: BorrowedFd<'_>| Ok(splice(from, None, &given, None, AT_ONCE, flags)?);
+        let mut held = from.when(Interest::READABLE, take).await?;
         if held == 0 {
             // An end that is gone already is closed.
-            let _gone = shutdown(to.get_ref(), Shutdown::Write);
+            let _gone = to.close_writing();
             return Ok(());
         }
         while held > 0 {
-            let mut ready = to.writable().await?;
-            if let Ok(result) = ready.try_io(|to| moved(&taken, to.get_ref(), held)) {
-                held -= result?;
-            }
+            let give = |to: BorrowedFd<'_>| Ok(splice(&taken, None, to, None, held, flags)?);
+            held -= to.when(Interest::WRITABLE, give).await?;
         }
     }
 }
