@@ -57,6 +57,9 @@ enum Subcommands {
         /// meanwhile under systemd: new ones wait for the next proxy, so that a long time is a long wait for them.
         #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
         drain: Duration,
+        /// Bytes that a relay reads at once: for comparisons.
+        #[arg(long, hide = true, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(4096..=1 << 20))]
+        relay_buffer: Option<u32>,
     },
     /// Reserve CPUs and memory for enclaves, once, as root; started as enclaved-allocator.service.
     ///
@@ -114,10 +117,11 @@ fn main() -> ExitCode {
     };
     let code = match cli.command {
         None => runtime.block_on(control(Arguments { config: cli.config, state_dir: cli.state_dir })),
-        Some(Subcommands::Proxy { state_dir, link, own_session, drain }) => {
+        Some(Subcommands::Proxy { state_dir, link, own_session, drain, relay_buffer }) => {
             let options = enclaved_proxy::Options { state_dir, link };
             let mut limits = Limits::default();
             limits.drain = drain;
+            limits.relay_buffer = relay_buffer.and_then(|bytes| bytes.try_into().ok()).unwrap_or(limits.relay_buffer);
             runtime.block_on(proxy(manager, options, limits, own_session))
         }
         Some(Subcommands::Allocate { config, request, report }) => runtime.block_on(allocate(&config, request, report)),

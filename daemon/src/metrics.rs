@@ -531,6 +531,8 @@ impl StateSeries {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use enclaved_core::routes::LatencyReport;
+    use std::collections::BTreeMap;
 
     #[test]
     fn every_metric_has_the_prefix_and_counters_end_in_total() {
@@ -541,6 +543,62 @@ mod tests {
             let (name, kind) = (words.next().unwrap(), words.next().unwrap());
             assert!(name.starts_with("enclaved_"), "{name}");
             assert_eq!(name.ends_with("_total"), kind == "counter", "{name} is a {kind}");
+        }
+    }
+
+    #[test]
+    fn an_endpoint_shows_what_it_carried_why_it_failed_and_how_long_names_and_connects_took() {
+        let latency = |bucket: usize, sum_us| {
+            let mut counts = vec![0; LatencyReport::BOUNDS_MS.len() + 1];
+            counts[bucket] = 2;
+            LatencyReport { counts, sum_us }
+        };
+        let traffic = TrafficReport {
+            enclave: "signer".parse().unwrap(),
+            direction: Direction::Egress,
+            endpoint: "db.example.com:5432".to_owned(),
+            open: 3,
+            total: 7,
+            bytes_to_enclave: 100,
+            bytes_from_enclave: 200,
+            failed: [("dns".to_owned(), 1), ("limit".to_owned(), 2)].into(),
+            status_classes: BTreeMap::default(),
+            connects: latency(1, 3000),
+        };
+        let name = NameReport {
+            hostname: "db.example.com".to_owned(),
+            addresses: 2,
+            answer_age_seconds: Some(90),
+            stale: true,
+            failed: 4,
+            error: None,
+            lookups: latency(11, 8_000_000),
+        };
+        let report = ProxyReport { traffic: vec![traffic], names: vec![name], ..ProxyReport::default() };
+        let metrics = Metrics::new().unwrap();
+        metrics.inner.state.set(&Status::default(), Some(&report));
+        let text = metrics.render(None).unwrap();
+        let of = "direction=\"egress\",enclave=\"signer\",endpoint=\"db.example.com:5432\"";
+        let (to, name) = ("enclave=\"signer\",endpoint=\"db.example.com:5432\"", "hostname=\"db.example.com\"");
+        let lines = [
+            format!("enclaved_traffic_open{{direction=\"egress\",{to}}} 3"),
+            format!("enclaved_traffic_total{{{of}}} 7"),
+            format!("enclaved_traffic_bytes_total{{{of},to=\"enclave\"}} 100"),
+            format!("enclaved_traffic_bytes_total{{{of},to=\"peer\"}} 200"),
+            format!("enclaved_traffic_failures_total{{{of},reason=\"dns\"}} 1"),
+            format!("enclaved_traffic_failures_total{{{of},reason=\"limit\"}} 2"),
+            format!("enclaved_egress_connect_duration_seconds_bucket{{{to},le=\"0.001\"}} 0"),
+            format!("enclaved_egress_connect_duration_seconds_bucket{{{to},le=\"0.002\"}} 2"),
+            format!("enclaved_egress_connect_duration_seconds_sum{{{to}}} 0.003"),
+            format!("enclaved_dns_answer_age_seconds{{{name}}} 90"),
+            format!("enclaved_dns_answer_stale{{{name}}} 1"),
+            format!("enclaved_dns_addresses{{{name}}} 2"),
+            format!("enclaved_dns_failures_total{{{name}}} 4"),
+            format!("enclaved_dns_lookup_duration_seconds_bucket{{{name},le=\"10\"}} 2"),
+            format!("enclaved_dns_lookup_duration_seconds_count{{{name}}} 2"),
+        ];
+        for line in lines {
+            assert!(text.lines().any(|found| found == line), "no {line} in\n{text}");
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release -p enclaved-integration --bin bench -- images [--size 1GiB] [--rounds 5] [--json FILE]
-//! cargo run --release -p enclaved-integration --bin bench -- relay [--only ingress] [--rounds 5] [--json FILE]
+//! cargo run --release -p enclaved-integration --bin bench -- relay [--only ingress] [--buffers 16,64,256] [--rounds 5] [--json FILE]
 //! cargo run --release -p enclaved-integration --bin bench -- https [--without caddy] [--rounds 5] [--json FILE]
 //! cargo run --release -p enclaved-integration --bin bench -- death [--only direct] [--rounds 20] [--limit 50ms] [--json FILE]
 //! ```
@@ -64,6 +64,13 @@ enum What {
     Https(https::Options),
     /// How soon the daemon knows that an enclave has died, under both supervisors. No peers: a figure with a limit.
     Death(death::Options),
+    /// Relays by splice(2). Used by the comparisons.
+    #[command(hide = true)]
+    Splice {
+        /// Pairs of a place to listen on and one to connect to.
+        #[arg(required = true)]
+        places: Vec<relay::Place>,
+    },
     /// Runs a program, and writes what it cost to a file. Used by the comparisons.
     #[command(hide = true)]
     Run {
@@ -88,6 +95,10 @@ pub fn main() -> ExitCode {
         What::Https(options) => https::compare(&options),
         What::Death(options) => death::measure(&options),
         What::Run { report, command } => return run::in_child(&report, &command),
+        What::Splice { places } => {
+            let pairs: Vec<_> = places.chunks_exact(2).map(|pair| (pair[0].clone(), pair[1].clone())).collect();
+            relay::splice(&pairs)
+        }
         What::Serve { file } => server::serve(&file),
         What::Fetch { source, folder } => images::fetch(&source, &folder),
     };

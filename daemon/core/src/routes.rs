@@ -18,7 +18,7 @@ mod names;
 mod rules;
 pub use check::InvalidRoutes;
 pub use names::{is_domain, is_host};
-pub use rules::{BadIpNetwork, EgressLimits, IpNetwork, ProxyProtocol, TcpRules};
+pub use rules::{Ages, BadIpNetwork, EgressLimits, IpNetwork, ProxyProtocol, TcpRules};
 
 /// How vsock is reached on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]

@@ -7,10 +7,9 @@
 //! without IPv6 tries it no more often than it must.
 
 use crate::counters::{Failure, Latency};
-use crate::host_addresses::Unknown;
+use crate::host_addresses::{HostAddresses, Unknown};
 use crate::limits::Limits;
 use crate::resolver::{Name, NameError, Resolver};
-use crate::shared::Shared;
 use crate::tcp;
 use enclaved_core::egress_policy::{self, OwnRange, Refusal};
 use enclaved_core::routes::EgressRoute;
@@ -94,10 +93,14 @@ impl Upstream {
     }
 
     /// Connects. How long that took, once the name was known, is recorded. Cancel-safe: what was begun is dropped.
-    pub(crate) async fn dial(&self, connects: &Latency, shared: &Shared) -> Result<TcpStream, DialError> {
-        let limits = &shared.limits;
+    pub(crate) async fn dial(
+        &self,
+        connects: &Latency,
+        limits: &Limits,
+        own: &HostAddresses,
+    ) -> Result<TcpStream, DialError> {
         let deadline = Instant::now() + limits.dial;
-        let own = shared.own_addresses.get()?;
+        let own = own.get()?;
         let addresses = match &self.at {
             At::Address(address) => permitted(&[*address], &self.allowed, &own)?,
             At::Name(name) => permitted(&name.addresses(limits.resolve).await?, &self.allowed, &own)?,

@@ -2,11 +2,15 @@
 //! that vsock port; where the name leads is up to `dial`. On AF_VSOCK a port is one listener for all enclaves, and the peer's
 //! CID says whose endpoint is meant.
 
+mod handshake;
 mod hello;
 pub(crate) mod hosts;
 mod rate;
+mod records;
 pub(crate) mod seats;
 
+use self::handshake::Ended;
+use self::hello::Hellos;
 use self::hosts::Hosts;
 use self::rate::Rate;
 use self::seats::Seats;
@@ -15,11 +19,12 @@ use crate::current::Current;
 use crate::dial::Upstream;
 use crate::error_text::chain;
 use crate::inherited::Unusable;
+use crate::limits::Limits;
 use crate::listening::{Service, Socket};
 use crate::relay::{Broken, relay};
 use crate::shared::Shared;
 use crate::tcp::ResetOnDrop;
-use crate::throttle::Throttle;
+use crate::throttle::{Changes, Throttle};
 use crate::vsock::{ListenError, ListenPoint, Listener, Stream, Transport};
 use enclaved_core::id::Cid;
 use enclaved_core::routes::EgressRoute;
@@ -61,9 +66,11 @@ pub(crate) struct Endpoint {
     traffic: Arc<Traffic>,
     /// Of this enclave's CID on this vsock port alone, while `traffic` is that of all generations.
     pub(crate) seats: Seats,
+    limits: Limits,
     upstream: Upstream,
     rate: Rate,
-    failures: Throttle,
+    /// How the last connection was refused or failed before it was one; none if it was not.
+    went: Changes<Option<Failure>>,
 }
 
 /// What an enclave has on a vsock port of the parent.
@@ -85,7 +92,8 @@ impl Endpoint {
     ) -> Self {
         let rate = Rate::new(route.limits.connections_per_second.unwrap_or(shared.limits.egress_rate));
         let upstream = Upstream::new(&route, &shared.resolver);
-        Self { route, cut, traffic, seats, upstream, rate, failures: Throttle::new() }
+        let limits = shared.limits.of_egress(&route.limits);
+        Self { route, cut, traffic, seats, limits, upstream, rate, went: Changes::new(None) }
     }
 
     async fn carry(&self, mut enclave: Stream, turn: Instant, shared: &Shared) {
@@ -109,8 +117,23 @@ impl Endpoint {
         shared: &Shared,
     ) -> Result<(), (Failure, Option<String>)> {
         // On the heap: what this needs is not kept for as long as the relay lives.
-        let mut upstream = Box::pin(self.reach(enclave, turn, shared)).await?;
-        let ended = relay(enclave, &mut *upstream, &self.traffic, &shared.limits).await;
+        let (mut upstream, hellos) = Box::pin(self.reach(enclave, turn, shared)).await?;
+        if self.went.now(None).is_some() {
+            let EgressRoute { enclave, cid, vsock_port, .. } = &self.route;
+            let endpoint = &self.traffic.key().endpoint;
+            tracing::info!(%enclave, %cid, vsock_port, %endpoint, "an enclave reaches its endpoint again");
+        }
+        let ended = match hellos {
+            None => relay(enclave, &mut *upstream, &self.traffic, &self.limits).await,
+            Some(hellos) => {
+                let relay = handshake::relay(enclave, &mut *upstream, hellos, &self.traffic, &self.limits);
+                match Box::pin(relay).await {
+                    Err(Ended::Refused(error)) => return Err((error.failure(), Some(chain(&error)))),
+                    Err(Ended::Broken(broken)) => Err(broken),
+                    Ok(()) => Ok(()),
+                }
+            }
+        };
         if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
             upstream.ended_well();
         }
@@ -121,37 +144,39 @@ impl Endpoint {
         })
     }
 
-    /// Connects to the upstream when it is this connection's turn, and if it is what the endpoint takes.
+    /// Connects to the upstream when it is this connection's turn, and if it is what the endpoint takes. Also who judges how
+    /// it goes on, where that matters.
     async fn reach(
         &self,
         enclave: &mut Stream,
         turn: Instant,
         shared: &Shared,
-    ) -> Result<ResetOnDrop, (Failure, Option<String>)> {
+    ) -> Result<(ResetOnDrop, Option<Hellos>), (Failure, Option<String>)> {
         if turn > Instant::now() {
             sleep_until(turn).await;
         }
         // Before the upstream hears of it.
-        let hello = if self.route.sni {
-            let hello = hello::expect(enclave, &self.route.hostname, shared.limits.egress_hello).await;
-            hello.map_err(|error| (error.failure(), Some(chain(&error))))?
+        let (hello, hellos) = if self.route.sni {
+            let hello = hello::expect(enclave, &self.route.hostname, self.limits.egress_hello).await;
+            let (hello, hellos) = hello.map_err(|error| (error.failure(), Some(chain(&error))))?;
+            (hello, Some(hellos))
         } else {
-            Vec::new()
+            (Vec::new(), None)
         };
-        let dialled = self.upstream.dial(&self.traffic.connects, shared).await;
+        let dialled = self.upstream.dial(&self.traffic.connects, &self.limits, &shared.own_addresses).await;
         let mut upstream = ResetOnDrop::new(dialled.map_err(|error| (error.failure(), Some(chain(&error))))?);
         if !hello.is_empty() {
-            let passed = timeout(shared.limits.dial, upstream.write_all(&hello)).await;
+            let passed = timeout(self.limits.dial, upstream.write_all(&hello)).await;
             passed.map_err(|_| (Failure::Idle, None))?.map_err(|_| (Failure::Reset, None))?;
             self.traffic.from_enclave.fetch_add(hello.len() as u64, Relaxed);
         }
-        Ok(upstream)
+        Ok((upstream, hellos))
     }
 
     fn fail(&self, failure: Failure, text: Option<&str>) {
         self.traffic.fail(failure);
         if let Some(error) = text
-            && let Some(left_out) = self.failures.pass()
+            && let Some(left_out) = self.went.now(Some(failure))
         {
             let EgressRoute { enclave, cid, vsock_port, .. } = &self.route;
             let endpoint = &self.traffic.key().endpoint;
@@ -268,7 +293,6 @@ impl Service for EgressPort {
 mod tests {
     use super::*;
     use crate::counters::TrafficKey;
-    use crate::limits::Limits;
     use enclaved_core::routes::{Direction, EgressLimits};
     use tokio::io::AsyncReadExt;
     use tokio::net::{TcpListener, UnixStream};

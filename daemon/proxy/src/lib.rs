@@ -22,6 +22,7 @@ mod manager;
 mod plane;
 mod relay;
 mod resolver;
+mod saver;
 mod shared;
 mod store;
 mod tcp;
@@ -171,12 +172,26 @@ pub async fn run_under(
 }
 
 async fn maintain(plane: &Plane, period: Duration) {
-    let mut rounds = interval(period);
-    rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        rounds.tick().await;
-        plane.maintain().await;
-    }
+    let rounds = || {
+        let mut rounds = interval(period);
+        rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        rounds
+    };
+    let (mut quick, mut slow) = (rounds(), rounds());
+    let quick = async {
+        loop {
+            quick.tick().await;
+            plane.maintain().await;
+        }
+    };
+    // A disk that hangs holds up certificates alone.
+    let slow = async {
+        loop {
+            slow.tick().await;
+            plane.renew().await;
+        }
+    };
+    tokio::join!(quick, slow);
 }
 
 /// Takes the state directory for this process, for as long as the file stays open.

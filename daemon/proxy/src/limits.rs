@@ -1,6 +1,7 @@
 //! The bounds of the data plane: how long it waits, how much it holds. One place, so that an operator's question "why was
 //! this cut" has one answer. No behaviour lives here.
 
+use enclaved_core::routes::{Ages, EgressLimits};
 use std::time::Duration;
 
 /// The bounds. [`Limits::default`] is what a host runs with; tests shorten the waits.
@@ -11,8 +12,15 @@ pub struct Limits {
     pub retry: Duration,
     /// The time between two rounds of maintenance: certificates, idle connections, routes that are not on disk yet.
     pub maintenance: Duration,
+    /// How long whoever hands routes over waits for the disk that they are saved on, and for certificates. They are served before
+    /// that.
+    pub settle: Duration,
     /// How long requests in flight may go on after the proxy was told to end.
     pub drain: Duration,
+    /// Bytes that a relay reads at once, and the most that it holds for one direction of a connection whose receiver is slow. Of the
+    /// sizes from 16 to 256 KiB that were compared (`bench relay --buffers`), the one that costs no more CPU for a gigabyte than
+    /// larger ones do.
+    pub relay_buffer: usize,
     /// A relayed connection without a byte in either direction ends after this. Long: database pools keep connections for
     /// hours, and a dead peer is found by TCP keepalive within minutes.
     pub relay_idle: Duration,
@@ -61,12 +69,38 @@ pub struct Limits {
     pub pool_idle: Duration,
 }
 
+impl Limits {
+    /// These, with what a route says of its own connections.
+    pub(crate) fn aged(&self, ages: Ages) -> Self {
+        let seconds = |seconds: u32| Duration::from_secs(seconds.into());
+        Self {
+            relay_idle: ages.idle_s.map_or(self.relay_idle, seconds),
+            // An end that is closed makes no silence last longer.
+            relay_half_closed: ages
+                .idle_s
+                .map_or(self.relay_half_closed, |idle| self.relay_half_closed.min(seconds(idle))),
+            relay_lifetime: ages.lifetime_s.map(seconds).or(self.relay_lifetime),
+            ..self.clone()
+        }
+    }
+
+    /// These, with what an egress route says of its own.
+    pub(crate) fn of_egress(&self, limits: &EgressLimits) -> Self {
+        let connect = limits.connect_timeout_ms.map_or(self.connect, |ms| Duration::from_millis(ms.into()));
+        // A second address has its chance, too.
+        let dial = if connect > self.connect { self.dial.max(connect + self.connect) } else { self.dial };
+        Self { connect, dial, ..self.aged(limits.ages) }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {
             retry: Duration::from_secs(3),
             maintenance: Duration::from_secs(5),
+            settle: Duration::from_secs(5),
             drain: Duration::from_secs(5),
+            relay_buffer: 64 << 10,
             relay_idle: Duration::from_secs(24 * 3600),
             relay_half_closed: Duration::from_secs(600),
             relay_lifetime: None,

@@ -1,7 +1,8 @@
 //! The plane: what is served at present. A new snapshot is applied as the difference to the last: what did not change is not
 //! touched, and connections live on unless their enclave, or the egress endpoint they go to, has left the routes.
 //!
-//! One owner: snapshots are applied one after another, under a lock that no connection ever takes.
+//! One owner: snapshots are applied one after another, under a lock that no connection ever takes, and under which nobody waits
+//! for a disk.
 
 use crate::counters::{Live, TrafficKey};
 use crate::egress::hosts::Hosts;
@@ -12,6 +13,7 @@ use crate::ingress::https::{Https, HttpsPort};
 use crate::ingress::sites::{self, Sites};
 use crate::ingress::tcp::{self, TcpPort};
 use crate::listening::Listening;
+use crate::saver::Saver;
 use crate::shared::Shared;
 use crate::store::Store;
 use crate::throttle::Throttle;
@@ -22,18 +24,18 @@ use enclaved_core::routes::{
 };
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use tokio::sync::Mutex;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 #[derive(Debug)]
 pub(crate) struct Plane {
     shared: Arc<Shared>,
     https: Arc<Https>,
-    store: Arc<Store>,
+    saver: Arc<Saver>,
     state: Mutex<State>,
     certificate_trouble: Throttle,
 }
@@ -41,9 +43,8 @@ pub(crate) struct Plane {
 #[derive(Debug, Default)]
 struct State {
     served: Option<(Routes, Revision)>,
-    /// Whether `served` is on disk.
-    saved: bool,
-    routes_error: Option<String>,
+    /// The number by which the saver knows `served`; 0: it is of the disk.
+    saving: u64,
     lives: BTreeMap<Cid, Arc<Live>>,
     /// What enclaves may reach, each with what ends its connections.
     grants: BTreeMap<Grant, CancellationToken>,
@@ -74,53 +75,79 @@ enum Service {
 
 impl Plane {
     pub(crate) fn new(shared: Arc<Shared>, https: Arc<Https>, store: Store) -> Self {
-        let store = Arc::new(store);
-        Self { shared, https, store, state: Mutex::default(), certificate_trouble: Throttle::new() }
+        let saver = Saver::new(store, shared.counters.clone());
+        Self { shared, https, saver, state: Mutex::default(), certificate_trouble: Throttle::new() }
     }
 
     /// Serves the snapshot on disk. Whether there was one.
     pub(crate) async fn restore(&self) -> bool {
-        let mut state = self.state.lock().await;
-        let (routes, error) = self.store.load();
-        state.routes_error = error;
-        let found = routes.is_some();
-        if let Some(routes) = routes {
-            state.saved = true;
-            self.apply(&mut state, routes).await;
-        }
-        found
+        let Some(routes) = self.saver.load() else { return false };
+        self.apply(&mut *self.state.lock().await, routes).await;
+        self.settled(false).await;
+        true
     }
 
     /// Serves a snapshot from now on. When this returns it is on disk (or the report says why not), and every listener was
-    /// opened or failed to. A snapshot that makes no sense changes nothing.
+    /// opened or failed to; but a disk that hangs is not waited for beyond a limit. A snapshot that makes no sense changes
+    /// nothing.
     pub(crate) async fn publish(&self, routes: Routes) -> Result<(), InvalidRoutes> {
         routes.check()?;
-        let mut state = self.state.lock().await;
-        let revision = routes.revision();
-        if state.served.as_ref().is_some_and(|(served, _)| *served == routes) {
-            self.save(&mut state).await;
-            state.slots.values().for_each(|open| open.listening.retry_now());
-            return Ok(());
+        let mut other_domains = false;
+        {
+            let mut state = self.state.lock().await;
+            if state.served.as_ref().is_some_and(|(served, _)| *served == routes) {
+                self.saver.again();
+                state.slots.values().for_each(|open| open.listening.retry_now());
+            } else {
+                let revision = routes.revision();
+                tracing::info!(%revision, egress = routes.egress.len(), sites = routes.sites.len(), tcp = routes.tcp.len(), "new routes");
+                state.saving = self.saver.save(routes.clone());
+                other_domains = self.apply(&mut state, routes).await;
+            }
         }
-        tracing::info!(%revision, egress = routes.egress.len(), sites = routes.sites.len(), tcp = routes.tcp.len(), "new routes");
-        // On disk first: what was acknowledged must be what a successor serves. A disk that is full keeps no enclave from
-        // being reached, though.
-        state.saved = false;
-        self.save_routes(&mut state, &routes).await;
-        self.apply(&mut state, routes).await;
+        self.settled(other_domains).await;
         Ok(())
     }
 
-    /// What has to be done from time to time: certificates, idle connections, a snapshot that is not on disk yet, sockets that
-    /// the service manager could not be told to close.
+    /// Waits, without the lock, for what may have to wait for a disk; for so long, and then it goes on by itself.
+    async fn settled(&self, other_domains: bool) {
+        let (opening, saving) = {
+            let state = self.state.lock().await;
+            let opening: Vec<_> = state.slots.values().map(|open| open.listening.opening()).collect();
+            (opening, state.saving)
+        };
+        let all = async {
+            for mut opening in opening {
+                opening.settled().await;
+            }
+            // A listener that is opened makes them itself.
+            if other_domains {
+                self.maintain_certificates().await;
+            }
+            self.saver.settled(saving).await;
+        };
+        if timeout(self.shared.limits.settle, all).await.is_err() {
+            tracing::warn!(
+                "new routes are served, but not all is done yet: a disk, or making certificates, takes long"
+            );
+        }
+        self.shared.counters.changed();
+    }
+
+    /// What has to be done from time to time and waits for no disk: idle connections, names, a snapshot that is not on disk
+    /// yet, sockets that the service manager could not be told to close.
     pub(crate) async fn maintain(&self) {
         self.https.upstreams.reap();
         self.shared.resolver.look();
+        self.saver.again();
+        self.shared.manager.settle().await;
+    }
+
+    /// Has certificates made and renewed. Waits for the disk.
+    pub(crate) async fn renew(&self) {
         if !self.https.sites.get().domains().is_empty() {
             self.maintain_certificates().await;
         }
-        self.shared.manager.settle().await;
-        self.save(&mut *self.state.lock().await).await;
     }
 
     /// Closes every listener, and idle connections into enclaves. Others go on.
@@ -159,7 +186,7 @@ impl Plane {
                 .filter(|(_, open)| *open > 0)
                 .collect(),
             traffic: counters.report(),
-            last_routes_error: state.routes_error.clone(),
+            last_routes_error: self.saver.trouble(),
             accept_errors: counters.accept_errors.load(Relaxed),
             refused: counters.refused.report(),
             panics: counters.panics.load(Relaxed),
@@ -189,32 +216,6 @@ impl Plane {
         egress.chain(https).chain(tcp).filter_map(report).collect()
     }
 
-    async fn save(&self, state: &mut State) {
-        if let Some((routes, _)) = &state.served
-            && !state.saved
-        {
-            let routes = routes.clone();
-            self.save_routes(state, &routes).await;
-        }
-    }
-
-    async fn save_routes(&self, state: &mut State, routes: &Routes) {
-        let (store, routes) = (self.store.clone(), routes.clone());
-        let saved = tokio::task::spawn_blocking(move || store.save(&routes)).await;
-        let error = match saved.unwrap_or_else(|error| Err(io::Error::other(error))) {
-            Ok(()) => None,
-            Err(error) => Some(format!("the routes are served, but could not be saved for a restart: {error}")),
-        };
-        state.saved = error.is_none();
-        if state.routes_error != error {
-            if let Some(error) = &error {
-                tracing::error!("{error}; trying again every few seconds");
-            }
-            state.routes_error = error;
-            self.shared.counters.changed();
-        }
-    }
-
     async fn maintain_certificates(&self) {
         if let Err(error) = self.https.maintain_certificates().await
             && let Some(left_out) = self.certificate_trouble.pass()
@@ -223,7 +224,8 @@ impl Plane {
         }
     }
 
-    async fn apply(&self, state: &mut State, routes: Routes) {
+    /// Whether HTTPS, which listens already, lacks certificates. Waits for no disk, and for listeners of egress alone.
+    async fn apply(&self, state: &mut State, routes: Routes) -> bool {
         let transport = Transport::from(&routes.vsock);
         let same_transport = state.served.as_ref().is_some_and(|(served, _)| served.vsock == routes.vsock);
         let ended = update_lives(&mut state.lives, &routes, &self.shared);
@@ -240,13 +242,13 @@ impl Plane {
             closed.into_iter().partition(|(slot, _)| same_transport && matches!(slot, Slot::Egress(_)));
         close_all(at_once).await;
         self.apply_egress(state, &routes, &transport);
-        for open in state.slots.values_mut() {
-            open.listening.settled().await;
+        for (_, open) in state.slots.iter().filter(|(slot, _)| matches!(slot, Slot::Egress(_))) {
+            open.listening.opening().settled().await;
         }
         close_all(later).await;
 
         self.apply_tcp(state, &routes, &transport);
-        self.apply_https(state, &routes, &transport).await;
+        let other_domains = self.apply_https(state, &routes, &transport);
 
         // Last, so that nothing is cut while a listener still leads there.
         for (Grant { cid, hostname, port, .. }, cut) in revoked {
@@ -260,14 +262,12 @@ impl Plane {
             live.cut.cancel();
         }
         self.shared.counters.forget_unused();
-        for open in state.slots.values_mut() {
-            open.listening.settled().await;
-        }
-        // Every listener had its chance to take what was kept for it.
+        // Every listener has taken what was kept for it.
         self.shared.manager.forget_rest().await;
         let revision = routes.revision();
         state.served = Some((routes, revision));
         self.shared.counters.changed();
+        other_domains
     }
 
     fn apply_egress(&self, state: &mut State, routes: &Routes, transport: &Transport) {
@@ -317,6 +317,7 @@ impl Plane {
                 vsock_port: route.vsock_port,
                 target: route.target.and_then(|cid| state.lives.get(&cid).cloned()),
                 rules: route.rules.clone(),
+                limits: self.shared.limits.aged(route.rules.ages),
                 traffic: self.shared.counters.traffic(key(&route.enclave, Direction::Tcp, name)),
             };
             match state.slots.get(&Slot::Tcp(route.listen)) {
@@ -333,7 +334,8 @@ impl Plane {
         }
     }
 
-    async fn apply_https(&self, state: &mut State, routes: &Routes, transport: &Transport) {
+    /// Whether it listens already, and lacks certificates.
+    fn apply_https(&self, state: &mut State, routes: &Routes, transport: &Transport) -> bool {
         let targets: HashSet<_> = routes.sites.iter().filter_map(|site| site.target).collect();
         self.https.upstreams.retarget(transport.clone(), targets);
         let sites = Sites::new(routes.sites.iter().map(|site| {
@@ -343,18 +345,16 @@ impl Plane {
         }));
         let same_domains = self.https.sites.get().domains() == sites.domains();
         self.https.sites.set(sites);
-        let Some(https) = &routes.https else { return };
+        let Some(https) = &routes.https else { return false };
         let slot = Slot::Https(https.listen);
         if let Some(open) = state.slots.get(&slot) {
-            // A listener that is opened makes them itself.
-            if !same_domains {
-                self.maintain_certificates().await;
-            }
-            return open.listening.retry_now();
+            open.listening.retry_now();
+            return !same_domains;
         }
         let port = Arc::new(HttpsPort { listen: https.listen, https: self.https.clone() });
         let listening = Listening::start(port, self.shared.clone());
         state.slots.insert(slot, Open { listening, service: Service::Https });
+        false
     }
 }
 
@@ -443,3 +443,6 @@ fn existing_seats(before: Option<&Offer>, cut: &CancellationToken) -> Seats {
         _ => Seats::default(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,7 +7,7 @@
 //!
 //! An idle relay holds no buffer. Bytes are read into a buffer of the thread and written on in the same turn; only what the
 //! other side does not take is kept, in a buffer of the relay's own, and until that is gone nothing more is read: a slow
-//! reader stalls its sender and costs [`CHUNK`] at most.
+//! reader stalls its sender and costs one buffer at most ([`Limits::relay_buffer`]).
 
 use crate::counters::{Failure, Traffic};
 use crate::limits::Limits;
@@ -27,9 +27,6 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// Most bytes that are read at once, and most that are held for one direction.
-pub(crate) const CHUNK: usize = 64 << 10;
-
 /// How often an end that nothing is read from, because the other takes nothing, is asked whether it still lives.
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -37,7 +34,7 @@ const LOOK: Duration = Duration::from_secs(5);
 const TURNS: usize = 16;
 
 thread_local! {
-    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; CHUNK].into_boxed_slice());
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// How a relay ended, other than by both ends closing.
@@ -129,6 +126,9 @@ where
     let mut quiet = Quiet::new(limits);
     poll_fn(|cx| {
         let (inwards_state, outwards_state) = SCRATCH.with_borrow_mut(|scratch| {
+            if scratch.len() != limits.relay_buffer {
+                scratch.resize(limits.relay_buffer, 0);
+            }
             let inwards = inwards.poll(cx, other, enclave, scratch, &traffic.to_enclave);
             let outwards = outwards.poll(cx, enclave, other, scratch, &traffic.from_enclave);
             (inwards, outwards)

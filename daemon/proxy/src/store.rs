@@ -7,11 +7,14 @@ use enclaved_core::routes::{InvalidRoutes, ROUTES_FORMAT, Routes, limits};
 use serde::Deserialize;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(Debug)]
 pub(crate) struct Store {
     path: PathBuf,
+    /// Who holds it is a disk that hangs.
+    #[cfg(test)]
+    disk: std::sync::Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Why a snapshot on disk is of no use.
@@ -37,7 +40,21 @@ struct Format {
 
 impl Store {
     pub(crate) fn new(path: PathBuf) -> Self {
-        Self { path }
+        Self {
+            path,
+            #[cfg(test)]
+            disk: std::sync::Arc::default(),
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The disk hangs for as long as this is locked.
+    #[cfg(test)]
+    pub(crate) fn disk(&self) -> std::sync::Arc<tokio::sync::Mutex<()>> {
+        self.disk.clone()
     }
 
     /// The last snapshot, if there is one; and what to tell people if there is one that cannot be used.
@@ -84,6 +101,8 @@ impl Store {
 
     /// Keeps a snapshot; when this returns, it survives a power cut.
     pub(crate) fn save(&self, routes: &Routes) -> io::Result<()> {
+        #[cfg(test)]
+        let _goes_on = self.disk.blocking_lock();
         durable::replace(&self.path, &serde_json::to_vec(routes)?, 0o600)
     }
 }
@@ -92,7 +111,6 @@ impl Store {
 mod tests {
     use super::*;
     use enclaved_core::id::Cid;
-    use std::path::Path;
 
     fn store(dir: &Path) -> Store {
         Store::new(dir.join("routes.json"))

@@ -7,21 +7,31 @@
 mod support;
 
 use enclaved_core::routes::{Direction, Routes, TcpRoute, VsockTransport};
+use enclaved_proxy::{Limits, Manager, Options, run_under};
+use rustix::fd::AsRawFd;
+use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
+use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::Duration;
-use support::{Host, Upstream, egress, https_address, soon, tcp_address, tcp_route, traffic};
+use support::{DEADLINE, Host, Upstream, egress, https_address, soon, tcp_address, tcp_route, traffic};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
-use tokio_vsock::{VMADDR_CID_LOCAL, VsockAddr, VsockListener, VsockStream};
+use tokio_util::sync::CancellationToken;
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_LOCAL, VsockAddr, VsockListener, VsockStream};
 
 /// Who connects and who listens here.
 const ENCLAVE: u32 = VMADDR_CID_LOCAL;
 
 /// A proxy on this kernel, which is not the machine's.
 async fn host() -> Host {
+    make_sure_of_the_kernel();
+    Host::new().await
+}
+
+fn make_sure_of_the_kernel() {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap();
     assert!(cpu.contains("User Mode Linux"), "AF_VSOCK of a real machine is not opened by tests");
-    Host::new().await
 }
 
 fn routes(host: &Host) -> Routes {
@@ -213,4 +223,57 @@ async fn thousands_of_short_connections_leave_nothing_behind() {
     host.until("all have ended", |report| traffic(report, Direction::Egress).open == 0).await;
     // Other tests run beside this one: some are theirs.
     assert!(descriptors() < before + 200, "{before} before, {} after", descriptors());
+}
+
+/// In the environment of a proxy in a process of its own: its directory.
+const PASSED: &str = "ENCLAVED_TEST_PASSED_SOCKET";
+
+#[tokio::test]
+async fn a_listener_that_was_kept_is_served_by_the_next_proxy_with_all_who_waited_in_it() {
+    if let Some(dir) = std::env::var_os(PASSED).map(PathBuf::from) {
+        let options = Options { state_dir: dir.join("state"), link: dir.join("link") };
+        // Ended with its parent's test, or after a while without it.
+        let proxy = run_under(Manager::from_environment(), options, Limits::default(), CancellationToken::new());
+        return drop(tokio::time::timeout(DEADLINE * 3, proxy).await);
+    }
+    make_sure_of_the_kernel();
+    let host = Host::without_proxy();
+    let upstream = Upstream::saying("kept").await;
+    // What a service manager holds, and passes as descriptor 3.
+    let kept = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, 8070)).unwrap();
+    fcntl_setfd(&kept, fcntl_getfd(&kept).unwrap() - FdFlags::CLOEXEC).unwrap();
+    let start = || {
+        let script = format!("export LISTEN_PID=$$; exec 3<&{}; exec \"$0\" \"$@\"", kept.as_raw_fd());
+        let name = "a_listener_that_was_kept_is_served_by_the_next_proxy_with_all_who_waited_in_it";
+        let mut proxy = tokio::process::Command::new("bash");
+        proxy.arg("-c").arg(script).arg(std::env::current_exe().unwrap()).args(["--exact", name, "--nocapture"]);
+        proxy.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "egress-any-8070");
+        proxy.env(PASSED, host.options().state_dir.parent().unwrap());
+        proxy.kill_on_drop(true).stdout(Stdio::null()).spawn().unwrap()
+    };
+    let is_served = async |mut enclave: VsockStream| {
+        let mut said = String::new();
+        soon("the upstream's words", enclave.read_to_string(&mut said)).await.unwrap();
+        assert_eq!(said, "kept");
+    };
+
+    // Nobody else can have the port: who serves it has this very socket.
+    let waiting = connect(8070).await.unwrap();
+    let mut proxy = start();
+    host.until("the proxy runs", |_| true).await;
+    let report = host.publish(&Routes { egress: vec![egress(ENCLAVE, 8070, upstream.address)], ..routes(&host) }).await;
+    assert!(report.listeners.iter().all(|listener| listener.error.is_none()), "{:?}", report.listeners);
+    is_served(waiting).await;
+    is_served(connect(8070).await.unwrap()).await;
+
+    soon("the proxy's death", proxy.kill()).await.unwrap();
+    let mut waiting = Vec::new();
+    for _ in 0..20 {
+        waiting.push(connect(8070).await.expect("a connection was refused while there was no proxy"));
+    }
+    // From its routes on disk, without anybody's word.
+    let _proxy = start();
+    for enclave in waiting {
+        is_served(enclave).await;
+    }
 }

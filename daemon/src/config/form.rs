@@ -331,7 +331,9 @@ pub(super) struct EgressForm {
     #[serde(default)]
     #[schemars(with = "Vec<IpAddr>", length(max = 64))]
     pub allow_addresses: Vec<String>,
-    /// Takes only TLS connections, and only those that ask for `hostname` as the server's name (SNI), in clear.
+    /// Takes only TLS connections, and only those that ask for `hostname` as the server's name (SNI), in clear, in each hello of a
+    /// handshake. What is encrypted is not seen: the Host of a request, a renegotiation of TLS 1.2, the inner name of an
+    /// encrypted client hello.
     #[serde(default)]
     pub sni: bool,
     /// Connections at a time; more are closed at once. Left out: 4096.
@@ -341,6 +343,14 @@ pub(super) struct EgressForm {
     /// out: 1000.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub connections_per_second: Option<u32>,
+    /// How long each address of `hostname` may take to accept a connection; 100ms to 2m. Left out: 10s.
+    pub connect_timeout: Option<DurationText>,
+    /// A connection on which no byte went either way for so long is closed; 1s to 30days. Left out: 24h, and 10m where one side has
+    /// closed its direction. (A peer that is gone is found by TCP keepalive within two minutes, however long this is.)
+    pub idle_timeout: Option<DurationText>,
+    /// A connection that is so old is closed, whatever it carries; 1s to 365days. Left out: connections may become as old as they
+    /// like.
+    pub max_lifetime: Option<DurationText>,
 }
 
 fn https_port() -> u16 {
@@ -414,6 +424,12 @@ pub(super) struct FullPortForm {
     /// such limit.
     #[schemars(range(min = 1, max = 65536))]
     pub max_connections_per_source: Option<u32>,
+    /// A connection on which no byte went either way for so long is closed; 1s to 30days. Left out: 24h, and 10m where one side has
+    /// closed its direction.
+    pub idle_timeout: Option<DurationText>,
+    /// A connection that is so old is closed, whatever it carries; 1s to 365days. Left out: connections may become as old as they
+    /// like.
+    pub max_lifetime: Option<DurationText>,
 }
 
 /// Where clients connect.

@@ -5,7 +5,7 @@ use enclaved_core::desired::{AllocatorMode, Probe, UpdatePolicy};
 use enclaved_core::id::{Cid, MemoryMib, Pcr};
 use enclaved_core::image::{ExpectedImage, Pins};
 use enclaved_core::ledger::Ledger;
-use enclaved_core::routes::{EgressLimits, EgressRoute, ProxyProtocol, Routes, VsockTransport};
+use enclaved_core::routes::{Ages, EgressLimits, EgressRoute, ProxyProtocol, Routes, VsockTransport};
 use proptest::prelude::*;
 
 mod bad;
@@ -82,11 +82,17 @@ fn the_example_is_good_with_everything_switched_on() {
     assert_eq!(signer.health.as_ref().unwrap().probe, Probe::Http { port: 8082, path: "/health".into() });
     assert_eq!(signer.egress[0].port, 443);
     assert!(signer.egress[0].sni && !signer.egress[1].sni);
-    let limits = EgressLimits { max_connections: Some(4096), connections_per_second: Some(1000) };
+    let limits = EgressLimits {
+        max_connections: Some(4096),
+        connections_per_second: Some(1000),
+        connect_timeout_ms: Some(10_000),
+        ages: Ages { idle_s: Some(24 * 3600), lifetime_s: Some(7 * 24 * 3600) },
+    };
     assert_eq!((signer.egress[0].limits, signer.egress[1].limits), (limits, EgressLimits::default()));
     assert_eq!(signer.hosts_port, Some(7000));
     let rules = &signer.ingress.tcp[1].rules;
     assert_eq!((rules.proxy_protocol, rules.max_connections_per_source), (Some(ProxyProtocol::V2), Some(100)));
+    assert_eq!(rules.ages, Ages { idle_s: Some(3600), lifetime_s: Some(7 * 24 * 3600) });
     assert!(rules.allows("10.1.2.3".parse().unwrap()) && !rules.allows("192.0.2.1".parse().unwrap()));
     assert_eq!(signer.egress[1].allow_addresses, ["127.0.0.1".parse::<std::net::IpAddr>().unwrap()]);
     let paths: Vec<_> = signer.ingress.paths.iter().map(|path| (path.prefix.as_str(), path.vsock_port)).collect();

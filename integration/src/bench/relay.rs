@@ -3,19 +3,27 @@
 //! Both directions: `ingress` is TCP on this side and a Unix socket on the other (a raw port that leads into an enclave over
 //! hybrid vsock), `egress` the reverse. The same clients and the same backend serve all contenders; what ours does on top is
 //! said in the table: the handshake of hybrid vsock at every ingress connection.
+//!
+//! With `--vsock` AF_VSOCK takes the place of the Unix socket. Never on this machine's own: on the tests' kernel
+//! (`integration/vsock/run`), with programs that take CID 1 for an enclave's (feature `enclaved-proxy/loopback-cid`).
 
 mod contenders;
 mod load;
+mod splice;
 
 use anyhow::Context as _;
 use contenders::{Contender, Kind};
 pub(in crate::bench) use load::raise_descriptor_limit;
-use load::{Backend, Way};
+use load::{Backend, Far, Way};
 use serde::Serialize;
+pub(super) use splice::{Place, serve as splice};
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+
+/// What 8,000 idle connections may take, in MiB.
+const IDLE_MIB: f64 = 70.0;
 
 /// Peers hold as many idle connections as are asked for; socat starts a process for each, so it holds few.
 const SOCAT_IDLE: usize = 500;
@@ -40,6 +48,15 @@ pub(super) struct Options {
     /// Connections of one process of ours, one after another, after which it must be as small as before.
     #[arg(long, default_value_t = 100_000)]
     endure: u32,
+    /// Sizes of our relay's buffer to compare, in KiB. Left out: as it is.
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(4..=1024))]
+    buffers: Vec<u32>,
+    /// A relay by splice(2) beside ours.
+    #[arg(long)]
+    splice: bool,
+    /// Over AF_VSOCK, on the tests' own kernel.
+    #[arg(long)]
+    vsock: bool,
     /// One direction only.
     #[arg(long, value_enum)]
     only: Option<Way>,
@@ -78,7 +95,7 @@ struct Idle {
 
 #[derive(Debug, Serialize)]
 struct Row {
-    what: &'static str,
+    what: String,
     median: Round,
     idle: Vec<Idle>,
     rounds: Vec<Round>,
@@ -124,36 +141,49 @@ pub(super) fn compare(options: &Options) -> anyhow::Result<()> {
 
 fn direction(options: &Options, enclaved: &Path, way: Way) -> anyhow::Result<Table> {
     let folder = tempfile::tempdir().context("making a folder")?;
-    let backend = Backend::start(way, folder.path())?;
-    let kinds = [Kind::Enclaved, Kind::Nginx, Kind::Haproxy, Kind::Socat];
-    let kinds: Vec<Kind> = kinds.into_iter().filter(|kind| !options.without.contains(kind)).collect();
+    let far = if options.vsock { Far::Vsock } else { Far::Unix };
+    let backend = Backend::start(way, far, folder.path())?;
+    let ours =
+        if options.buffers.is_empty() { vec![None] } else { options.buffers.iter().copied().map(Some).collect() };
+    let mut kinds: Vec<(Kind, Option<u32>)> = ours.into_iter().map(|buffer| (Kind::Enclaved, buffer)).collect();
+    kinds.extend([Kind::Nginx, Kind::Haproxy, Kind::Socat, Kind::Splice].map(|kind| (kind, None)));
+    let offered = |kind: Kind| match kind {
+        Kind::Nginx | Kind::Haproxy => !options.vsock,
+        Kind::Splice => options.splice,
+        Kind::Enclaved | Kind::Socat => true,
+    };
+    kinds.retain(|(kind, _)| offered(*kind) && !options.without.contains(kind));
     let mut rounds: Vec<Vec<Round>> = kinds.iter().map(|_| Vec::new()).collect();
     for number in 0..options.rounds {
         let mut order: Vec<_> = kinds.iter().zip(&mut rounds).collect();
         if number % 2 == 1 {
             order.reverse();
         }
-        for (kind, rounds) in order {
-            let contender = Contender::start(*kind, way, &backend, folder.path(), enclaved, options.pin)?;
+        for ((kind, buffer), rounds) in order {
+            let contender = Contender::start(*kind, *buffer, &backend, folder.path(), enclaved, options.pin)?;
             rounds.push(round(options, &contender).with_context(|| kind.name())?);
         }
     }
     let mut rows = Vec::new();
-    for (kind, rounds) in kinds.into_iter().zip(rounds) {
+    for ((kind, buffer), rounds) in kinds.into_iter().zip(rounds) {
         let mut idle = Vec::new();
         for &connections in &options.idle {
             let connections = if kind == Kind::Socat { connections.min(SOCAT_IDLE) } else { connections };
-            let contender = Contender::start(kind, way, &backend, folder.path(), enclaved, options.pin)?;
+            let contender = Contender::start(kind, buffer, &backend, folder.path(), enclaved, options.pin)?;
             idle.push(idle_memory(&contender, connections).with_context(|| kind.name())?);
         }
         if kind == Kind::Enclaved && options.endure > 0 {
-            let contender = Contender::start(kind, way, &backend, folder.path(), enclaved, options.pin)?;
+            let contender = Contender::start(kind, buffer, &backend, folder.path(), enclaved, options.pin)?;
             endure(&contender, options.endure)?;
         }
-        rows.push(Row { what: kind.name(), median: Round::median(&rounds), idle, rounds });
+        let what = buffer.map_or_else(|| kind.name().to_owned(), |kib| format!("{} {kib} KiB", kind.name()));
+        rows.push(Row { what, median: Round::median(&rounds), idle, rounds });
     }
-    let (far, near) = if way == Way::Ingress { ("Unix socket", "TCP") } else { ("TCP", "Unix socket") };
-    Ok(Table { title: format!("{way:?}: {near} -> {far}, {} rounds", options.rounds), rows })
+    let enclave = if options.vsock { "AF_VSOCK" } else { "Unix socket" };
+    let (far, near) = if way == Way::Ingress { (enclave, "TCP") } else { ("TCP", enclave) };
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = load.split(' ').next().unwrap_or_default();
+    Ok(Table { title: format!("{way:?}: {near} -> {far}, {} rounds, load at the end {load}", options.rounds), rows })
 }
 
 fn round(options: &Options, contender: &Contender) -> anyhow::Result<Round> {
@@ -190,6 +220,10 @@ fn idle_memory(contender: &Contender, connections: usize) -> anyhow::Result<Idle
     let pss_mib = contender.pss_mib()?;
     #[expect(clippy::cast_precision_loss, reason = "thousands of connections")]
     let per_connection_kib = (pss_mib - before) * 1024.0 / connections as f64;
+    anyhow::ensure!(
+        contender.kind != Kind::Enclaved || connections > 8000 || pss_mib <= IDLE_MIB,
+        "{connections} idle connections take {pss_mib:.1} MiB, and may take {IDLE_MIB}"
+    );
     Ok(Idle { connections, pss_mib, per_connection_kib })
 }
 

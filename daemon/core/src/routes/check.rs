@@ -48,7 +48,8 @@ impl Routes {
             if *sni && hostname.parse::<std::net::IpAddr>().is_ok() {
                 refuse!("the egress endpoint {hostname} of {enclave} is an address, which TLS has no server name for");
             }
-            if [limits.max_connections, limits.connections_per_second].contains(&Some(0)) {
+            let bounds = [limits.max_connections, limits.connections_per_second, limits.connect_timeout_ms];
+            if bounds.contains(&Some(0)) || limits.ages.has_zero() {
                 refuse!("the egress endpoint {hostname} of {enclave} has a limit of 0");
             }
             if !is_host(hostname) {
@@ -93,7 +94,8 @@ impl Routes {
                     route.vsock_port
                 );
             }
-            if [route.rules.max_connections, route.rules.max_connections_per_source].contains(&Some(0)) {
+            let bounds = [route.rules.max_connections, route.rules.max_connections_per_source];
+            if bounds.contains(&Some(0)) || route.rules.ages.has_zero() {
                 refuse!("TCP {} of {} has a limit of 0", route.listen, route.enclave);
             }
             if !seen.insert(route.listen) {
@@ -168,7 +170,11 @@ mod tests {
                 port: 443,
                 allow_addresses: Vec::new(),
                 sni: true,
-                limits: EgressLimits { max_connections: Some(1), connections_per_second: Some(1) },
+                limits: EgressLimits {
+                    max_connections: Some(1),
+                    connections_per_second: Some(1),
+                    ..EgressLimits::default()
+                },
             }],
             hosts: vec![HostsRoute {
                 enclave: "signer".parse().unwrap(),
@@ -217,7 +223,10 @@ mod tests {
             ("hostname \"a\\n\"", |r| r.egress[0].hostname = "a\n".into()),
             ("no server name", |r| r.egress[0].hostname = "192.0.2.1".into()),
             ("limit of 0", |r| r.egress[0].limits.connections_per_second = Some(0)),
+            ("limit of 0", |r| r.egress[0].limits.connect_timeout_ms = Some(0)),
+            ("limit of 0", |r| r.egress[0].limits.ages.idle_s = Some(0)),
             ("limit of 0", |r| r.tcp[0].rules.max_connections_per_source = Some(0)),
+            ("limit of 0", |r| r.tcp[0].rules.ages.lifetime_s = Some(0)),
             ("with something else", |r| r.hosts[0].vsock_port = r.egress[0].vsock_port),
             ("with something else", |r| r.hosts.push(r.hosts[0].clone())),
             ("vsock port 0", |r| r.hosts[0].vsock_port = 0),

@@ -15,6 +15,36 @@ pub struct EgressLimits {
     /// New connections a second. What comes faster waits for its turn, a second at most; more are closed at once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connections_per_second: Option<u32>,
+    /// How long each address of the upstream may take to accept a connection, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connect_timeout_ms: Option<u32>,
+    /// When connections end by themselves.
+    #[serde(skip_serializing_if = "Ages::is_default")]
+    pub ages: Ages,
+}
+
+/// When a connection that is carried ends by itself. Counts for connections that are made from then on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Ages {
+    /// Seconds without a byte either way. Left out: the proxy's own bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idle_s: Option<u32>,
+    /// Seconds in all, whatever it carries. Left out: no such bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lifetime_s: Option<u32>,
+}
+
+impl Ages {
+    /// Whether all are the proxy's own.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether one of them is 0, which would carry nothing.
+    pub(super) fn has_zero(&self) -> bool {
+        [self.idle_s, self.lifetime_s].contains(&Some(0))
+    }
 }
 
 impl EgressLimits {
@@ -40,6 +70,9 @@ pub struct TcpRules {
     /// Connections of one source at a time: of one IPv4 address, or one IPv6 network of 64 bits. Left out: no such bound.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections_per_source: Option<u32>,
+    /// When connections end by themselves.
+    #[serde(skip_serializing_if = "Ages::is_default")]
+    pub ages: Ages,
 }
 
 impl TcpRules {

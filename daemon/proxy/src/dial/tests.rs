@@ -1,4 +1,5 @@
 use super::*;
+use crate::shared::Shared;
 use enclaved_core::id::Cid;
 use std::collections::HashSet;
 use tokio::net::TcpListener;
@@ -27,7 +28,7 @@ fn upstream(hostname: &str, port: u16, allow: &[&str]) -> (Upstream, Shared) {
 
 async fn dial_with(hostname: &str, port: u16, allow: &[&str]) -> Result<TcpStream, DialError> {
     let (upstream, shared) = upstream(hostname, port, allow);
-    upstream.dial(&Latency::default(), &shared).await
+    upstream.dial(&Latency::default(), &shared.limits, &shared.own_addresses).await
 }
 
 fn numbered(count: u8) -> Vec<SocketAddr> {

@@ -1,8 +1,12 @@
-//! The first words of a TLS client: reads them, says whose name it asks for, and gives back every byte that was read, to be
-//! passed on. What the rest of the connection holds nobody here can see.
+//! What a TLS client says in clear: each of its hellos is judged by the server's name in it, and every byte is passed on as it
+//! came. There may be two hellos in one handshake (RFC 8446, 4.1.2: the second answers a server that asks for it); which of
+//! the two names a server goes by is its own affair, so both must be right.
 //!
-//! (With encrypted client hello the name that can be seen is that of the server in front; that one counts.)
+//! What nobody here can see, and what is therefore not judged: what is encrypted. That is the HTTP request and its Host; a TLS
+//! 1.2 session that is negotiated anew (RFC 5746), where a server still allows that; and with encrypted client hello the name
+//! inside of it: the one that can be seen, that of the server in front, counts.
 
+use super::records::{Kind, NoRecord, PLAIN, Records};
 use crate::counters::Failure;
 use rustls::server::Acceptor;
 use std::io;
@@ -10,14 +14,19 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::time::timeout;
 
-/// Most bytes that are read before the name is known. Post-quantum key shares take about 1.2 KB each.
+/// Longest hello. Post-quantum key shares take about 1.2 KB each.
 const HELLO_BYTES: usize = 32 << 10;
+
+/// Most hellos of one handshake: a server may ask for another one once.
+const HELLOS: u32 = 2;
 
 /// Why a connection is not one with that server.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum HelloError {
     #[error("it does not begin as TLS does")]
-    NotTls(#[source] rustls::Error),
+    NotTls,
+    #[error("its TLS hello makes no sense")]
+    Senseless(#[source] rustls::Error),
     #[error("it closed before it had said which server it wants")]
     Closed,
     #[error("it said {HELLO_BYTES} bytes without saying which server it wants")]
@@ -28,14 +37,26 @@ pub(crate) enum HelloError {
     NoName,
     #[error("it asks for the server {0}")]
     OtherName(String),
+    #[error("it says hello more often than TLS has it")]
+    Again,
+    #[error("the upstream does not answer as TLS does")]
+    Answer,
     #[error("it could not be read")]
     Io(#[source] io::Error),
+}
+
+impl From<NoRecord> for HelloError {
+    fn from(NoRecord: NoRecord) -> Self {
+        Self::NotTls
+    }
 }
 
 impl HelloError {
     pub(crate) fn failure(&self) -> Failure {
         match self {
-            Self::NotTls(_) | Self::Closed | Self::TooLong => Failure::NotTls,
+            Self::NotTls | Self::Senseless(_) | Self::Closed | Self::TooLong | Self::Again | Self::Answer => {
+                Failure::NotTls
+            }
             Self::TooSlow(_) => Failure::HelloTimeout,
             Self::NoName => Failure::NoServerName,
             Self::OtherName(_) => Failure::OtherServerName,
@@ -44,39 +65,118 @@ impl HelloError {
     }
 }
 
-/// Reads until it is known that the client wants this server; everything that was read.
-pub(crate) async fn expect(
+/// Judges the hellos of one client.
+#[derive(Debug)]
+pub(super) struct Hellos {
+    hostname: String,
+    records: Records,
+    /// The hello that is being said. Never longer than [`HELLO_BYTES`].
+    message: Vec<u8>,
+    judged: u32,
+}
+
+impl Hellos {
+    pub(super) fn new(hostname: &str) -> Self {
+        Self { hostname: hostname.to_owned(), records: Records::default(), message: Vec::new(), judged: 0 }
+    }
+
+    /// Takes in what the client says. After an error none of it may be passed on: what came before is no whole hello.
+    pub(super) fn take(&mut self, mut bytes: &[u8]) -> Result<(), HelloError> {
+        while let Some((kind, mut part)) = self.records.next(&mut bytes)? {
+            match kind {
+                Kind::Handshake => {
+                    while !part.is_empty() {
+                        self.hear(&mut part)?;
+                    }
+                }
+                _ if self.judged == 0 => return Err(HelloError::NotTls),
+                // Early data, and what goes before a second hello.
+                Kind::ChangeCipherSpec | Kind::Alert | Kind::ApplicationData => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in a piece of a message, up to its end.
+    fn hear(&mut self, part: &mut &[u8]) -> Result<(), HelloError> {
+        let wanted = match self.message.as_slice() {
+            [] | [_] | [_, _] | [_, _, _] => 4,
+            [_, high, middle, low, ..] => {
+                4 + (usize::from(*high) << 16 | usize::from(*middle) << 8 | usize::from(*low))
+            }
+        };
+        if wanted > HELLO_BYTES {
+            return Err(HelloError::TooLong);
+        }
+        let (piece, rest) = part.split_at((wanted - self.message.len()).min(part.len()));
+        *part = rest;
+        self.message.extend_from_slice(piece);
+        match self.message.first() {
+            // ClientHello
+            Some(1) => {}
+            // What else a client says in clear it says after the server's hello, when nobody listens here any more.
+            _ => return Err(HelloError::NotTls),
+        }
+        if self.judged == HELLOS {
+            return Err(HelloError::Again);
+        }
+        // An empty hello has no end of its own to be seen at, and no sense.
+        if self.message.len() == wanted && wanted > 4 {
+            let message = std::mem::take(&mut self.message);
+            judge(name(&message)?.as_deref(), &self.hostname)?;
+            self.judged += 1;
+        } else if self.message == [1, 0, 0, 0] {
+            return Err(HelloError::NotTls);
+        }
+        Ok(())
+    }
+}
+
+/// Reads until it is known that the client wants this server; everything that was read, and who judges what follows.
+pub(super) async fn expect(
     client: &mut (impl AsyncRead + Unpin),
     hostname: &str,
     patience: Duration,
-) -> Result<Vec<u8>, HelloError> {
+) -> Result<(Vec<u8>, Hellos), HelloError> {
     timeout(patience, read(client, hostname)).await.unwrap_or(Err(HelloError::TooSlow(patience)))
 }
 
-async fn read(client: &mut (impl AsyncRead + Unpin), hostname: &str) -> Result<Vec<u8>, HelloError> {
-    let (mut acceptor, mut bytes) = (Acceptor::default(), Vec::with_capacity(4 << 10));
-    loop {
+async fn read(client: &mut (impl AsyncRead + Unpin), hostname: &str) -> Result<(Vec<u8>, Hellos), HelloError> {
+    let (mut hellos, mut bytes) = (Hellos::new(hostname), Vec::with_capacity(4 << 10));
+    while hellos.judged == 0 {
         let known = bytes.len();
-        let room = (HELLO_BYTES - known) as u64;
+        // With records of one byte each, and some that follow.
+        let room = (6 * HELLO_BYTES).saturating_sub(known) as u64;
         if room == 0 {
             return Err(HelloError::TooLong);
         }
-        let read = (&mut *client).take(room).read_buf(&mut bytes).await.map_err(HelloError::Io)?;
-        if read == 0 {
+        if (&mut *client).take(room).read_buf(&mut bytes).await.map_err(HelloError::Io)? == 0 {
             return Err(HelloError::Closed);
         }
-        let mut news = &bytes[known..];
-        while !news.is_empty() {
-            if acceptor.read_tls(&mut news).map_err(HelloError::Io)? == 0 {
+        hellos.take(&bytes[known..])?;
+    }
+    Ok((bytes, hellos))
+}
+
+/// The server's name in a whole hello.
+fn name(message: &[u8]) -> Result<Option<String>, HelloError> {
+    let mut acceptor = Acceptor::default();
+    for part in message.chunks(PLAIN) {
+        let length = u16::try_from(part.len()).map_err(|_| HelloError::TooLong)?;
+        let record = [&[22, 3, 1], &length.to_be_bytes()[..], part].concat();
+        let mut record = record.as_slice();
+        while !record.is_empty() {
+            if acceptor.read_tls(&mut record).map_err(HelloError::Io)? == 0 {
                 return Err(HelloError::TooLong);
             }
-            match acceptor.accept() {
-                Ok(None) => {}
-                Ok(Some(accepted)) => return judge(accepted.client_hello().server_name(), hostname).map(|()| bytes),
-                Err((error, _)) => return Err(HelloError::NotTls(error)),
-            }
+        }
+        match acceptor.accept() {
+            Ok(None) => {}
+            Ok(Some(accepted)) => return Ok(accepted.client_hello().server_name().map(str::to_owned)),
+            Err((error, _)) => return Err(HelloError::Senseless(error)),
         }
     }
+    Err(HelloError::NotTls)
 }
 
 fn judge(name: Option<&str>, hostname: &str) -> Result<(), HelloError> {
@@ -86,103 +186,4 @@ fn judge(name: Option<&str>, hostname: &str) -> Result<(), HelloError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use rustls::pki_types::ServerName;
-    use rustls::{ClientConfig, ClientConnection, RootCertStore};
-    use std::sync::Arc;
-    use tokio::io::AsyncWriteExt;
-
-    /// What a client says first; with so many bytes of application protocols in it.
-    fn hello(name: Option<&str>, padding: usize) -> Vec<u8> {
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(RootCertStore::empty())
-            .with_no_client_auth();
-        config.enable_sni = name.is_some();
-        config.alpn_protocols = vec![vec![b'x'; 200]; padding / 200];
-        let name = ServerName::try_from(name.unwrap_or("other.example.com").to_owned()).unwrap();
-        let mut client = ClientConnection::new(Arc::new(config), name).unwrap();
-        let mut bytes = Vec::new();
-        while client.wants_write() {
-            client.write_tls(&mut bytes).unwrap();
-        }
-        bytes
-    }
-
-    /// The bytes come in pieces of this size; the client stays.
-    async fn said(bytes: Vec<u8>, piece: usize) -> Result<Vec<u8>, HelloError> {
-        let (mut client, mut proxy) = tokio::io::duplex(piece);
-        let writer = tokio::spawn(async move {
-            // A proxy that has seen enough does not read the rest.
-            let _enough = client.write_all(&bytes).await;
-            client
-        });
-        let result = expect(&mut proxy, "KMS.us-east-1.amazonaws.com.", Duration::from_secs(5)).await;
-        drop(proxy);
-        drop(writer.await);
-        result
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn the_right_name_gives_every_byte_back_however_they_are_split() {
-        for (padding, piece) in [(0, 1), (0, 7), (0, 4096), (2000, 100), (2000, 1500), (12_000, 1448)] {
-            let bytes = hello(Some("kms.us-east-1.amazonaws.com"), padding);
-            assert!(bytes.len() > padding && (padding == 0 || bytes.len() > 1500));
-            assert_eq!(said(bytes.clone(), piece).await.unwrap(), bytes, "{padding} in pieces of {piece}");
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_comes_after_the_hello_in_the_same_segment_is_given_back_too() {
-        let mut bytes = hello(Some("kms.us-east-1.amazonaws.com"), 0);
-        bytes.extend_from_slice(b"early data of some kind");
-        assert_eq!(said(bytes.clone(), 16 << 10).await.unwrap(), bytes);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_hello_in_several_records_is_read_as_one() {
-        let whole = hello(Some("kms.us-east-1.amazonaws.com"), 0);
-        let (header, message) = whole.split_at(5);
-        let mut bytes = Vec::new();
-        for part in message.chunks(50) {
-            bytes.extend_from_slice(&header[..3]);
-            bytes.extend_from_slice(&u16::try_from(part.len()).unwrap().to_be_bytes());
-            bytes.extend_from_slice(part);
-        }
-        assert_eq!(said(bytes.clone(), 64).await.unwrap(), bytes);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn another_name_none_no_tls_and_silence_are_told_apart() {
-        let other = said(hello(Some("evil.example.com"), 0), 4096).await.unwrap_err();
-        assert!(matches!(&other, HelloError::OtherName(name) if name == "evil.example.com"), "{other}");
-        assert_eq!(other.failure(), Failure::OtherServerName);
-        assert_eq!(said(hello(None, 0), 4096).await.unwrap_err().failure(), Failure::NoServerName);
-        for text in [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(), vec![0; 4096], b"SSH-2.0-x\r\n".to_vec()] {
-            let error = said(text, 4096).await.unwrap_err();
-            assert!(matches!(error, HelloError::NotTls(_)), "{error}");
-        }
-        let (_silent, mut proxy) = tokio::io::duplex(64);
-        let error = expect(&mut proxy, "x", Duration::from_secs(5)).await.unwrap_err();
-        assert_eq!(error.failure(), Failure::HelloTimeout);
-        let (client, mut proxy) = tokio::io::duplex(64);
-        drop(client);
-        assert!(matches!(expect(&mut proxy, "x", Duration::from_secs(5)).await, Err(HelloError::Closed)));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_hello_without_an_end_is_cut_off_at_the_bound() {
-        // A handshake message of the largest length there is, and records of it without an end.
-        let mut bytes = vec![22, 3, 1, 0x3f, 0xff, 1, 0, 0xff, 0xff];
-        bytes.resize(5 + 0x3fff, 0);
-        for _ in 0..4 {
-            bytes.extend_from_slice(&[22, 3, 1, 0x3f, 0xff]);
-            bytes.resize(bytes.len() + 0x3fff, 0);
-        }
-        let error = said(bytes, 4096).await.unwrap_err();
-        assert_eq!(error.failure(), Failure::NotTls, "{error}");
-    }
-}
+mod tests;

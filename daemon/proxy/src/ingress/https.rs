@@ -58,6 +58,8 @@ pub(crate) struct Https {
     pub(crate) failures: Throttle,
     tls: Arc<rustls::ServerConfig>,
     connections: Arc<Semaphore>,
+    /// Held by the thread that makes certificates.
+    making: Arc<tokio::sync::Mutex<()>>,
     limit_reached: Throttle,
     /// Makes request ids differ between processes.
     seed: u32,
@@ -81,16 +83,21 @@ impl Https {
             certificates,
             failures: Throttle::new(),
             tls: Arc::new(tls),
+            making: Arc::default(),
             limit_reached: Throttle::new(),
             seed: u32::try_from(RandomState::new().hash_one(0) >> 32).unwrap_or(0),
             requests: AtomicU64::new(0),
         })
     }
 
-    /// Has certificates for the sites, on a thread that may block.
+    /// Has certificates for the sites, on a thread that may block: one at a time, however many give up waiting for it.
     pub(crate) async fn maintain_certificates(&self) -> Result<(), CertificateError> {
+        let making = self.making.clone().lock_owned().await;
         let (sites, certificates) = (self.sites.get(), self.certificates.clone());
-        let maintain = move || certificates.maintain(sites.domains(), SystemTime::now());
+        let maintain = move || {
+            let _making = making;
+            certificates.maintain(sites.domains(), SystemTime::now())
+        };
         let result = tokio::task::spawn_blocking(maintain).await;
         result.unwrap_or_else(|error| Err(CertificateError::new("making certificates ended by a defect", error)))
     }

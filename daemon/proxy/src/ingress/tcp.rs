@@ -6,12 +6,13 @@ use crate::counters::{Failure, Live, Open, Traffic};
 use crate::current::Current;
 use crate::error_text::chain;
 use crate::inherited::Unusable;
+use crate::limits::Limits;
 use crate::listening::Service;
 use crate::manager::ingress_name;
 use crate::relay::{Broken, relay};
 use crate::shared::Shared;
 use crate::tcp::{self, ListenError, ResetOnDrop};
-use crate::throttle::Throttle;
+use crate::throttle::Changes;
 use crate::vsock::{CONNECT_TIMEOUT, ConnectError, Transport};
 use enclaved_core::routes::{ProxyProtocol, TcpRules};
 use rustix::fd::OwnedFd;
@@ -30,6 +31,7 @@ pub(crate) struct Backend {
     pub(crate) target: Option<Arc<Live>>,
     pub(crate) traffic: Arc<Traffic>,
     pub(crate) rules: TcpRules,
+    pub(crate) limits: Limits,
 }
 
 /// A TCP port.
@@ -39,12 +41,13 @@ pub(crate) struct TcpPort {
     pub(crate) backend: Current<Backend>,
     shared: Arc<Shared>,
     sources: Arc<Sources>,
-    failures: Throttle,
+    /// How the last connection was refused or failed before it was one; none if it was not.
+    went: Changes<Option<Failure>>,
 }
 
 impl TcpPort {
     pub(crate) fn new(listen: SocketAddr, backend: Backend, shared: Arc<Shared>) -> Self {
-        Self { listen, backend: Current::new(backend), shared, sources: Arc::default(), failures: Throttle::new() }
+        Self { listen, backend: Current::new(backend), shared, sources: Arc::default(), went: Changes::new(None) }
     }
 
     async fn carry(&self, client: TcpStream, header: Option<Vec<u8>>, backend: &Backend, target: &Live) {
@@ -71,12 +74,16 @@ impl TcpPort {
         let mut client = ResetOnDrop::new(client);
         let connected = backend.transport.connect(target.cid, backend.vsock_port).await;
         let mut enclave = connected.map_err(|error| (connect_failure(&error), Some(chain(&error))))?;
+        if self.went.now(None).is_some() {
+            let (enclave, listen) = (&backend.traffic.key().enclave, self.listen);
+            tracing::info!(%enclave, %listen, "clients reach their enclave again");
+        }
         if let Some(header) = header {
             // It fits any buffer; an enclave that takes not even that is as good as gone.
             let told = timeout(CONNECT_TIMEOUT, enclave.write_all(&header)).await;
             told.map_err(|_| (Failure::ConnectTimeout, None))?.map_err(|_| (Failure::Reset, None))?;
         }
-        let ended = relay(&mut enclave, &mut *client, &backend.traffic, &self.shared.limits).await;
+        let ended = relay(&mut enclave, &mut *client, &backend.traffic, &backend.limits).await;
         if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
             client.ended_well();
         }
@@ -90,7 +97,7 @@ impl TcpPort {
     fn fail(&self, backend: &Backend, failure: Failure, text: Option<&str>) {
         backend.traffic.fail(failure);
         if let Some(error) = text
-            && let Some(left_out) = self.failures.pass()
+            && let Some(left_out) = self.went.now(Some(failure))
         {
             let (enclave, listen) = (&backend.traffic.key().enclave, self.listen);
             tracing::warn!(%enclave, %listen, error, left_out, "a client could not reach its enclave");

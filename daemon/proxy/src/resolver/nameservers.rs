@@ -4,19 +4,28 @@
 //! - A name with a dot is asked for as it stands. Search domains count only for names without one, and the next only once
 //!   it is said of both families that the name is not there under the one before: that nobody answers says nothing of a name.
 //! - The addresses of both families are those of one and the same name.
-//! - The nameservers are asked in their order, each in turn only if those before it did not answer the question: an error
-//!   (SERVFAIL, REFUSED) is no answer, that there is no such name is one. So does glibc: resolv.conf(5).
+//! - The nameserver that answered last is asked first, then the others in their order, each when one before it did not answer the
+//!   question, or is silent for [`PATIENCE`]: an error (SERVFAIL, REFUSED) is no answer, that there is no such name is one. So one
+//!   that is silent delays one question, and no more. (glibc waits for each in turn: resolv.conf(5).)
 
 use super::{NameError, QUESTION, Said};
 use hickory_resolver::config::{NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts};
+use hickory_resolver::lookup::Lookup;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::rr::{Name, RecordType};
 use hickory_resolver::{Resolver, TokioResolver};
+use std::future::poll_fn;
 use std::net::IpAddr;
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::task::Poll;
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
+
+/// After such a silence of one nameserver the next is asked beside it.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Once one address family is known, the other may take this much longer: where a network drops questions for AAAA, they
 /// are not waited for.
@@ -40,6 +49,8 @@ pub(super) struct Nameservers {
     rounds: usize,
     /// How long each of them may take.
     each: Duration,
+    /// Which of them answered last.
+    answered: AtomicUsize,
 }
 
 impl Nameservers {
@@ -73,7 +84,7 @@ impl Nameservers {
             [] => config.domain().cloned().into_iter().collect(),
             search => search.to_vec(),
         };
-        Ok(Self { servers, search, plain_first, rounds, each })
+        Ok(Self { servers, search, plain_first, rounds, each, answered: AtomicUsize::new(0) })
     }
 
     /// The addresses of a name, IPv6 first. Cancel-safe: a question that is dropped is forgotten.
@@ -145,29 +156,83 @@ impl Nameservers {
         let mut failures = Vec::new();
         for _ in 0..self.rounds {
             failures.clear();
-            for (ip, server) in &self.servers {
-                let asked = timeout(self.each, server.lookup(name.clone(), kind)).await;
-                match asked.unwrap_or(Err(NetError::Timeout)) {
-                    Ok(lookup) => {
-                        let records = lookup.answers();
-                        let addresses: Vec<IpAddr> =
-                            records.iter().filter_map(|record| record.data.ip_addr()).collect();
-                        if addresses.is_empty() {
-                            return Err(NameError::NoAddress { ttl: NEGATIVE });
-                        }
-                        // Of the aliases on the way, too: each may change when its own time is over.
-                        let ttl = records.iter().map(|record| record.ttl).min().unwrap_or_default();
-                        return Ok(Said { addresses, ttl: Duration::from_secs(ttl.into()) });
-                    }
-                    Err(error) => match denial(&error) {
-                        Some(denial) => return Err(denial),
-                        None => failures.push(format!("{ip}: {error}")),
-                    },
-                }
+            if let Some(answer) = self.one_round(name, kind, &mut failures).await {
+                return answer;
             }
         }
+        // In the order of the file, whichever failed first.
+        failures.sort_by_key(|(at, _)| *at);
+        let failures: Vec<_> = failures.into_iter().map(|(_, failure)| failure).collect();
         Err(NameError::Failed(failures.join("; ")))
     }
+
+    /// Asks each once at most; none if none answered.
+    async fn one_round(
+        &self,
+        name: &Name,
+        kind: RecordType,
+        failures: &mut Vec<(usize, String)>,
+    ) -> Option<Result<Said, NameError>> {
+        let last = self.answered.load(Relaxed).min(self.servers.len().saturating_sub(1));
+        let others = (0..self.servers.len()).filter(|at| *at != last);
+        let mut waiting = (last..self.servers.len()).take(1).chain(others).peekable();
+        let (mut asked, mut begin) = (Vec::new(), true);
+        let mut next = pin!(sleep(PATIENCE));
+        poll_fn(|cx| {
+            loop {
+                if std::mem::take(&mut begin)
+                    && let Some(at) = waiting.next()
+                {
+                    let (_, server) = &self.servers[at];
+                    asked.push((at, Box::pin(timeout(self.each, server.lookup(name.clone(), kind)))));
+                    next.as_mut().reset(Instant::now() + PATIENCE);
+                }
+                let mut number = 0;
+                while let Some((at, question)) = asked.get_mut(number) {
+                    let Poll::Ready(said) = question.as_mut().poll(cx) else {
+                        number += 1;
+                        continue;
+                    };
+                    let at = *at;
+                    drop(asked.swap_remove(number));
+                    match understood(said.unwrap_or(Err(NetError::Timeout))) {
+                        Ok(answer) => {
+                            self.answered.store(at, Relaxed);
+                            return Poll::Ready(Some(answer));
+                        }
+                        Err(error) => {
+                            failures.push((at, format!("{}: {error}", self.servers[at].0)));
+                            begin = true;
+                        }
+                    }
+                }
+                if waiting.peek().is_none() {
+                    return if asked.is_empty() { Poll::Ready(None) } else { Poll::Pending };
+                }
+                if !begin && next.as_mut().poll(cx).is_pending() {
+                    return Poll::Pending;
+                }
+                begin = true;
+            }
+        })
+        .await
+    }
+}
+
+/// What a nameserver says of the name; an error if that is no answer.
+fn understood(said: Result<Lookup, NetError>) -> Result<Result<Said, NameError>, NetError> {
+    let lookup = match said {
+        Ok(lookup) => lookup,
+        Err(error) => return denial(&error).map(Err).ok_or(error),
+    };
+    let records = lookup.answers();
+    let addresses: Vec<IpAddr> = records.iter().filter_map(|record| record.data.ip_addr()).collect();
+    if addresses.is_empty() {
+        return Ok(Err(NameError::NoAddress { ttl: NEGATIVE }));
+    }
+    // Of the aliases on the way, too: each may change when its own time is over.
+    let ttl = records.iter().map(|record| record.ttl).min().unwrap_or_default();
+    Ok(Ok(Said { addresses, ttl: Duration::from_secs(ttl.into()) }))
 }
 
 /// What an error says of the name, if it is an answer.

@@ -311,3 +311,41 @@ async fn an_upstream_that_resets_in_the_middle_of_a_flood_ends_that_connection_a
     kept.write_all(b"x").await.unwrap();
     assert_eq!(soon("a byte of the other connection", kept_upstream.read_u8()).await.unwrap(), b'x');
 }
+
+/// A file that whoever reads it waits for: a disk that hangs. Until dropped.
+struct HangingFile(PathBuf);
+
+impl HangingFile {
+    fn new(path: PathBuf) -> Self {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+        mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for HangingFile {
+    fn drop(&mut self) {
+        // Whoever waits gets the end of an empty file.
+        drop(std::fs::OpenOptions::new().read(true).write(true).open(&self.0));
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_hangs_while_certificates_are_made_holds_up_https_alone() {
+    let host = Host::with_limits(|limits| limits.settle = Duration::from_millis(100)).await;
+    let upstream = Upstream::echoing().await;
+    std::fs::create_dir(host.state("ca")).unwrap();
+    let hanging = HangingFile::new(host.state("ca/root.key"));
+    let mut routes = host.site(&["a.test"], Some(16));
+    for vsock_port in [8000, 8001, 8002] {
+        routes.egress = vec![egress(16, vsock_port, upstream.address)];
+        let began = Instant::now();
+        let report = host.publish(&routes).await;
+        assert!(began.elapsed() < Duration::from_secs(5), "publishing waited for the disk");
+        let open = report.listeners.iter().filter(|listener| listener.error.is_none()).count();
+        assert_eq!((report.listeners.len(), open), (2, 1), "{:?}", report.listeners);
+        soon("an echo", echo(&mut host.connect_from(16, vsock_port).await.unwrap())).await.unwrap();
+    }
+    drop(hanging);
+    host.until("HTTPS is open", |report| report.listeners.iter().all(|listener| listener.error.is_none())).await;
+}

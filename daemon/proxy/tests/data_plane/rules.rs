@@ -1,16 +1,18 @@
 //! What single endpoints and ports demand, and how much they carry.
 
 use crate::support::{Enclave, Host, Upstream, cid, egress, soon, tcp_address, tcp_route, traffic};
-use enclaved_core::routes::{Direction, HostsRoute, ProxyProtocol, Routes};
+use enclaved_core::routes::{Ages, Direction, EgressRoute, HostsRoute, ProxyProtocol, Routes};
 use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, HandshakeKind};
 use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 /// What a TLS client that wants this server says first.
 fn hello(name: &str) -> Vec<u8> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider)
+    let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(rustls::RootCertStore::empty())
@@ -27,25 +29,82 @@ async fn is_hung_up_on(stream: &mut (impl AsyncReadExt + Unpin)) {
     assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
 }
 
+/// A TLS server for localhost that sends back what it gets; and a client that trusts it. The server knows no key exchange but one
+/// that no client offers at once, if `retry`: then it asks for another hello.
+async fn tls_server(retry: bool) -> (Upstream, TlsConnector) {
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+    let own = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    let certificate = own.cert.der().clone();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(certificate.clone()).unwrap();
+    let client = ClientConfig::builder_with_provider(Arc::new(provider.clone()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    if retry {
+        provider.kx_groups = vec![rustls::crypto::aws_lc_rs::kx_group::SECP384R1];
+    }
+    let key = rustls::pki_types::PrivatePkcs8KeyDer::from(own.signing_key.serialize_der()).into();
+    let server = rustls::ServerConfig::builder_with_provider(Arc::new(provider))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)
+        .unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(server));
+    let upstream = Upstream::new(move |stream| {
+        let acceptor = acceptor.clone();
+        async move {
+            let Ok(stream) = acceptor.accept(stream).await else { return };
+            let (mut reader, mut writer) = tokio::io::split(stream);
+            drop(tokio::io::copy(&mut reader, &mut writer).await);
+            drop(writer.shutdown().await);
+        }
+    });
+    (upstream.await, TlsConnector::from(Arc::new(client)))
+}
+
+fn with_sni(upstream: &Upstream) -> EgressRoute {
+    let route = egress(16, 8000, upstream.address);
+    EgressRoute { hostname: "localhost".to_owned(), sni: true, ..route }
+}
+
 #[tokio::test]
-async fn with_sni_only_tls_for_that_server_passes_whole_and_all_else_never_reaches_the_upstream() {
+async fn with_sni_tls_for_that_server_passes_whole_also_where_the_server_asks_for_a_second_hello() {
+    for retry in [false, true] {
+        let host = Host::new().await;
+        let (upstream, connector) = tls_server(retry).await;
+        host.publish(&Routes { egress: vec![with_sni(&upstream)], ..host.routes() }).await;
+        let enclave = host.connect_from(16, 8000).await.unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        let enclave = soon("the handshake", connector.connect(name, enclave)).await.unwrap();
+        let kind = enclave.get_ref().1.handshake_kind();
+        let expected = if retry { HandshakeKind::FullWithHelloRetryRequest } else { HandshakeKind::Full };
+        assert_eq!(kind, Some(expected));
+        let sent = vec![7; 300_000];
+        let (mut reader, mut writer) = tokio::io::split(enclave);
+        let writing = async {
+            writer.write_all(&sent).await.unwrap();
+            writer.shutdown().await.unwrap();
+        };
+        let mut received = Vec::new();
+        let (read, ()) = tokio::join!(soon("the echo", reader.read_to_end(&mut received)), writing);
+        read.unwrap();
+        assert!(received == sent, "{} bytes came back", received.len());
+        let report = host.until("it ended", |report| traffic(report, Direction::Egress).open == 0).await;
+        let counted = traffic(&report, Direction::Egress);
+        assert!(counted.failed.is_empty() && counted.bytes_from_enclave > 300_000, "{counted:?}");
+    }
+}
+
+#[tokio::test]
+async fn with_sni_what_does_not_begin_as_tls_for_that_server_never_reaches_the_upstream() {
     let host = Host::new().await;
-    let upstream = Upstream::echoing().await;
-    let mut route = egress(16, 8000, upstream.address);
-    (route.hostname, route.sni) = ("localhost".to_owned(), true);
+    let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let route =
+        EgressRoute { hostname: "localhost".to_owned(), sni: true, ..egress(16, 8000, upstream.local_addr().unwrap()) };
     host.publish(&Routes { egress: vec![route], ..host.routes() }).await;
-
-    let (mut enclave, hello_bytes) = (host.connect_from(16, 8000).await.unwrap(), hello("localhost"));
-    let (first, second) = hello_bytes.split_at(40);
-    enclave.write_all(first).await.unwrap();
-    tokio::task::yield_now().await;
-    enclave.write_all(second).await.unwrap();
-    enclave.write_all(b"and what follows").await.unwrap();
-    enclave.shutdown().await.unwrap();
-    let mut answer = Vec::new();
-    soon("the answer", enclave.read_to_end(&mut answer)).await.unwrap();
-    assert_eq!(answer, [&hello_bytes[..], b"and what follows"].concat());
-
     for words in [hello("evil.example.com"), b"GET / HTTP/1.1\r\n\r\n".to_vec()] {
         let mut enclave = host.connect_from(16, 8000).await.unwrap();
         enclave.write_all(&words).await.unwrap();
@@ -53,9 +112,53 @@ async fn with_sni_only_tls_for_that_server_passes_whole_and_all_else_never_reach
     }
     let report = host.until("all ended", |report| traffic(report, Direction::Egress).open == 0).await;
     let counted = traffic(&report, Direction::Egress);
-    assert_eq!((counted.failed["sni_mismatch"], counted.failed["not_tls"], counted.total), (1, 1, 3));
-    let bytes = hello_bytes.len() as u64 + 16;
-    assert_eq!((counted.bytes_from_enclave, counted.bytes_to_enclave), (bytes, bytes));
+    assert_eq!((counted.failed["sni_mismatch"], counted.failed["not_tls"], counted.total), (1, 1, 2));
+    let nobody = tokio::time::timeout(std::time::Duration::from_millis(100), upstream.accept()).await;
+    assert!(nobody.is_err(), "the upstream heard of it");
+}
+
+/// What a server says that wants another hello: RFC 8446, 4.1.3, without extensions.
+fn retry_request() -> Vec<u8> {
+    let random = "cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c";
+    let random: Vec<u8> = random
+        .as_bytes()
+        .chunks(2)
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+        .collect();
+    let message = [&[2, 0, 0, 38, 3, 3], &random[..], &[0, 0x13, 1, 0]].concat();
+    [&[22, 3, 3, 0, u8::try_from(message.len()).unwrap()], &message[..]].concat()
+}
+
+#[tokio::test]
+async fn with_sni_a_second_hello_for_another_server_is_not_passed_on_and_cuts_the_connection() {
+    let host = Host::new().await;
+    let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = upstream.local_addr().unwrap();
+    let route = EgressRoute { hostname: "localhost".to_owned(), sni: true, ..egress(16, 8000, address) };
+    host.publish(&Routes { egress: vec![route], ..host.routes() }).await;
+    // Once after the server has asked for it, once before.
+    for asked in [true, false] {
+        let first = hello("localhost");
+        let mut enclave = host.connect_from(16, 8000).await.unwrap();
+        enclave.write_all(&first).await.unwrap();
+        let (mut server, _) = soon("the connection", upstream.accept()).await.unwrap();
+        let mut heard = vec![0; first.len()];
+        soon("the first hello", server.read_exact(&mut heard)).await.unwrap();
+        assert_eq!(heard, first);
+        if asked {
+            server.write_all(&retry_request()).await.unwrap();
+            let mut answer = vec![0; retry_request().len()];
+            soon("the server's request", enclave.read_exact(&mut answer)).await.unwrap();
+            assert_eq!(answer, retry_request());
+        }
+        enclave.write_all(&hello("evil.example.com")).await.unwrap();
+        is_hung_up_on(&mut enclave).await;
+        // Reset, with nothing of the second.
+        let end = soon("the reset", server.read_u8()).await.unwrap_err();
+        assert_eq!(end.kind(), std::io::ErrorKind::ConnectionReset, "{end}");
+    }
+    host.until("both are counted", |report| traffic(report, Direction::Egress).failed.get("sni_mismatch") == Some(&2))
+        .await;
 }
 
 #[tokio::test]
@@ -241,4 +344,64 @@ async fn an_upstream_that_never_answers_takes_nothing_from_another_endpoint() {
         stream.write_all(b"1").await.unwrap();
         assert_eq!(soon("the echo", stream.read_u8()).await.unwrap(), b'1');
     }
+}
+
+#[tokio::test]
+async fn endpoints_and_ports_end_connections_at_the_silence_and_the_age_that_their_routes_say() {
+    let host = Host::new().await;
+    let _enclave = Enclave::echoing(&host.vsock(), 16);
+    let upstream = Upstream::echoing().await;
+    let (silent, old) = (Ages { idle_s: Some(1), lifetime_s: None }, Ages { idle_s: None, lifetime_s: Some(1) });
+    let mut routes = host.routes();
+    for (number, ages) in [silent, old, Ages::default()].into_iter().enumerate() {
+        let mut route = egress(16, 8000 + u32::try_from(number).unwrap(), upstream.address);
+        route.limits.ages = ages;
+        routes.egress.push(route);
+    }
+    let mut port = tcp_route("127.0.0.1:0", Some(16));
+    port.rules.ages = silent;
+    routes.tcp.push(port);
+    let address = tcp_address(&host.publish(&routes).await);
+
+    let mut silent = host.connect_from(16, 8000).await.unwrap();
+    let mut old = host.connect_from(16, 8001).await.unwrap();
+    let mut kept = host.connect_from(16, 8002).await.unwrap();
+    let mut client = TcpStream::connect(address).await.unwrap();
+    silent.write_all(b"1").await.unwrap();
+    assert_eq!(soon("the echo", silent.read_u8()).await.unwrap(), b'1');
+    let talk = async {
+        while old.write_all(b"2").await.is_ok() && old.read_u8().await.is_ok() {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    soon("the end at its age", talk).await;
+    is_hung_up_on(&mut silent).await;
+    is_hung_up_on(&mut client).await;
+    kept.write_all(b"3").await.unwrap();
+    assert_eq!(soon("the echo of one without", kept.read_u8()).await.unwrap(), b'3');
+    let failed = |report: &enclaved_core::routes::ProxyReport, reason: &str| {
+        report.traffic.iter().filter_map(|traffic| traffic.failed.get(reason)).sum::<u64>()
+    };
+    host.until("all are counted", |report| (failed(report, "idle"), failed(report, "lifetime")) == (2, 1)).await;
+}
+
+#[tokio::test]
+async fn an_endpoint_gives_its_upstream_as_long_to_accept_as_its_route_says() {
+    let host = Host::new().await;
+    let dead = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    rustix::net::listen(&dead, 0).unwrap();
+    let address = dead.local_addr().unwrap();
+    let mut queue = Vec::new();
+    while let Ok(stream) = std::net::TcpStream::connect_timeout(&address, std::time::Duration::from_millis(100)) {
+        queue.push(stream);
+    }
+    let mut route = egress(16, 8000, address);
+    route.limits.connect_timeout_ms = Some(300);
+    host.publish(&Routes { egress: vec![route], ..host.routes() }).await;
+    let began = std::time::Instant::now();
+    is_hung_up_on(&mut host.connect_from(16, 8000).await.unwrap()).await;
+    let took = began.elapsed();
+    assert!(took.as_millis() >= 300 && took.as_secs() < 8, "{took:?}, and by itself it is ten seconds");
+    let report = host.until("it ended", |report| traffic(report, Direction::Egress).open == 0).await;
+    assert_eq!(traffic(&report, Direction::Egress).failed["connect_timeout"], 1);
 }

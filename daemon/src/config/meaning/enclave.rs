@@ -2,7 +2,8 @@
 
 use super::Judge;
 use crate::config::form::{
-    EgressForm, EnclaveForm, FullPortForm, HealthForm, IngressForm, ListenForm, MeasurementsForm, PinsForm, PortForm,
+    DurationText, EgressForm, EnclaveForm, FullPortForm, HealthForm, IngressForm, ListenForm, MeasurementsForm,
+    PinsForm, PortForm,
 };
 use crate::config::source::{Path, quoted};
 use enclaved_core::desired::{
@@ -11,7 +12,7 @@ use enclaved_core::desired::{
 use enclaved_core::egress_policy;
 use enclaved_core::id::{MemoryMib, Pcr};
 use enclaved_core::image::{ExpectedImage, Pins};
-use enclaved_core::routes::{BadIpNetwork, EgressLimits, PathRoute, TcpRules, is_domain, is_host};
+use enclaved_core::routes::{Ages, BadIpNetwork, EgressLimits, PathRoute, TcpRules, is_domain, is_host};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -223,9 +224,15 @@ impl Judge<'_> {
                 let message = format!("needs a name, and hostname is the address {}", form.hostname);
                 self.refuse(&path.key("sni"), message);
             }
+            let connect = form.connect_timeout.as_ref().and_then(|text| {
+                let range = Duration::from_millis(100)..=Duration::from_secs(120);
+                self.duration(text, range, &path.key("connect_timeout"))
+            });
             let limits = EgressLimits {
                 max_connections: form.max_connections,
                 connections_per_second: form.connections_per_second,
+                connect_timeout_ms: connect.and_then(|connect| u32::try_from(connect.as_millis()).ok()),
+                ages: self.ages(form.idle_timeout.as_ref(), form.max_lifetime.as_ref(), &path),
             };
             endpoints.push(EgressSpec {
                 sni: form.sni,
@@ -282,6 +289,17 @@ impl Judge<'_> {
         IngressSpec { domains: own, paths, tcp }
     }
 
+    /// When connections end by themselves.
+    fn ages(&mut self, idle: Option<&DurationText>, lifetime: Option<&DurationText>, path: &Path) -> Ages {
+        const DAY: u64 = 24 * 3600;
+        let mut seconds = |text: Option<&DurationText>, key: &str, days: u64| {
+            let range = Duration::from_secs(1)..=Duration::from_secs(days * DAY);
+            let duration = self.duration(text?, range, &path.key(key))?;
+            u32::try_from(duration.as_secs()).ok()
+        };
+        Ages { idle_s: seconds(idle, "idle_timeout", 30), lifetime_s: seconds(lifetime, "max_lifetime", 365) }
+    }
+
     fn rules(&mut self, form: &FullPortForm, path: &Path) -> TcpRules {
         let at = path.key("allow");
         let networks = form.allow.iter().enumerate();
@@ -299,6 +317,7 @@ impl Judge<'_> {
                 .collect(),
             max_connections: form.max_connections,
             max_connections_per_source: form.max_connections_per_source,
+            ages: self.ages(form.idle_timeout.as_ref(), form.max_lifetime.as_ref(), path),
         }
     }
 

@@ -210,7 +210,7 @@ hostname = "a""#,
         (
             r#"[enclave.ingress]
 ports = ["80"]"#,
-            r#"t.toml:7:10: [[enclave]] "signer" ingress.ports[0]: is "80"; allowed: an integer from 1 to 65535 or a table with allow, listen, max_connections, max_connections_per_source, proxy_protocol, vsock_port"#,
+            r#"t.toml:7:10: [[enclave]] "signer" ingress.ports[0]: is "80"; allowed: an integer from 1 to 65535 or a table with allow, idle_timeout, listen, max_connections, max_connections_per_source, max_lifetime, proxy_protocol, vsock_port"#,
         ),
     ]);
 }
@@ -270,7 +270,7 @@ t.toml:9:8: [[enclave]] "signer" egress[0].port: is 0; allowed: an integer from 
         (
             r"[enclave.ingress]
 ports = [0]",
-            r#"t.toml:7:10: [[enclave]] "signer" ingress.ports[0]: is 0; allowed: an integer from 1 to 65535 or a table with allow, listen, max_connections, max_connections_per_source, proxy_protocol, vsock_port"#,
+            r#"t.toml:7:10: [[enclave]] "signer" ingress.ports[0]: is 0; allowed: an integer from 1 to 65535 or a table with allow, idle_timeout, listen, max_connections, max_connections_per_source, max_lifetime, proxy_protocol, vsock_port"#,
         ),
         (
             r"[enclave.ingress]
@@ -561,6 +561,15 @@ vsock_port = 1
 sni = true
 max_connections = 0"#,
             r#"t.toml:10:19: [[enclave]] "signer" egress[0].max_connections: is 0; allowed: an integer from 1 to 65536"#,
+        ),
+        (
+            r#"[[enclave.egress]]
+hostname = "192.0.2.1"
+vsock_port = 1
+connect_timeout = "5m"
+idle_timeout = "0s""#,
+            "t.toml:9:19: [[enclave]] \"signer\" egress[0].connect_timeout: is \"5m\"; allowed: a time with its unit, from 100ms to 2m\n\
+             t.toml:10:16: [[enclave]] \"signer\" egress[0].idle_timeout: is \"0s\"; allowed: a time with its unit, from 1s to 30days",
         ),
         (
             r#"[[enclave.egress]]

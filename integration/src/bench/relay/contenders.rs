@@ -1,9 +1,9 @@
 //! Those who are compared: how each is started, what it has cost so far, and its end.
 
-use super::load::{Backend, Way};
+use super::load::{Backend, Far, Way};
+use super::splice::Place;
 use crate::processes::{self, Owned};
 use anyhow::{Context as _, bail, ensure};
-use enclaved_core::id::Cid;
 use enclaved_core::routes::{
     EgressLimits, EgressRoute, LinkReply, LinkRequest, ListenerKey, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute,
     TcpRules, VsockTransport,
@@ -17,7 +17,9 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
+use vsock::VMADDR_CID_LOCAL;
 
 /// How long a contender may take to listen.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -30,6 +32,7 @@ pub(super) enum Kind {
     Nginx,
     Haproxy,
     Socat,
+    Splice,
 }
 
 impl Kind {
@@ -39,6 +42,7 @@ impl Kind {
             Self::Nginx => "nginx stream",
             Self::Haproxy => "haproxy",
             Self::Socat => "socat",
+            Self::Splice => "by splice(2)",
         }
     }
 }
@@ -48,6 +52,8 @@ impl Kind {
 pub(super) enum Front {
     Tcp(SocketAddr),
     Unix(PathBuf),
+    /// A port of this very kernel.
+    Vsock(u32),
 }
 
 /// One contender, running.
@@ -62,7 +68,7 @@ pub(super) struct Contender {
 impl Contender {
     pub(super) fn start(
         kind: Kind,
-        way: Way,
+        buffer_kib: Option<u32>,
         backend: &Backend,
         folder: &Path,
         enclaved: &Path,
@@ -70,12 +76,13 @@ impl Contender {
     ) -> anyhow::Result<Self> {
         let folder = tempfile::tempdir_in(folder).context("making a folder")?.keep();
         if kind == Kind::Enclaved {
-            return Self::ours(way, backend, &folder, enclaved, pin);
+            return Self::ours(buffer_kib, backend, &folder, enclaved, pin);
         }
-        let fronts = fronts(way, &folder)?;
+        let fronts = fronts(backend, &folder)?;
         let commands = match kind {
             Kind::Nginx => vec![nginx(&fronts, backend, &folder)?],
             Kind::Haproxy => vec![haproxy(&fronts, backend, &folder)?],
+            Kind::Splice => vec![splice(&fronts, backend)?],
             Kind::Enclaved | Kind::Socat => fronts.iter().map(|front| socat(front, backend)).collect(),
         };
         let processes = commands.iter().map(|command| spawn(command, pin, &folder)).collect::<Result<_, _>>()?;
@@ -84,10 +91,24 @@ impl Contender {
         Ok(contender)
     }
 
-    fn ours(way: Way, backend: &Backend, folder: &Path, enclaved: &Path, pin: bool) -> anyhow::Result<Self> {
-        let (link, vsock) = (folder.join("link"), backend.vsock.clone());
-        let command = [enclaved.into(), "proxy".into(), "--state-dir".into(), folder.join("state").into()];
-        let command = command.into_iter().chain(["--link".into(), link.clone().into()]).collect::<Vec<OsString>>();
+    fn ours(
+        buffer_kib: Option<u32>,
+        backend: &Backend,
+        folder: &Path,
+        enclaved: &Path,
+        pin: bool,
+    ) -> anyhow::Result<Self> {
+        let link = folder.join("link");
+        let mut command: Vec<OsString> = vec![enclaved.into(), "proxy".into()];
+        command.extend(["--state-dir".into(), folder.join("state").into(), "--link".into(), link.clone().into()]);
+        if let Some(kib) = buffer_kib {
+            command.extend(["--relay-buffer".into(), (kib * 1024).to_string().into()]);
+        }
+        let vsock = match backend.far {
+            Far::Unix => VsockTransport::Hybrid(backend.vsock.clone()),
+            Far::Vsock => VsockTransport::AfVsock,
+        };
+        let cid = backend.cid()?;
         let process = spawn(&command, pin, folder)?;
         let began = Instant::now();
         while UnixStream::connect(&link).is_err() {
@@ -95,21 +116,20 @@ impl Contender {
             std::thread::sleep(Duration::from_millis(10));
         }
         let enclave: enclaved_core::id::EnclaveName = "bench".parse().context("the enclave's name")?;
-        let mut routes =
-            Routes { format: ROUTES_FORMAT, vsock: VsockTransport::Hybrid(vsock.clone()), ..Routes::default() };
+        let mut routes = Routes { format: ROUTES_FORMAT, vsock, live: vec![cid], ..Routes::default() };
         for number in 0..PORTS {
-            match way {
+            match backend.way {
                 Way::Ingress => routes.tcp.push(TcpRoute {
                     enclave: enclave.clone(),
                     listen: free_port()?,
-                    vsock_port: 7000,
-                    target: Some(Cid::FIRST),
+                    vsock_port: super::load::ENCLAVES_PORT,
+                    target: Some(cid),
                     rules: TcpRules::default(),
                 }),
                 Way::Egress => routes.egress.push(EgressRoute {
                     enclave: enclave.clone(),
-                    cid: Cid::FIRST,
-                    vsock_port: 8000 + u32::try_from(number)?,
+                    cid,
+                    vsock_port: free_vsock_port(),
                     // An upstream takes as many as a port, so the two are known by different names.
                     hostname: if number == 0 { backend.tcp.ip().to_string() } else { "localhost".to_owned() },
                     port: backend.tcp.port(),
@@ -126,6 +146,7 @@ impl Contender {
             ensure!(listener.error.is_none(), "{listener:?}");
             fronts.push(match listener.listener {
                 ListenerKey::Tcp { .. } => Front::Tcp(listener.address.parse()?),
+                ListenerKey::Egress { vsock_port, .. } if backend.far == Far::Vsock => Front::Vsock(vsock_port),
                 _ => Front::Unix(listener.address.into()),
             });
         }
@@ -199,14 +220,21 @@ impl Drop for Contender {
     }
 }
 
-fn fronts(way: Way, folder: &Path) -> anyhow::Result<Vec<Front>> {
+fn fronts(backend: &Backend, folder: &Path) -> anyhow::Result<Vec<Front>> {
     let front = |number: usize| {
-        Ok(match way {
-            Way::Ingress => Front::Tcp(free_port()?),
-            Way::Egress => Front::Unix(folder.join(format!("front{number}"))),
+        Ok(match (backend.way, backend.far) {
+            (Way::Ingress, _) => Front::Tcp(free_port()?),
+            (Way::Egress, Far::Vsock) => Front::Vsock(free_vsock_port()),
+            (Way::Egress, Far::Unix) => Front::Unix(folder.join(format!("front{number}"))),
         })
     };
     (0..PORTS).map(front).collect()
+}
+
+/// One that no contender has had.
+fn free_vsock_port() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(8000);
+    NEXT.fetch_add(1, Relaxed)
 }
 
 fn free_port() -> anyhow::Result<SocketAddr> {
@@ -242,6 +270,7 @@ fn nginx(fronts: &[Front], backend: &Backend, folder: &Path) -> anyhow::Result<V
         let listen = match front {
             Front::Tcp(address) => format!("{address} backlog=4096"),
             Front::Unix(path) => format!("unix:{} backlog=4096", path.display()),
+            Front::Vsock(_) => bail!("nginx has no AF_VSOCK"),
         };
         writeln!(text, "  server {{ listen {listen}; proxy_pass {to}; }}")?;
     }
@@ -260,6 +289,7 @@ fn haproxy(fronts: &[Front], backend: &Backend, folder: &Path) -> anyhow::Result
         match front {
             Front::Tcp(address) => writeln!(text, "  bind {address} backlog 4096")?,
             Front::Unix(path) => writeln!(text, "  bind unix@{} backlog 4096", path.display())?,
+            Front::Vsock(_) => bail!("haproxy has no AF_VSOCK"),
         }
     }
     match backend.way {
@@ -277,13 +307,28 @@ fn socat(front: &Front, backend: &Backend) -> Vec<OsString> {
             format!("TCP-LISTEN:{},bind={},fork,reuseaddr,nodelay,backlog=4096", address.port(), address.ip())
         }
         Front::Unix(path) => format!("UNIX-LISTEN:{},fork,backlog=4096", path.display()),
+        Front::Vsock(port) => format!("VSOCK-LISTEN:{port},fork,backlog=4096"),
     };
-    let to = match backend.way {
-        Way::Ingress => format!("UNIX-CONNECT:{}", backend.unix.display()),
-        Way::Egress => format!("TCP:{},nodelay", backend.tcp),
+    let to = match (backend.way, backend.far) {
+        (Way::Ingress, Far::Unix) => format!("UNIX-CONNECT:{}", backend.unix.display()),
+        (Way::Ingress, Far::Vsock) => format!("VSOCK-CONNECT:{}:{}", VMADDR_CID_LOCAL, super::load::ENCLAVES_PORT),
+        (Way::Egress, _) => format!("TCP:{},nodelay", backend.tcp),
     };
     // The same buffer as ours.
     ["socat".into(), "-b".into(), "65536".into(), listen.into(), to.into()].into()
+}
+
+fn splice(fronts: &[Front], backend: &Backend) -> anyhow::Result<Vec<OsString>> {
+    let to = match backend.way {
+        Way::Ingress => Front::Unix(backend.unix.clone()),
+        Way::Egress => Front::Tcp(backend.tcp),
+    };
+    let mut command: Vec<OsString> =
+        vec![std::env::current_exe().context("finding this program")?.into(), "splice".into()];
+    for front in fronts {
+        command.extend([Place(front.clone()), Place(to.clone())].map(|place| place.to_string().into()));
+    }
+    Ok(command)
 }
 
 fn publish(link: &Path, routes: Routes) -> anyhow::Result<ProxyReport> {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, UnixListener};
+use vsock::VMADDR_CID_LOCAL;
 
 /// Clients at a time while connections are made.
 const CLIENTS: u32 = 8;
@@ -27,11 +28,24 @@ pub(super) enum Way {
     Egress,
 }
 
+/// What leads to the enclave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Far {
+    /// Hybrid vsock, and for those who don't speak it a plain Unix socket.
+    Unix,
+    /// AF_VSOCK of a kernel whose vsock leads to itself.
+    Vsock,
+}
+
+/// The enclave's vsock port.
+pub(super) const ENCLAVES_PORT: u32 = 7000;
+
 /// What stands behind the contenders: an echo, or for [`DISCARD`] a sink that says at the end how much it got. It serves
 /// until the program ends.
 #[derive(Debug)]
 pub(super) struct Backend {
     pub(super) way: Way,
+    pub(super) far: Far,
     /// The folder of the hybrid vsock; the enclave is [`Cid::FIRST`].
     pub(super) vsock: PathBuf,
     /// The same over a plain Unix socket.
@@ -41,19 +55,46 @@ pub(super) struct Backend {
 }
 
 impl Backend {
-    pub(super) fn start(way: Way, folder: &Path) -> anyhow::Result<Self> {
+    pub(super) fn start(way: Way, far: Far, folder: &Path) -> anyhow::Result<Self> {
+        if far == Far::Vsock {
+            let cpu = std::fs::read_to_string("/proc/cpuinfo")?;
+            ensure!(cpu.contains("User Mode Linux"), "AF_VSOCK of a real machine is not opened by a comparison");
+        }
         let (vsock, unix) = (folder.join("vsock"), folder.join("backend"));
         std::fs::create_dir(&vsock)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let (enclave, plain, tcp) = runtime.block_on(async {
+        let (enclave, plain, tcp, vsocks) = runtime.block_on(async {
             let enclave = listen_unix(&vsock.join(format!("{}.sock", Cid::FIRST)))?;
             let socket = tokio::net::TcpSocket::new_v4()?;
             socket.bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
-            Ok::<_, anyhow::Error>((enclave, listen_unix(&unix)?, socket.listen(4096)?))
+            let vsocks = match far {
+                Far::Unix => None,
+                Far::Vsock => {
+                    let address = tokio_vsock::VsockAddr::new(VMADDR_CID_LOCAL, ENCLAVES_PORT);
+                    Some(tokio_vsock::VsockListener::bind(address)?)
+                }
+            };
+            Ok::<_, anyhow::Error>((enclave, listen_unix(&unix)?, socket.listen(4096)?, vsocks))
         })?;
         let address = tcp.local_addr()?;
-        std::thread::spawn(move || runtime.block_on(serve(enclave, plain, tcp)));
-        Ok(Self { way, vsock, unix, tcp: address })
+        std::thread::spawn(move || {
+            runtime.block_on(async {
+                if let Some(listener) = vsocks {
+                    tokio::spawn(serve_vsock(listener));
+                }
+                serve(enclave, plain, tcp).await;
+            });
+        });
+        Ok(Self { way, far, vsock, unix, tcp: address })
+    }
+
+    /// The enclave's.
+    pub(super) fn cid(&self) -> anyhow::Result<Cid> {
+        match self.far {
+            Far::Unix => Ok(Cid::FIRST),
+            Far::Vsock => Cid::new(VMADDR_CID_LOCAL)
+                .context("CID 1 is no enclave's in this build: it lacks the feature enclaved-proxy/loopback-cid"),
+        }
     }
 }
 
@@ -65,6 +106,15 @@ fn listen_unix(path: &Path) -> anyhow::Result<UnixListener> {
     // The standard library's queue of 128 is too short for a crowd: connect(2) would say EAGAIN.
     listen(&socket, 4096)?;
     Ok(UnixListener::from_std(socket.into())?)
+}
+
+async fn serve_vsock(listener: tokio_vsock::VsockListener) {
+    loop {
+        // One that fails is the client's to notice.
+        if let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(answer(stream));
+        }
+    }
 }
 
 async fn serve(enclave: UnixListener, plain: UnixListener, tcp: TcpListener) {
@@ -114,6 +164,7 @@ async fn answer(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
 pub(super) enum Client {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Vsock(vsock::VsockStream),
 }
 
 pub(super) fn connect(front: &Front) -> io::Result<Client> {
@@ -129,6 +180,11 @@ pub(super) fn connect(front: &Front) -> io::Result<Client> {
             stream.set_read_timeout(Some(PATIENCE))?;
             Ok(Client::Unix(stream))
         }
+        Front::Vsock(port) => {
+            let stream = vsock::VsockStream::connect_with_cid_port(VMADDR_CID_LOCAL, *port)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            Ok(Client::Vsock(stream))
+        }
     }
 }
 
@@ -137,6 +193,7 @@ impl Read for Client {
         match self {
             Self::Tcp(stream) => stream.read(buffer),
             Self::Unix(stream) => stream.read(buffer),
+            Self::Vsock(stream) => stream.read(buffer),
         }
     }
 }
@@ -146,6 +203,7 @@ impl Write for Client {
         match self {
             Self::Tcp(stream) => stream.write(bytes),
             Self::Unix(stream) => stream.write(bytes),
+            Self::Vsock(stream) => stream.write(bytes),
         }
     }
 
@@ -159,6 +217,7 @@ impl Client {
         match self {
             Self::Tcp(stream) => stream.shutdown(std::net::Shutdown::Write),
             Self::Unix(stream) => stream.shutdown(std::net::Shutdown::Write),
+            Self::Vsock(stream) => stream.shutdown(std::net::Shutdown::Write),
         }
     }
 

@@ -300,9 +300,40 @@ async fn the_next_nameserver_is_asked_when_one_does_not_answer_the_question() {
     let asked = next.questions.load(SeqCst);
     for does in [Does::Answers(&["10.0.0.2"], 60), Does::Denies] {
         server.set(does);
+        // The one that answered last is asked first.
+        let system = server.system();
         assert_ne!(system.resolve("db.example.com").await, said(&["10.0.0.1"], 60));
     }
     assert_eq!(next.questions.load(SeqCst), asked, "the second was asked though the first answered");
+}
+
+#[tokio::test]
+async fn a_silent_nameserver_delays_one_question_by_a_second_and_those_after_it_not_at_all() {
+    let silent = Server::start(Does::KeepsSilent).await;
+    let answering = Server::start_at(&format!("127.0.0.2:{}", silent.port), Does::Answers(&["10.0.0.1"], 60)).await;
+    // Each of them has five seconds.
+    silent.write("resolv.conf", "nameserver 127.0.0.1\nnameserver 127.0.0.2\noptions timeout:5\n");
+    let system = silent.system();
+    let second = Duration::from_secs(1);
+    let ask = async |within: Duration| {
+        let began = std::time::Instant::now();
+        let answer =
+            timeout(within, system.resolve("db.example.com")).await.expect("it waited for a silent nameserver");
+        assert_eq!(answer, said(&["10.0.0.1"], 60));
+        began.elapsed()
+    };
+    let first = ask(4 * second).await;
+    assert!(first >= second, "the second was asked after {first:?}");
+    let asked = silent.questions.load(SeqCst);
+    for _ in 0..5 {
+        ask(second).await;
+    }
+    assert_eq!(silent.questions.load(SeqCst), asked, "the silent one is still asked first");
+    // Nor for ever: when the other falls silent, the first has its turn again.
+    silent.set(Does::Answers(&["10.0.0.1"], 60));
+    answering.set(Does::KeepsSilent);
+    ask(4 * second).await;
+    ask(second).await;
 }
 
 #[tokio::test]
