@@ -214,3 +214,14 @@ async fn thousands_of_short_connections_leave_nothing_behind() {
     // Other tests run beside this one: some are theirs.
     assert!(descriptors() < before + 200, "{before} before, {} after", descriptors());
 }
+
+#[tokio::test]
+async fn the_kernel_tells_who_listens_without_anybody_listening_for_it() {
+    let _host = host().await;
+    let port = 9000;
+    assert!(!enclaved_proxy::vsock_listeners().unwrap().contains(&port));
+    let listener = listen(port);
+    assert!(enclaved_proxy::vsock_listeners().unwrap().contains(&port));
+    drop(listener);
+    assert!(!enclaved_proxy::vsock_listeners().unwrap().contains(&port));
+}
