@@ -20,6 +20,7 @@ mod metadata;
 mod network;
 mod watch;
 
+pub use heartbeat::Vsock;
 pub use watch::watch;
 
 use crate::config::{Config, SupervisorKind};
@@ -40,7 +41,6 @@ use enclaved_core::routes::VsockTransport;
 use enclaved_core::sizing::Demand;
 use std::collections::BTreeSet;
 use std::future::Future;
-use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -79,8 +79,8 @@ pub struct Places {
     pub metadata: Option<String>,
     /// The bus.
     pub bus: BusAddress,
-    /// Takes vsock port 9000 for a moment.
-    pub take_heartbeat_port: fn() -> io::Result<()>,
+    /// What is done with AF_VSOCK.
+    pub vsock: Vsock,
 }
 
 /// Which bus systemd and polkit are on.
@@ -98,7 +98,7 @@ impl Default for Places {
             roots: Roots::default(),
             metadata: metadata::endpoint(),
             bus: BusAddress::System,
-            take_heartbeat_port: heartbeat::take,
+            vsock: Vsock::default(),
         }
     }
 }
@@ -444,8 +444,8 @@ impl Doctor {
     }
 
     async fn heartbeat(&self) -> Observation<nitro::HeartbeatSeen> {
-        let (run_dir, take) = (self.config.host.run_dir.clone(), self.places.take_heartbeat_port);
-        aside("the look at vsock port 9000", move || heartbeat::look(&run_dir, take)).await
+        let (run_dir, roots, vsock) = (self.config.host.run_dir.clone(), self.places.roots.clone(), self.places.vsock);
+        aside("the look at vsock port 9000", move || heartbeat::look(&run_dir, &roots, vsock)).await
     }
 
     /// All addresses that are listened on, and for what.

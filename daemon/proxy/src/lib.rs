@@ -30,6 +30,7 @@ mod telling;
 mod throttle;
 mod unix_socket;
 pub mod vsock;
+mod vsock_listeners;
 
 pub use limits::Limits;
 pub use manager::Manager;
@@ -63,6 +64,8 @@ const CUT: Duration = Duration::from_secs(2);
 pub fn own_addresses() -> io::Result<Vec<OwnRange>> {
     host_addresses::read().map_err(io::Error::other)
 }
+
+pub use vsock_listeners::vsock_listeners;
 
 /// Where a proxy keeps its state and is reached.
 #[derive(Debug, Clone)]

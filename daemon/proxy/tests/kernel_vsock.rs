@@ -277,3 +277,14 @@ async fn a_listener_that_was_kept_is_served_by_the_next_proxy_with_all_who_waite
         is_served(enclave).await;
     }
 }
+
+#[tokio::test]
+async fn the_kernel_tells_who_listens_without_anybody_listening_for_it() {
+    let _host = host().await;
+    let port = 9000;
+    assert!(!enclaved_proxy::vsock_listeners().unwrap().contains(&port));
+    let listener = listen(port);
+    assert!(enclaved_proxy::vsock_listeners().unwrap().contains(&port));
+    drop(listener);
+    assert!(!enclaved_proxy::vsock_listeners().unwrap().contains(&port));
+}

@@ -185,7 +185,7 @@ pub fn nitro_cli(inventory: &Inventory) -> Finding {
 pub enum HeartbeatSeen {
     /// Nobody holds it.
     Free,
-    /// enclaved is launching an enclave just now, and holds it by right.
+    /// An enclave is being launched just now, or may be: its launch holds the port by right, or is about to.
     Launching,
     /// Somebody holds it.
     Held,
@@ -198,7 +198,10 @@ pub fn heartbeat_port(seen: &Observation<HeartbeatSeen>) -> Finding {
     let check = Check::HeartbeatPort;
     match seen {
         Known(HeartbeatSeen::Free) => Finding::ok(check, "vsock port 9000 is free"),
-        Known(HeartbeatSeen::Launching) => Finding::ok(check, "an enclave is being launched just now"),
+        Known(HeartbeatSeen::Launching) => Finding::ok(
+            check,
+            "an enclave is being launched just now, or may be: its launch needs the port, which is not looked at",
+        ),
         Known(HeartbeatSeen::Held) => Finding::failure(
             check,
             "vsock port 9000 is held by a process that is not enclaved's",

@@ -143,11 +143,11 @@ fn on_two_nodes_a_pool_is_judged_by_count_and_node_and_the_one_that_is_there_is_
 fn the_room_for_an_update_is_wished_for_but_it_is_not_the_least() {
     let host = host("m5.2xlarge");
     for update in [UpdatePolicy::Auto, UpdatePolicy::BlueGreen] {
-        let exact = wanted(PoolPolicy::Exact, &host, &[demand("a", 2, 512, update)]).unwrap().unwrap();
-        assert_eq!(wish(&exact), (CpuRequest::Count(4), 1024));
+        let exact = wanted(PoolPolicy::Exact, &host, &[demand("a", 2, 256, update)]).unwrap().unwrap();
+        assert_eq!(wish(&exact), (CpuRequest::Count(4), 512));
         assert_eq!(exact.least.as_ref().unwrap().cpus, CpuRequest::Count(2));
-        assert_eq!(exact.least.as_ref().unwrap().memory_mib, MemoryMib(512));
-        let without = change(Some(exact), &pool(2, 512), &NONE_RUNS, &NOTHING_USED);
+        assert_eq!(exact.least.as_ref().unwrap().memory_mib, MemoryMib(256));
+        let without = change(Some(exact), &pool(2, 256), &NONE_RUNS, &NOTHING_USED);
         assert!(matches!(without, PoolChange::Due { urgent: false, .. }), "{without:?}");
     }
 }
