@@ -16,7 +16,7 @@ fn a_check_that_fails_is_named_in_systemctl_status_until_it_passes() {
     parent.run_ok(&["rm", STOCK]).unwrap();
     parent.run_ok(&["systemctl", "daemon-reload"]).unwrap();
     parent.run_ok(&["systemctl", "start", "enclaved"]).unwrap();
-    let says = |what: &str| Ok(parent.property("enclaved", "StatusText")?.contains(what));
+    let says = |what: &str| Ok::<_, anyhow::Error>(parent.property("enclaved", "StatusText")?.contains(what));
     let failed = "check allocator_service failed, see enclavectl doctor";
     parent.wait_until("the check is named", DEADLINE, || Ok(says(failed)?.then_some(()))).unwrap();
     let status = parent.run(&["systemctl", "status", "--no-pager", "enclaved"]).unwrap();
