@@ -12,6 +12,8 @@
 //! | `system` | clock, descriptors, disk |
 
 pub mod access;
+#[cfg(test)]
+mod all_checks;
 pub mod cloud;
 pub mod network;
 pub mod nitro;

@@ -67,7 +67,7 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         self.report.request = Some(request.clone());
         let Request { wish, least, .. } = request;
         // Before the look at what runs: no launch of enclaved begins after it. Held until the end.
-        let no_launch = lock::no_launch(&self.places.launch_lock);
+        let no_launch = lock::no_launch(&self.places.launch_lock).await;
         let seen = self.inventory.read().await;
         let capacity = Capacity::of(&seen, reserve).map_err(|failure| Failure {
             message: format!("the host could not be sized up: {}", failure.message),

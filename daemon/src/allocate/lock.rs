@@ -53,7 +53,7 @@ pub(super) async fn show_at_work(report: &Path) -> Result<File, Failure> {
 ///
 /// # Errors
 /// A launch is under way, or that can't be told.
-pub(super) fn no_launch(path: &Path) -> Result<Option<File>, Failure> {
+pub(super) async fn no_launch(path: &Path) -> Result<Option<File>, Failure> {
     let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
     let flags = i32::try_from(flags.bits()).unwrap_or(0);
     let file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
@@ -64,13 +64,20 @@ pub(super) fn no_launch(path: &Path) -> Result<Option<File>, Failure> {
     if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
         return Err(Failure::new(format!("{} is no file", path.display())));
     }
-    match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Err(Failure::new(format!(
-            "an enclave is being launched (its launch holds {}); what is reserved changes only while none is",
-            path.display()
-        ))),
-        Err(TryLockError::Error(error)) => Err(failed("locking", path, &error)),
+    // A look of the daemon's holds it for a moment, too.
+    let until = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(Some(file)),
+            Err(TryLockError::WouldBlock) if tokio::time::Instant::now() < until => tokio::time::sleep(PAUSE).await,
+            Err(TryLockError::WouldBlock) => {
+                return Err(Failure::new(format!(
+                    "an enclave is being launched (its launch holds {}); what is reserved changes only while none is",
+                    path.display()
+                )));
+            }
+            Err(TryLockError::Error(error)) => return Err(failed("locking", path, &error)),
+        }
     }
 }
 
@@ -108,22 +115,22 @@ mod tests {
         show_at_work(&report).await.unwrap();
     }
 
-    #[test]
-    fn no_launch_begins_while_the_lock_is_held_and_one_under_way_is_not_disturbed() {
+    #[tokio::test(start_paused = true)]
+    async fn no_launch_begins_while_the_lock_is_held_and_one_under_way_is_not_disturbed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("launch.lock");
-        assert!(no_launch(&path).unwrap().is_none(), "and none is made: it is the daemon's");
+        assert!(no_launch(&path).await.unwrap().is_none(), "and none is made: it is the daemon's");
         assert!(!path.exists());
         let launch = open(&path, 0o600).unwrap();
         launch.lock().unwrap();
-        assert!(no_launch(&path).unwrap_err().message.contains("an enclave is being launched"));
+        assert!(no_launch(&path).await.unwrap_err().message.contains("an enclave is being launched"));
         drop(launch);
-        let held = no_launch(&path).unwrap();
+        let held = no_launch(&path).await.unwrap();
         assert!(open(&path, 0o600).unwrap().try_lock().is_err(), "a launch waits");
         drop(held);
         open(&path, 0o600).unwrap().try_lock().unwrap();
         std::fs::rename(&path, folder.path().join("other")).unwrap();
         std::os::unix::fs::symlink(folder.path().join("other"), &path).unwrap();
-        assert!(no_launch(&path).is_err(), "its folder is the daemon's, who could have root hold any file");
+        assert!(no_launch(&path).await.is_err(), "its folder is the daemon's, who could have root hold any file");
     }
 }

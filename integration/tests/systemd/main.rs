@@ -8,6 +8,7 @@ mod allocator_and_enclaves;
 mod conformance;
 mod continuity;
 mod daemon;
+mod doctor;
 mod machine;
 mod permissions;
 mod readme;
