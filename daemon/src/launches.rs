@@ -5,6 +5,8 @@
 //! ([`crate::launch_trace`]) and from `/proc`. How a helper is started, and how an enclave is asked to end, is the
 //! supervisors' ([`crate::host::direct`], [`crate::host::systemd`]); deciding anything is the planner's.
 
+mod account;
+mod folder;
 pub(crate) mod scan;
 pub(crate) mod stop;
 
@@ -20,6 +22,7 @@ use enclaved_core::id::{BootId, EnclaveKey, Timestamp};
 use enclaved_core::ledger::{LaunchRecord, ProcessIdentity};
 use enclaved_core::plan::restart::Backoff;
 use enclaved_core::plan::{Launch, Launched};
+use folder::{make_trace, remove_trace};
 use rustix::process::Signal;
 use scan::{Scan, Scanner};
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,7 +30,7 @@ use std::fs;
 use std::future::Future;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -263,6 +266,7 @@ impl Launches {
 
     /// Looks at all launches.
     pub(crate) async fn look(&self, known: &BTreeMap<EnclaveKey, LaunchRecord>, beside: Beside) -> Outcome<Scan> {
+        drop(reap(&self.tasks));
         let version = *self.shared.version.borrow();
         let scanner = self.scanner(known, beside);
         match blocking(move || scanner.scan()).await.flatten() {
@@ -295,9 +299,7 @@ impl Launches {
     fn terminate(&self, key: &EnclaveKey, launch: &LaunchRecord) {
         let nitro_cli = NitroCli::new(&self.settings.nitro_cli);
         let (key, id) = (key.clone(), launch.enclave_id.clone());
-        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn(async move {
+        reap(&self.tasks).spawn(async move {
             if let Err(failure) = nitro_cli.terminate_enclave(&id).await {
                 tracing::warn!("{key}: {failure}");
             }
@@ -460,42 +462,16 @@ pub(crate) fn unit_name(key: &EnclaveKey) -> String {
     format!("{UNIT_PREFIX}{key}.service")
 }
 
-/// Makes the folder of a launch, whole: what is in it is on disk before its name is there. False if there is one.
-fn make_trace(folder: &Path, spec: &LaunchSpec) -> Result<bool, FileError> {
-    let trace = folder.join(spec.key.to_string());
-    let hidden = folder.join(format!("{HIDDEN}new-{}", spec.key));
-    match fs::remove_dir_all(&hidden) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(FileError::io("remove", &hidden)(error)),
-    }
-    fs::DirBuilder::new().mode(0o700).create(&hidden).map_err(FileError::io("make folder", &hidden))?;
-    Trace::new(&hidden).write_spec(spec)?;
-    // The folder of a launch is never empty, and a rename replaces only an empty one.
-    match fs::rename(&hidden, &trace) {
-        Ok(()) => atomic_file::sync_folder(folder).map(|()| true),
-        Err(_) if trace.exists() => Ok(false),
-        Err(error) => Err(FileError::io("make folder", &trace)(error)),
-    }
-}
-
-/// Removes the traces of a launch; half-removed ones are never seen.
-fn remove_trace(folder: &Path, key: &EnclaveKey) -> Outcome<()> {
-    let trace = folder.join(key.to_string());
-    let hidden = folder.join(format!("{HIDDEN}gone-{key}"));
-    let removed = (|| {
-        if hidden.exists() {
-            fs::remove_dir_all(&hidden).map_err(FileError::io("remove", &hidden))?;
+/// Clears away the tasks that have ended. One that panicked is a bug, which ends whoever looks here, and with it the process: what it
+/// was to find out would be waited for for ever.
+pub(crate) fn reap(tasks: &Mutex<JoinSet<()>>) -> MutexGuard<'_, JoinSet<()>> {
+    let mut tasks = tasks.lock().unwrap_or_else(PoisonError::into_inner);
+    while let Some(ended) = tasks.try_join_next() {
+        if let Some(panic) = ended.err().and_then(|error| error.try_into_panic().ok()) {
+            std::panic::resume_unwind(panic);
         }
-        match fs::rename(&trace, &hidden) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(FileError::io("remove", &trace)(error)),
-        }
-        atomic_file::sync_folder(folder)?;
-        fs::remove_dir_all(&hidden).map_err(FileError::io("remove", &hidden))
-    })();
-    removed.map_err(|error| fault(&error))
+    }
+    tasks
 }
 
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Outcome<T> {
@@ -509,4 +485,25 @@ pub(crate) fn fault(error: &FileError) -> Failure {
 
 pub(crate) fn now() -> Timestamp {
     SystemTime::now().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_panicked_ends_whoever_waits_for_what_it_was_to_find_out() {
+        let tasks = Mutex::new(JoinSet::new());
+        reap(&tasks).spawn(async {});
+        while !reap(&tasks).is_empty() {
+            tokio::task::yield_now().await;
+        }
+        reap(&tasks).spawn(async { panic!("a bug") });
+        let looking = tokio::spawn(async move {
+            while !reap(&tasks).is_empty() {
+                tokio::task::yield_now().await;
+            }
+        });
+        assert!(looking.await.unwrap_err().is_panic());
+    }
 }

@@ -6,7 +6,7 @@
 use super::{Outcome, Supervisor};
 use crate::atomic_file::FileError;
 use crate::child_environment;
-use crate::launches::{Beside, LaunchSettings, Launches, Working, fault};
+use crate::launches::{Beside, LaunchSettings, Launches, Working, fault, reap};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::EnclaveKey;
 use enclaved_core::ledger::LaunchRecord;
@@ -18,7 +18,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use tokio::process::Command;
 use tokio::task::JoinSet;
 
@@ -77,9 +77,7 @@ impl Direct {
             .map_err(|error| {
                 Failure::new(format!("could not start the launch helper {}: {error}", program.display()))
             })?;
-        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn(async move {
+        reap(&self.tasks).spawn(async move {
             let key = &working.key;
             match child.wait().await {
                 Ok(status) if status.success() => drop(working.shared.state().helpers.remove(key)),
@@ -94,7 +92,6 @@ impl Direct {
             }
             drop(working);
         });
-        drop(tasks);
         self.launches.shared.bump();
         Ok(())
     }
@@ -102,6 +99,7 @@ impl Direct {
 
 impl Supervisor for Direct {
     async fn observe(&self, known: &BTreeMap<EnclaveKey, LaunchRecord>) -> Outcome<BTreeMap<EnclaveKey, Instance>> {
+        drop(reap(&self.tasks));
         let scan = self.launches.look(known, Beside::default()).await?;
         for key in &scan.unresolved {
             // Traces of an attempt on which nobody works any more: the helper finds out what came of it.

@@ -166,6 +166,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_the_first_version_wrote_can_still_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.json");
+        fs::write(&path, include_str!("ledger_file/written-by-0.1.json")).unwrap();
+        let loaded = LedgerFile::new(&path).load().await.unwrap();
+        assert_eq!(loaded.problem, None);
+        let ledger = loaded.ledger;
+        let (signer, vault) =
+            (&ledger.enclaves[&"signer".parse().unwrap()], &ledger.enclaves[&"vault".parse().unwrap()]);
+        assert_eq!((signer.generations.len(), signer.restarts, signer.held_since), (2, 2, None));
+        let launched = ledger.generation(&"signer-3".parse().unwrap()).unwrap().launch().unwrap();
+        assert_eq!((launched.process.pid, ledger.next_cid.get()), (168, 19));
+        assert!(vault.held_since.is_some() && ledger.images.len() == 1);
+    }
+
+    #[tokio::test]
     async fn a_torn_or_foreign_ledger_is_put_aside_untouched_and_the_reason_is_told() {
         let folder = tempfile::tempdir().unwrap();
         let file = LedgerFile::new(folder.path().join("ledger.json"));

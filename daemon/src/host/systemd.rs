@@ -8,7 +8,7 @@
 use super::{Outcome, Supervisor};
 use crate::journal;
 use crate::launch::unit::ENDED_UNASKED;
-use crate::launches::{Beside, LaunchSettings, Launches, Story, UNIT_PREFIX, unit_name};
+use crate::launches::{Beside, LaunchSettings, Launches, Story, UNIT_PREFIX, reap, unit_name};
 use crate::systemd_bus::{JobError, ServiceResult, SystemdBus, UnitState, Verb};
 use enclaved_core::failure::Failure;
 use enclaved_core::id::EnclaveKey;
@@ -143,6 +143,7 @@ impl Systemd {
 
     /// What is known beside the traces.
     fn beside(&self, listed: &Result<States, Failure>) -> Beside {
+        drop(reap(&self.tasks));
         let no_units = States::new();
         let states = listed.as_ref().unwrap_or(&no_units);
         for (key, _) in states.iter().filter(|(_, state)| state.active == "failed" && state.job.is_none()) {
@@ -169,9 +170,7 @@ impl Systemd {
         lock(&self.units).stories.insert(key.clone(), Story::Coming);
         let (bus, units, shared) = (self.bus.clone(), self.units.clone(), self.launches.shared.clone());
         let key = key.clone();
-        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn(async move {
+        reap(&self.tasks).spawn(async move {
             let unit = unit_name(&key);
             let (service, words) = tokio::join!(bus.service(&unit), journal::last_words(&unit, WORDS));
             let result = match service {

@@ -1,10 +1,11 @@
 //! One look at the traces of all launches and at the processes they tell of. Writes only what was found out for good: the
 //! time of an end, and that a launch was cut off before it began.
 
+use super::account::{account, last_words};
 use super::{Beside, HIDDEN, LOOK_AGAIN, Shared, Story, fault};
 use crate::atomic_file::FileError;
 use crate::host::Outcome;
-use crate::launch_trace::{self, Exit, Failed, LaunchSpec, Moment, Trace};
+use crate::launch_trace::{self, Failed, LaunchSpec, Moment, Trace};
 use crate::launches::unit_name;
 use crate::nitro_cli::Mark;
 use crate::procfs;
@@ -439,34 +440,4 @@ fn alive(process: ProcessIdentity) -> Outcome<bool> {
 fn not_known(key: &EnclaveKey, failure: Failure) -> Failure {
     let message = Failure::new(format!("it is not known whether {key} runs: {}", failure.message)).message;
     Failure { message, ..failure }
-}
-
-/// How an enclave's process ended, in words.
-fn account(exit: Option<&Exit>, story: Option<&Story>) -> Option<String> {
-    let (result, words) = match story {
-        Some(Story::Told { result, words }) => (Some(result.as_str()), last_words(words)),
-        Some(Story::Coming) | None => (None, String::new()),
-    };
-    let how = match exit {
-        Some(exit) => exit_words(exit),
-        None => format!("its unit failed: {}", result?),
-    };
-    Some(format!("{how}{words}"))
-}
-
-fn exit_words(exit: &Exit) -> String {
-    let Exit { result, code, status, .. } = exit;
-    let memory = if result == "oom-kill" { ", for want of memory" } else { "" };
-    match (code.as_str(), status.as_str()) {
-        ("exited", "0") => "its process exited with status 0, as it does when an enclave ends by itself: its \
-                            application crashed, or it was powered off inside"
-            .to_owned(),
-        ("exited", status) => format!("its process exited with status {status}{memory}"),
-        ("killed" | "dumped", signal) => format!("its process was killed by SIG{signal}{memory}"),
-        _ => format!("its unit ended with the result \"{result}\""),
-    }
-}
-
-fn last_words(words: &[String]) -> String {
-    if words.is_empty() { String::new() } else { format!("; last in its journal: {}", words.join(" | ")) }
 }

@@ -11,7 +11,6 @@ use enclaved_core::desired::{
     AllocatorMode, Desired, EgressSpec, EnclaveSpec, HealthCheck, HostPolicy, ImageRequest, ImageSource, IngressSpec,
     OnUnhealthy, Probe, RestartPolicy, TcpPort, UpdatePolicy,
 };
-use enclaved_core::failure::Failure;
 use enclaved_core::id::{EnclaveKey, EnclaveName, MemoryMib};
 use enclaved_core::image::{ExpectedImage, Limits, Measurer, VerifiedImage, verify};
 use enclaved_core::ledger::Phase;
@@ -184,9 +183,10 @@ impl Harness {
         process.task.await.expect("it does not panic")
     }
 
-    /// Why the control process could not see what runs, when it looked last.
-    pub fn unseen(&self) -> Option<Failure> {
-        self.process.as_ref()?.reports.borrow().as_ref()?.unseen.clone()
+    /// Whether the control process saw what runs, when it looked last.
+    pub fn sees(&self) -> bool {
+        let report = self.process.as_ref().and_then(|process| process.reports.borrow().clone());
+        report.is_some_and(|report| report.unseen.is_none())
     }
 
     /// Another configuration, now and after every restart.

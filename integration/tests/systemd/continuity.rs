@@ -270,6 +270,22 @@ fn a_proxy_that_is_killed_again_and_again_refuses_no_connection() {
 }
 
 #[test]
+fn a_proxy_that_hangs_is_ended_by_the_watchdog_and_nobody_is_refused_meanwhile() {
+    let host = Host::ready();
+    let soon = "[Service]\nWatchdogSec=2s\n";
+    host.parent.write("/etc/systemd/system/enclaved-proxy.service.d/soon.conf", soon).unwrap();
+    host.parent.run_ok(&["systemctl", "daemon-reload"]).unwrap();
+    host.parent.run_ok(&["systemctl", "restart", PROXY]).unwrap();
+    let traffic = Traffic::of_short_connections(&host.parent, ECHO).unwrap();
+    let before = host.proxy().unwrap();
+    host.parent.run_ok(&["kill", "-STOP", &before.to_string()]).unwrap();
+    host.until_another_proxy(before);
+    assert!(host.parent.journal(PROXY).unwrap().contains("watchdog"));
+    assert_eq!(host.processes(&host.until_ready(2)), host.pids);
+    only_cut_so_often(traffic, 1);
+}
+
+#[test]
 fn a_stop_of_the_proxy_closes_its_sockets_and_a_start_opens_them_again() {
     let host = Host::ready();
     let connect = || host.parent.in_network(|| TcpStream::connect(ECHO).map(drop)).unwrap();
