@@ -74,6 +74,7 @@ struct StateSeries {
     accept_errors: IntCounterVec,
     panics: IntCounterVec,
     refused: IntCounterVec,
+    handshake_failures: IntCounterVec,
     open: IntGaugeVec,
     total: IntCounterVec,
     bytes: IntCounterVec,
@@ -199,8 +200,13 @@ impl Metrics {
             panics: counters("enclaved_proxy_panics_total", "Connections that ended by a bug in the proxy.", &[])?,
             refused: counters(
                 "enclaved_proxy_refused_total",
-                "Connections that belong to no enclave: unknown peers, unknown names, failed handshakes.",
+                "Connections and requests that belong to no enclave: unknown peers, unknown hosts, too many.",
                 &["reason"],
+            )?,
+            handshake_failures: counters(
+                "enclaved_https_handshake_failures_total",
+                "TLS handshakes that came to nothing, by cause.",
+                &["cause"],
             )?,
             open: gauges("enclaved_traffic_open", "Open connections; for HTTPS, requests.", traffic)?,
             total: counters("enclaved_traffic_total", "Accepted connections; for HTTPS, requests.", traffic)?,
@@ -420,6 +426,7 @@ impl StateSeries {
             &self.accept_errors,
             &self.panics,
             &self.refused,
+            &self.handshake_failures,
             &self.total,
             &self.bytes,
             &self.failures,
@@ -476,6 +483,9 @@ impl StateSeries {
         self.panics.with_label_values::<&str>(&[]).inc_by(report.panics);
         for (reason, count) in &report.refused {
             self.refused.with_label_values(&[reason]).inc_by(*count);
+        }
+        for (cause, count) in &report.handshake_failures {
+            self.handshake_failures.with_label_values(&[cause]).inc_by(*count);
         }
         for listener in &report.listeners {
             let (kind, cid) = match listener.listener {

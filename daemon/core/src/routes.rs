@@ -18,7 +18,7 @@ mod names;
 mod rules;
 pub use check::InvalidRoutes;
 pub use names::{is_domain, is_host};
-pub use rules::{BadIpNetwork, EgressLimits, IpNetwork, ProxyProtocol, TcpRules};
+pub use rules::{BadIpNetwork, EgressLimits, HttpsRules, IpNetwork, Passthrough, ProxyProtocol, SiteRules, TcpRules};
 
 /// How vsock is reached on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -145,6 +145,9 @@ pub struct HostsRoute {
 pub struct HttpsListener {
     /// Address and port; port 0 lets the kernel choose, and the report says which it was.
     pub listen: SocketAddr,
+    /// Who may use it, and how much.
+    #[serde(default, skip_serializing_if = "HttpsRules::is_default")]
+    pub rules: HttpsRules,
 }
 
 /// An enclave's domains, and where their requests go.
@@ -155,10 +158,14 @@ pub struct Site {
     pub enclave: EnclaveName,
     /// Names in SNI and Host, lower case, without port; `*.example.com` covers one label.
     pub domains: Vec<String>,
-    /// Paths by prefix (longest wins; a prefix matches whole segments); the first entry is not special.
+    /// Paths by prefix (longest wins; a prefix matches whole segments); the first entry is not special. None with
+    /// [`SiteRules::passthrough`].
     pub paths: Vec<PathRoute>,
     /// The generation that takes new requests; `None` while none is ready (503 with Retry-After).
     pub target: Option<Cid>,
+    /// What is special about it.
+    #[serde(default, skip_serializing_if = "SiteRules::is_default")]
+    pub rules: SiteRules,
 }
 
 /// Requests whose path begins with a prefix.
@@ -244,9 +251,12 @@ pub struct ProxyReport {
     pub last_routes_error: Option<String>,
     /// Connections that could not be accepted: a shortage of descriptors or memory, or an error of the connection itself.
     pub accept_errors: u64,
-    /// What belongs to no enclave and was refused, by reason (`unknown_peer`, `unknown_host`, `handshake`, …: a fixed
+    /// What belongs to no enclave and was refused, by reason (`unknown_peer`, `unknown_host`, `https_limit`, …: a fixed
     /// set, see the proxy's counters).
     pub refused: BTreeMap<String, u64>,
+    /// TLS handshakes of HTTPS that came to nothing, by cause (`timeout`, `not_tls`, `certificate_refused`, …: a fixed set,
+    /// see the proxy's counters).
+    pub handshake_failures: BTreeMap<String, u64>,
     /// Connections and listeners that ended by a defect of the proxy (a panic). Anything but zero is worth a bug report.
     pub panics: u64,
     /// The names of upstreams, each once however many endpoints lead there.
@@ -330,7 +340,8 @@ pub struct TrafficReport {
     pub enclave: EnclaveName,
     /// Which way and kind.
     pub direction: Direction,
-    /// The endpoint: `hostname:port` for egress, `https` or the listening port for ingress.
+    /// The endpoint: `hostname:port` for egress, `https` or the listening port for ingress (for TLS that is passed through, that
+    /// of HTTPS).
     pub endpoint: String,
     /// Connections (for HTTPS: requests) open now.
     pub open: u64,
@@ -383,6 +394,15 @@ mod tests {
         assert_ne!(routes.revision(), other.revision());
         let text = serde_json::to_string(&routes.revision()).unwrap();
         assert_eq!(serde_json::from_str::<Revision>(&text).unwrap(), routes.revision());
+    }
+
+    #[test]
+    fn a_snapshot_of_a_version_that_knew_less_is_read() {
+        let text = r#"{"format":1,"vsock":"af_vsock","egress":[],"https":{"listen":"[::]:443"},"sites":[{"enclave":"signer",
+            "domains":["a.test"],"paths":[{"prefix":"/","vsock_port":8080}],"target":16}],"tcp":[]}"#;
+        let routes: Routes = serde_json::from_str(text).unwrap();
+        routes.check().unwrap();
+        assert!(routes.sites[0].rules.is_default() && routes.https.unwrap().rules.is_default());
     }
 
     #[test]

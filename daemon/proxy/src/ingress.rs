@@ -2,13 +2,16 @@
 //! them is in the routes; nothing here asks whether it is well.
 
 mod body;
+mod client;
 mod forward;
+mod handshake;
 mod headers;
 pub(crate) mod https;
+mod passthrough;
 mod proxy_protocol;
+mod serving;
 pub(crate) mod sites;
 mod sources;
-mod stall;
 pub(crate) mod tcp;
 pub(crate) mod tls;
 pub(crate) mod upstream;

@@ -12,6 +12,7 @@ mod dial;
 mod durable;
 mod egress;
 mod error_text;
+mod hello;
 mod host_addresses;
 mod ingress;
 mod inherited;

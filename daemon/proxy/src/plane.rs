@@ -162,6 +162,7 @@ impl Plane {
             last_routes_error: state.routes_error.clone(),
             accept_errors: counters.accept_errors.load(Relaxed),
             refused: counters.refused.report(),
+            handshake_failures: counters.handshakes.report(),
             panics: counters.panics.load(Relaxed),
             names: self.shared.resolver.report(),
         }
@@ -336,11 +337,20 @@ impl Plane {
     async fn apply_https(&self, state: &mut State, routes: &Routes, transport: &Transport) {
         let targets: HashSet<_> = routes.sites.iter().filter_map(|site| site.target).collect();
         self.https.upstreams.retarget(transport.clone(), targets);
+        let port = routes.https.as_ref().map_or(0, |https| https.listen.port());
         let sites = Sites::new(routes.sites.iter().map(|site| {
             let target = site.target.and_then(|cid| state.lives.get(&cid).cloned());
-            let traffic = self.shared.counters.traffic(key(&site.enclave, Direction::Https, "https".to_owned()));
-            (site.domains.clone(), sites::Backend::new(site.paths.clone(), target, traffic))
+            let traffic = |direction, name| self.shared.counters.traffic(key(&site.enclave, direction, name));
+            let backend = match site.rules.passthrough {
+                Some(raw) => sites::Backend::raw(raw, target, traffic(Direction::Tcp, port.to_string())),
+                None => {
+                    let traffic = traffic(Direction::Https, "https".to_owned());
+                    sites::Backend::new(site.paths.clone(), target, traffic)
+                }
+            };
+            sites::Site { domains: site.domains.clone(), default: site.rules.default, backend }
         }));
+        self.https.rules.set(routes.https.as_ref().map(|https| https.rules.clone()).unwrap_or_default());
         let same_domains = self.https.sites.get().domains() == sites.domains();
         self.https.sites.set(sites);
         let Some(https) = &routes.https else { return };

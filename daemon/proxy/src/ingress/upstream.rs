@@ -1,6 +1,6 @@
 //! HTTP connections into enclaves: made when needed, kept while idle, forgotten when their enclave takes no new requests.
 
-use super::body::Upload;
+use super::body::{ClientFault, Progress, Upload};
 use crate::counters::Live;
 use crate::current::Current;
 use crate::shared::Shared;
@@ -13,7 +13,6 @@ use hyper_util::rt::TokioIo;
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
@@ -30,6 +29,8 @@ pub(crate) enum SendError {
     Http(#[source] hyper::Error),
     #[error("the enclave did not answer in time")]
     Silent,
+    #[error("the request was not sent whole")]
+    Client(#[source] ClientFault),
     #[error("the enclave's generation ended")]
     Cut,
 }
@@ -79,6 +80,11 @@ impl Upstreams {
         pool.targets = targets;
     }
 
+    /// How enclaves are reached now.
+    pub(crate) fn transport(&self) -> Arc<Transport> {
+        self.transport.get()
+    }
+
     /// Closes idle connections, and from now on each when it becomes idle.
     pub(crate) fn keep_none(&self) {
         let mut pool = self.lock();
@@ -107,10 +113,7 @@ impl Upstreams {
     ) -> Result<(Response<Incoming>, Lease), SendError> {
         let cut = live.cut.child_token();
         let key = (live.cid, port);
-        let taken = match request.body() {
-            Upload::Stream { taken, .. } => Some(taken.clone()),
-            Upload::Empty => None,
-        };
+        let progress = request.body().progress();
         loop {
             let (mut sender, reused) = match self.take(key) {
                 Some(sender) => (sender, true),
@@ -126,12 +129,15 @@ impl Upstreams {
                 // Cancel-safe: a token stays cancelled.
                 () = cut.cancelled() => return Err(SendError::Cut),
                 // Dropped only where the request is given up.
-                answer = self.patient(sender.try_send_request(request), taken.as_deref()) => answer?,
+                answer = self.patient(sender.try_send_request(request), progress.as_deref()) => answer?,
             };
             let mut error = match answer {
                 Ok(response) => return Ok((response, Lease { upstreams: self.clone(), key, sender })),
                 Err(error) => error,
             };
+            if let Some(fault) = progress.as_ref().and_then(|progress| progress.fault()) {
+                return Err(SendError::Client(fault));
+            }
             request = match (error.take_message(), spare) {
                 (Some(unsent), _) if reused => unsent,
                 (None, Some(spare)) => spare,
@@ -141,9 +147,9 @@ impl Upstreams {
     }
 
     /// Waits for an answer as long as the enclave gives signs of life.
-    async fn patient<T>(&self, answer: impl Future<Output = T>, taken: Option<&AtomicU64>) -> Result<T, SendError> {
+    async fn patient<T>(&self, answer: impl Future<Output = T>, progress: Option<&Progress>) -> Result<T, SendError> {
         let mut answer = pin!(answer);
-        let taken = || taken.map_or(0, |taken| taken.load(Relaxed));
+        let taken = || progress.map_or(0, Progress::taken);
         loop {
             let before = taken();
             match timeout(self.shared.limits.answer, answer.as_mut()).await {

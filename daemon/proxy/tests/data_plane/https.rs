@@ -104,9 +104,9 @@ async fn paths_and_names_lead_to_their_ports_and_unknown_names_are_misdirected()
     let response = client.send(misdirected).await.unwrap();
     assert_eq!(response.status(), 421);
     let error = host.tls(address, "c.test", b"h2").await.unwrap_err();
-    assert!(error.to_string().contains("alert"), "{error}");
+    assert!(error.to_string().contains("UnrecognisedName"), "{error}");
     let report = host.report().await;
-    assert_eq!(report.refused["unknown_host"], 2);
+    assert_eq!((report.refused["unknown_host"], report.handshake_failures["unknown_name"]), (1, 1));
 }
 
 #[tokio::test]
@@ -323,7 +323,7 @@ async fn clients_that_never_finish_a_handshake_or_a_head_are_hung_up_on() {
     let mut h2_mute = host.tls(address, "a.test", b"h2").await.unwrap();
     soon("the end of a mute HTTP/2 client", async { drop(h2_mute.read_to_end(&mut Vec::new()).await) }).await;
     let report = host.report().await;
-    assert_eq!(report.refused["handshake_timeout"], 1);
+    assert_eq!(report.handshake_failures["timeout"], 1);
 }
 
 #[tokio::test]
@@ -542,7 +542,7 @@ async fn garbage_before_and_after_the_handshake_ends_its_own_connection_only() {
     let mut client = host.http2(address, "a.test").await;
     assert_eq!(client.get_text("/").await, (200, "well".to_owned()));
     let report = host.report().await;
-    assert_eq!((report.panics, report.refused["handshake"]), (0, 5));
+    assert_eq!((report.panics, report.handshake_failures["not_tls"]), (0, 5));
 }
 
 #[tokio::test]

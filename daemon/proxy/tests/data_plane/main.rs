@@ -7,6 +7,7 @@ mod egress;
 mod faults;
 mod https;
 mod link;
+mod names;
 mod routes;
 mod rules;
 mod support;

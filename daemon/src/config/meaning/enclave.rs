@@ -11,7 +11,7 @@ use enclaved_core::desired::{
 use enclaved_core::egress_policy;
 use enclaved_core::id::{MemoryMib, Pcr};
 use enclaved_core::image::{ExpectedImage, Pins};
-use enclaved_core::routes::{BadIpNetwork, EgressLimits, PathRoute, TcpRules, is_domain, is_host};
+use enclaved_core::routes::{EgressLimits, Passthrough, PathRoute, SiteRules, TcpRules, is_domain, is_host};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -22,11 +22,19 @@ const HEARTBEAT_PORT: u32 = 9000;
 const CAUTION: (&str, u32) = ("/attestation", 49502);
 /// The same of its end-to-end encryption, STEVE.
 const E2E: (&str, u32) = ("/e2p", 49500);
+/// Where TLS that is passed through goes.
+const TLS_PORT: u32 = 443;
 /// Longest path prefix, in bytes.
 const MAX_PREFIX: usize = 1024;
 
-/// Which domain is whose: where it was first listed.
-pub(super) type Domains = BTreeMap<String, Path>;
+/// Which names are whose.
+#[derive(Debug, Default)]
+pub(super) struct Domains {
+    /// Where each domain was first listed.
+    listed: BTreeMap<String, Path>,
+    /// Where the enclave for all other names is.
+    default: Option<Path>,
+}
 
 impl Judge<'_> {
     /// The enclave, unless something is wrong with it.
@@ -242,6 +250,7 @@ impl Judge<'_> {
 
     fn ingress(&mut self, form: IngressForm, path: &Path, domains: &mut Domains) -> IngressSpec {
         let paths = self.paths(&form, path);
+        let site = self.site(&form, path, domains);
         let mut own = Vec::new();
         for (index, domain) in form.domains.iter().enumerate() {
             let at = path.key("domains").index(index);
@@ -252,11 +261,11 @@ impl Judge<'_> {
                     quoted(&domain)
                 );
                 self.refuse(&at, message);
-            } else if let Some(first) = domains.get(&domain) {
+            } else if let Some(first) = domains.listed.get(&domain) {
                 let message = format!("the domain {domain} is listed already, at {}", self.place_of(first));
                 self.refuse(&at, message);
             } else {
-                domains.insert(domain.clone(), at);
+                domains.listed.insert(domain.clone(), at);
                 own.push(domain);
             }
         }
@@ -279,26 +288,51 @@ impl Judge<'_> {
             self.listener(listen, &at);
             tcp.extend(listen.map(|listen| TcpPort { listen, vsock_port, rules }));
         }
-        IngressSpec { domains: own, paths, tcp }
+        IngressSpec { domains: own, paths, site, tcp }
     }
 
     fn rules(&mut self, form: &FullPortForm, path: &Path) -> TcpRules {
-        let at = path.key("allow");
-        let networks = form.allow.iter().enumerate();
         TcpRules {
             proxy_protocol: form.proxy_protocol,
-            allow: networks
-                .filter_map(|(index, text)| match text.parse() {
-                    Ok(network) => Some(network),
-                    Err(error) => {
-                        let error: BadIpNetwork = error;
-                        self.refuse(&at.index(index), format!("is {}; {error}", quoted(text)));
-                        None
-                    }
-                })
-                .collect(),
+            allow: self.networks(&form.allow, &path.key("allow")),
             max_connections: form.max_connections,
             max_connections_per_source: form.max_connections_per_source,
+        }
+    }
+
+    /// What is special about the HTTPS site.
+    fn site(&mut self, form: &IngressForm, path: &Path, domains: &mut Domains) -> SiteRules {
+        if form.default {
+            let at = path.key("default");
+            match &domains.default {
+                Some(first) => {
+                    let message = format!("another enclave takes unknown names already, at {}", self.place_of(first));
+                    self.refuse(&at, message);
+                }
+                None => domains.default = Some(at),
+            }
+        }
+        if form.passthrough {
+            let given = [
+                ("http_port", form.http_port.is_some()),
+                ("routes", !form.routes.is_empty()),
+                ("caution", form.caution),
+                ("e2e", form.e2e),
+            ];
+            for (key, _) in given.into_iter().filter(|(_, given)| *given) {
+                let message = "cannot be with passthrough: what is not decrypted has no paths; remove one of the two";
+                self.refuse(&path.key(key), message);
+            }
+        } else {
+            let given = [("tls_port", form.tls_port.is_some()), ("proxy_protocol", form.proxy_protocol.is_some())];
+            for (key, _) in given.into_iter().filter(|(_, given)| *given) {
+                self.refuse(&path.key(key), "is of use with passthrough = true only: add it, or remove this");
+            }
+        }
+        let (vsock_port, proxy_protocol) = (form.tls_port.unwrap_or(TLS_PORT), form.proxy_protocol);
+        SiteRules {
+            default: form.default,
+            passthrough: form.passthrough.then_some(Passthrough { vsock_port, proxy_protocol }),
         }
     }
 
@@ -339,7 +373,7 @@ impl Judge<'_> {
             }
         }
         let covered = paths.iter().any(|path| path.prefix == "/");
-        if !form.domains.is_empty() && !covered {
+        if !form.domains.is_empty() && !covered && !form.passthrough {
             let message = "http_port is missing: the vsock port inside the enclave that answers HTTP for these domains";
             self.refuse(path, message);
         }
@@ -349,6 +383,8 @@ impl Judge<'_> {
                 ("routes", !form.routes.is_empty()),
                 ("caution", form.caution),
                 ("e2e", form.e2e),
+                ("default", form.default),
+                ("passthrough", form.passthrough),
             ];
             for (key, _) in given.into_iter().filter(|(_, given)| *given) {
                 self.refuse(&path.key(key), "is of use with domains only: add domains = [\"...\"], or remove it");
