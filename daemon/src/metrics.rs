@@ -86,6 +86,8 @@ struct StateSeries {
     name_addresses: IntGaugeVec,
     name_failures: IntCounterVec,
     name_seconds: Latencies,
+    https_certificate_expiry: IntGaugeVec,
+    https_certificate_failed: IntGaugeVec,
 }
 
 /// A metric was defined twice or with a bad name: a bug that any start of the process shows.
@@ -253,6 +255,16 @@ impl Metrics {
                     name,
                 ),
             )?,
+            https_certificate_expiry: gauges(
+                "enclaved_https_certificate_expiry_timestamp_seconds",
+                "Until when the certificate is valid that clients of a domain are shown.",
+                &["domain"],
+            )?,
+            https_certificate_failed: gauges(
+                "enclaved_https_certificate_failed",
+                "1 if there is a certificate for a domain that can't be served: see `enclavectl status`.",
+                &["domain"],
+            )?,
         };
         let info = gauges("enclaved_build_info", "The running version.", &["version"])?;
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
@@ -419,6 +431,8 @@ impl StateSeries {
             &self.name_age,
             &self.name_stale,
             &self.name_addresses,
+            &self.https_certificate_expiry,
+            &self.https_certificate_failed,
         ];
         gauges.iter().for_each(|series| series.reset());
         self.enclave_since.reset();
@@ -491,6 +505,7 @@ impl StateSeries {
             let (kind, cid) = match listener.listener {
                 ListenerKey::Egress { cid, .. } => ("egress", cid.to_string()),
                 ListenerKey::Https { .. } => ("https", String::new()),
+                ListenerKey::Redirect { .. } => ("redirect", String::new()),
                 ListenerKey::Tcp { .. } => ("tcp", String::new()),
             };
             let open = i64::from(listener.error.is_none());
@@ -501,6 +516,13 @@ impl StateSeries {
         }
         for name in &report.names {
             self.name(name);
+        }
+        for certificate in &report.certificates {
+            let labels = [certificate.domain.as_str()];
+            if let Some(expires) = certificate.expires {
+                self.https_certificate_expiry.with_label_values(&labels).set(expires);
+            }
+            self.https_certificate_failed.with_label_values(&labels).set(i64::from(certificate.error.is_some()));
         }
     }
 

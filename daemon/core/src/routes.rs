@@ -18,7 +18,10 @@ mod names;
 mod rules;
 pub use check::InvalidRoutes;
 pub use names::{is_domain, is_host};
-pub use rules::{BadIpNetwork, EgressLimits, HttpsRules, IpNetwork, Passthrough, ProxyProtocol, SiteRules, TcpRules};
+pub use rules::{
+    BadIpNetwork, CertificateFiles, EgressLimits, HttpsRules, IpNetwork, Passthrough, ProxyProtocol, SiteRules,
+    TcpRules, UpstreamHttp,
+};
 
 /// How vsock is reached on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -176,6 +179,9 @@ pub struct PathRoute {
     pub prefix: String,
     /// The vsock port inside the enclave that answers HTTP.
     pub vsock_port: u32,
+    /// How it speaks HTTP.
+    #[serde(default, skip_serializing_if = "UpstreamHttp::is_default")]
+    pub upstream: UpstreamHttp,
 }
 
 /// A TCP port whose bytes go to a vsock port untouched.
@@ -261,6 +267,20 @@ pub struct ProxyReport {
     pub panics: u64,
     /// The names of upstreams, each once however many endpoints lead there.
     pub names: Vec<NameReport>,
+    /// The certificates of HTTPS, by domain.
+    pub certificates: Vec<CertificateReport>,
+}
+
+/// The certificate of one domain.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CertificateReport {
+    /// The domain.
+    pub domain: String,
+    /// Until when the one that is served is valid, in seconds since 1970; none where there is none.
+    pub expires: Option<i64>,
+    /// Why a newer one cannot be served, if there is one.
+    pub error: Option<String>,
 }
 
 /// What is known of an upstream's name. Counters since a route first held it.
@@ -323,6 +343,11 @@ pub enum ListenerKey {
     },
     /// HTTPS.
     Https {
+        /// As configured.
+        listen: SocketAddr,
+    },
+    /// Requests in clear, which are told to come again over HTTPS.
+    Redirect {
         /// As configured.
         listen: SocketAddr,
     },

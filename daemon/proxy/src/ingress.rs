@@ -9,6 +9,7 @@ mod headers;
 pub(crate) mod https;
 mod passthrough;
 mod proxy_protocol;
+pub(crate) mod redirect;
 mod serving;
 pub(crate) mod sites;
 mod sources;

@@ -3,12 +3,14 @@
 //!
 //! One owner: snapshots are applied one after another, under a lock that no connection ever takes.
 
+use crate::certificates::Origin;
 use crate::counters::{Live, TrafficKey};
 use crate::egress::hosts::Hosts;
 use crate::egress::seats::Seats;
 use crate::egress::{EgressPort, Endpoint, Grant, Offer};
 use crate::error_text::chain;
 use crate::ingress::https::{Https, HttpsPort};
+use crate::ingress::redirect::RedirectPort;
 use crate::ingress::sites::{self, Sites};
 use crate::ingress::tcp::{self, TcpPort};
 use crate::listening::Listening;
@@ -16,10 +18,12 @@ use crate::shared::Shared;
 use crate::store::Store;
 use crate::throttle::Throttle;
 use crate::vsock::{ListenPoint, Transport};
+use bytes::Bytes;
 use enclaved_core::id::{Cid, EnclaveName};
 use enclaved_core::routes::{
     Direction, EgressRoute, InvalidRoutes, ListenerKey, ListenerReport, ProxyReport, Revision, Routes, TcpRoute,
 };
+use http::HeaderValue;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
@@ -55,6 +59,7 @@ struct State {
 enum Slot {
     Egress(ListenPoint),
     Https(SocketAddr),
+    Redirect(SocketAddr),
     Tcp(SocketAddr),
 }
 
@@ -69,6 +74,7 @@ struct Open {
 enum Service {
     Egress(Arc<EgressPort>),
     Https,
+    Redirect,
     Tcp(Arc<TcpPort>),
 }
 
@@ -165,6 +171,7 @@ impl Plane {
             handshake_failures: counters.handshakes.report(),
             panics: counters.panics.load(Relaxed),
             names: self.shared.resolver.report(),
+            certificates: self.https.certificates.report(self.https.sites.get().domains()),
         }
     }
 
@@ -181,13 +188,15 @@ impl Plane {
             let listen = https.listen;
             (ListenerKey::Https { listen }, Slot::Https(listen))
         });
+        let redirect = routes.https.iter().filter_map(|https| https.rules.redirect);
+        let redirect = redirect.map(|listen| (ListenerKey::Redirect { listen }, Slot::Redirect(listen)));
         let tcp =
             routes.tcp.iter().map(|TcpRoute { listen, .. }| (ListenerKey::Tcp { listen: *listen }, Slot::Tcp(*listen)));
         let report = |(listener, slot): (ListenerKey, Slot)| {
             let (address, error) = state.slots.get(&slot)?.listening.report();
             Some(ListenerReport { listener, address, error })
         };
-        egress.chain(https).chain(tcp).filter_map(report).collect()
+        egress.chain(https).chain(redirect).chain(tcp).filter_map(report).collect()
     }
 
     async fn save(&self, state: &mut State) {
@@ -263,6 +272,12 @@ impl Plane {
         self.shared.counters.forget_unused();
         for open in state.slots.values_mut() {
             open.listening.settled().await;
+        }
+        if let Some(https) = &routes.https {
+            // As it was bound: the kernel may have chosen the port.
+            let bound = state.slots.get(&Slot::Https(https.listen)).map(|open| open.listening.report().0);
+            let bound = bound.and_then(|address| address.parse().ok());
+            self.https.set_port(bound.unwrap_or(https.listen).port());
         }
         // Every listener had its chance to take what was kept for it.
         self.shared.manager.forget_rest().await;
@@ -341,19 +356,33 @@ impl Plane {
         let sites = Sites::new(routes.sites.iter().map(|site| {
             let target = site.target.and_then(|cid| state.lives.get(&cid).cloned());
             let traffic = |direction, name| self.shared.counters.traffic(key(&site.enclave, direction, name));
-            let backend = match site.rules.passthrough {
+            let mut backend = match site.rules.passthrough {
                 Some(raw) => sites::Backend::raw(raw, target, traffic(Direction::Tcp, port.to_string())),
                 None => {
                     let traffic = traffic(Direction::Https, "https".to_owned());
                     sites::Backend::new(site.paths.clone(), target, traffic)
                 }
             };
-            sites::Site { domains: site.domains.clone(), default: site.rules.default, backend }
+            let hsts = site.rules.hsts_seconds.map(|seconds| format!("max-age={seconds}"));
+            let hsts = hsts.and_then(|text| HeaderValue::from_maybe_shared(Bytes::from(text)).ok());
+            let origin = site.rules.certificate.clone().map_or(Origin::InternalCa, Origin::Files);
+            backend.hsts = hsts;
+            sites::Site { domains: site.domains.clone(), default: site.rules.default, origin, backend }
         }));
         self.https.rules.set(routes.https.as_ref().map(|https| https.rules.clone()).unwrap_or_default());
         let same_domains = self.https.sites.get().domains() == sites.domains();
         self.https.sites.set(sites);
         let Some(https) = &routes.https else { return };
+        if let Some(listen) = https.rules.redirect {
+            match state.slots.get(&Slot::Redirect(listen)) {
+                Some(open) => open.listening.retry_now(),
+                None => {
+                    let port = Arc::new(RedirectPort::new(listen, self.https.clone()));
+                    let listening = Listening::start(port, self.shared.clone());
+                    state.slots.insert(Slot::Redirect(listen), Open { listening, service: Service::Redirect });
+                }
+            }
+        }
         let slot = Slot::Https(https.listen);
         if let Some(open) = state.slots.get(&slot) {
             // A listener that is opened makes them itself.
@@ -385,8 +414,9 @@ fn slots(routes: &Routes, transport: &Transport) -> BTreeSet<Slot> {
     let egress = routes.egress.iter().map(|route| (route.cid, route.vsock_port)).chain(hosts);
     let egress = egress.map(|(cid, port)| Slot::Egress(transport.listen_point(cid, port)));
     let https = routes.https.iter().map(|https| Slot::Https(https.listen));
+    let redirect = routes.https.iter().filter_map(|https| https.rules.redirect).map(Slot::Redirect);
     let tcp = routes.tcp.iter().map(|route| Slot::Tcp(route.listen));
-    egress.chain(https).chain(tcp).collect()
+    egress.chain(https).chain(redirect).chain(tcp).collect()
 }
 
 /// Takes in the CIDs that are new, says which take new connections, and returns those that are named no more.

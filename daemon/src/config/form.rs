@@ -8,7 +8,7 @@ use super::{OnStop, SupervisorKind};
 use enclaved_core::desired::{AllocatorMode, PoolPolicy};
 use enclaved_core::desired::{OnUnhealthy, RestartPolicy, UpdatePolicy};
 use enclaved_core::id::{EifDigest, EnclaveName, Pcr};
-use enclaved_core::routes::{ProxyProtocol, VsockTransport};
+use enclaved_core::routes::{ProxyProtocol, UpstreamHttp, VsockTransport};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::Deserialize;
 use std::borrow::Cow;
@@ -125,6 +125,8 @@ pub(super) struct VsockForm {
 pub(super) struct HostIngressForm {
     /// Address and port; opened if any enclave has domains. `[::]` takes IPv4 too.
     pub listen: SocketAddrText,
+    /// Address and port on which requests in clear are told to come again over HTTPS (308): `"[::]:80"`. Left out: none.
+    pub redirect: Option<SocketAddrText>,
     /// Networks and addresses of proxies and load balancers in front of this host: what they say of a client in
     /// `X-Forwarded-*` reaches the enclave, and their connections do not count as those of one source. What anybody else says
     /// there is removed.
@@ -142,6 +144,7 @@ impl Default for HostIngressForm {
     fn default() -> Self {
         Self {
             listen: "[::]:443".into(),
+            redirect: None,
             trusted_proxies: Vec::new(),
             max_connections: 8192,
             max_connections_per_source: 1024,
@@ -378,6 +381,12 @@ pub(super) struct IngressForm {
     /// Raw TCP ports: `9000`, or `{ listen = 5432, vsock_port = 15432, allow = ["10.0.0.0/8"] }`.
     #[schemars(length(max = 256))]
     pub ports: Vec<PortForm>,
+    /// The certificate for these domains, which you keep. Left out: one of enclaved's own CA, which clients have to be told to
+    /// trust.
+    pub certificate: Option<CertificateForm>,
+    /// For how long browsers that were here once are to come over HTTPS alone (`Strict-Transport-Security`); 0s to 2 years.
+    /// It cannot be taken back before. Left out: they are not told.
+    pub hsts: Option<DurationText>,
     /// Takes requests for names that no enclave has, too, and clients that name none in their TLS handshake. One enclave at
     /// most; without one, unknown names are refused.
     pub default: bool,
@@ -396,6 +405,18 @@ pub(super) struct IngressForm {
     pub e2e: bool,
 }
 
+/// A certificate on disk. Both files are read again when they change; what can't be used replaces nothing.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CertificateForm {
+    /// The chain in PEM, the domains' own certificate first. The user `enclaved-proxy` must be able to read it.
+    #[schemars(example = "/etc/enclaved/tls/api.crt")]
+    pub cert: PathBuf,
+    /// Its key in PEM, which the user `enclaved-proxy` can read and not everybody.
+    #[schemars(example = "/etc/enclaved/tls/api.key")]
+    pub key: PathBuf,
+}
+
 /// HTTPS requests whose path begins with a prefix.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -406,6 +427,9 @@ pub(super) struct RouteForm {
     /// The vsock port inside the enclave that answers HTTP.
     #[schemars(range(min = 1, max = 4_294_967_294_u32))]
     pub vsock_port: u32,
+    /// How it speaks HTTP: `"http1"`, or `"h2c"`, which is HTTP/2 in clear without a beginning in HTTP/1.1 (gRPC).
+    #[serde(default)]
+    pub upstream: UpstreamHttp,
 }
 
 /// A raw TCP port.

@@ -41,6 +41,7 @@ pub(super) fn config(form: FileForm, tree: &Tree, sources: &[SourceFile], proble
     let rules = judge.https_rules(&form.ingress, &root.key("ingress"));
     if form.enclave.iter().any(|enclave| !enclave.ingress.domains.is_empty()) {
         judge.listener(https, &https_at);
+        judge.listener(rules.redirect, &root.key("ingress").key("redirect"));
     }
 
     let control_plane =
@@ -181,7 +182,9 @@ impl Judge<'_> {
     }
 
     fn https_rules(&mut self, form: &HostIngressForm, path: &Path) -> HttpsRules {
+        let at = path.key("redirect");
         HttpsRules {
+            redirect: form.redirect.as_ref().and_then(|text| self.socket_address(text, &at)),
             trusted_proxies: self.networks(&form.trusted_proxies, &path.key("trusted_proxies")),
             max_connections: Some(form.max_connections),
             max_connections_per_source: Some(form.max_connections_per_source),

@@ -84,6 +84,12 @@ impl Routes {
         // With port 0 the kernel chooses: HTTPS and a raw port do not meet there.
         let https = self.https.iter().map(|https| https.listen).filter(|listen| listen.port() != 0);
         let mut seen: HashSet<_> = https.collect();
+        let redirect = self.https.iter().filter_map(|https| https.rules.redirect).filter(|listen| listen.port() != 0);
+        for listen in redirect {
+            if !seen.insert(listen) {
+                refuse!("two listeners share {listen}");
+            }
+        }
         for route in &self.tcp {
             if !vsock_port_exists(route.vsock_port) {
                 refuse!(
@@ -116,6 +122,11 @@ impl Routes {
         for Site { enclave, domains, paths, rules, .. } in &self.sites {
             if domains.is_empty() {
                 refuse!("the site of {enclave} has no domains");
+            }
+            if let Some(files) = &rules.certificate
+                && !(files.cert.is_absolute() && files.key.is_absolute())
+            {
+                refuse!("the certificate of {enclave} is at a path that is not absolute");
             }
             if paths.is_empty() != rules.passthrough.is_some() {
                 refuse!("the site of {enclave} has no paths, or both paths and TLS of its own");
@@ -169,12 +180,13 @@ fn vsock_port_exists(port: u32) -> bool {
 mod tests {
     use super::*;
     use crate::id::Cid;
+    use crate::routes::{CertificateFiles, UpstreamHttp};
     use crate::routes::{
         EgressLimits, HttpsListener, HttpsRules, Passthrough, PathRoute, SiteRules, TcpRoute, TcpRules,
     };
 
     fn good() -> Routes {
-        let path = |prefix: &str| PathRoute { prefix: prefix.into(), vsock_port: 8080 };
+        let path = |prefix: &str| PathRoute { prefix: prefix.into(), vsock_port: 8080, upstream: UpstreamHttp::Http1 };
         Routes {
             format: ROUTES_FORMAT,
             vsock: VsockTransport::Hybrid("/run/x".into()),
@@ -257,6 +269,13 @@ mod tests {
             ("vsock port 0", |r| {
                 r.sites[0].paths.clear();
                 r.sites[0].rules.passthrough = Some(raw(0));
+            }),
+            ("two listeners", |r| {
+                let https = r.https.as_mut().unwrap();
+                https.rules.redirect = Some(https.listen);
+            }),
+            ("not absolute", |r| {
+                r.sites[0].rules.certificate = Some(CertificateFiles { cert: "/crt".into(), key: "key".into() });
             }),
             ("unknown names", |r| {
                 r.sites[0].rules.default = true;

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 /// How much one egress endpoint carries. What is left out has the proxy's own bound.
@@ -62,6 +63,9 @@ pub struct HttpsRules {
     /// counted as those of one source. Nobody else's word about a client is.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub trusted_proxies: Vec<IpNetwork>,
+    /// Where requests in clear are told to come again over HTTPS, if anywhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub redirect: Option<SocketAddr>,
     /// Connections at a time; more are closed at once. Left out: the proxy's own bound.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<u32>,
@@ -93,10 +97,44 @@ pub struct SiteRules {
     /// Its TLS is the enclave's: nothing is decrypted here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub passthrough: Option<Passthrough>,
+    /// The certificate for all its domains. Left out: each has one of the internal CA.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<CertificateFiles>,
+    /// For how many seconds browsers are to come over HTTPS alone (`Strict-Transport-Security`). Left out: they are not told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hsts_seconds: Option<u64>,
 }
 
 impl SiteRules {
     /// Whether there are none.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A certificate on disk.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CertificateFiles {
+    /// The chain in PEM, the site's own certificate first.
+    pub cert: PathBuf,
+    /// Its key in PEM.
+    pub key: PathBuf,
+}
+
+/// How an enclave's port speaks HTTP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum UpstreamHttp {
+    /// HTTP/1.1.
+    #[default]
+    Http1,
+    /// HTTP/2 in clear, which both sides know beforehand: gRPC.
+    H2c,
+}
+
+impl UpstreamHttp {
+    /// Whether it is what it is where nothing is said.
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }

@@ -10,8 +10,11 @@ use crate::counters::{Failure, Live, Open, Refused, Traffic};
 use crate::error_text::chain;
 use crate::relay::relay;
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER, TRANSFER_ENCODING};
-use http::uri::PathAndQuery;
+use enclaved_core::routes::{PathRoute, UpstreamHttp};
+use http::header::{
+    CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER, STRICT_TRANSPORT_SECURITY, TRANSFER_ENCODING,
+};
+use http::uri::{PathAndQuery, Scheme};
 use http::{Method, Request, Response, StatusCode, Uri, Version};
 use hyper::body::{Body, Incoming};
 use hyper::upgrade::OnUpgrade;
@@ -88,6 +91,8 @@ impl Refusal {
     }
 }
 
+const BAD_HOST: Refusal = Refusal::new(StatusCode::BAD_REQUEST, "the Host header is not valid");
+
 /// Answers a request.
 pub(crate) async fn forward(connection: &Connection, mut request: Request<Incoming>) -> Response<Download> {
     let https = &connection.https;
@@ -102,13 +107,18 @@ pub(crate) async fn forward(connection: &Connection, mut request: Request<Incomi
     };
     let traffic = &backend.traffic;
     let answer = send(connection, request, host, &backend, &request_id).await;
-    let response = answer.unwrap_or_else(|refusal| {
+    let mut response = answer.unwrap_or_else(|refusal| {
         if let Some(failure) = refusal.failure {
             traffic.fail(failure);
         }
         refusal.answer(&request_id)
     });
     traffic.answered(response.status());
+    if let Some(hsts) = &backend.hsts
+        && !response.headers().contains_key(STRICT_TRANSPORT_SECURITY)
+    {
+        response.headers_mut().insert(STRICT_TRANSPORT_SECURITY, hsts.clone());
+    }
     response
 }
 
@@ -160,7 +170,7 @@ fn find(connection: &Connection, request: &mut Request<Incoming>) -> Result<(Hea
             .ok_or_else(|| bad("the request has no Host header"))?,
         (None, None) => return Err(bad("the request has no Host header")),
     };
-    let name = host.to_str().ok().and_then(host_of).ok_or_else(|| bad("the Host header is not valid"))?;
+    let name = host.to_str().ok().and_then(host_of).ok_or(BAD_HOST)?;
     let sites = connection.https.sites.get();
     let misdirected = |reason| Refusal::new(StatusCode::MISDIRECTED_REQUEST, reason);
     let backend = sites.find(name).filter(|backend| backend.passthrough.is_none());
@@ -192,7 +202,7 @@ async fn send(
     let traffic = &backend.traffic;
     let open = Open::ingress(traffic, backend.target.as_ref());
     let unavailable = |reason, failure| Refusal::failure(StatusCode::SERVICE_UNAVAILABLE, reason, failure);
-    let Some(port) = backend.port(request.uri().path()) else {
+    let Some(&PathRoute { vsock_port: port, upstream, .. }) = backend.route(request.uri().path()) else {
         return Err(Refusal::failure(StatusCode::NOT_FOUND, "the site has nothing under this path", Failure::NoPath));
     };
     let Some(live) = &backend.target else {
@@ -203,15 +213,23 @@ async fn send(
         return Err(unavailable("the enclave has too many requests in flight", Failure::Limit));
     }
 
-    let upgrade = if request.version() == Version::HTTP_11 { headers::upgrade(request.headers()) } else { None };
+    let http2 = upstream == UpstreamHttp::H2c;
+    let upgrade =
+        if request.version() == Version::HTTP_11 && !http2 { headers::upgrade(request.headers()) } else { None };
     let client_upgrade = upgrade.as_ref().map(|_| hyper::upgrade::on(&mut request));
+    if http2 {
+        *request.uri_mut() = whole(&host, request.uri()).ok_or(BAD_HOST)?;
+    }
     let client =
         Client { address: &connection.client, trusted: connection.trusted, host, request_id: request_id.clone() };
     headers::to_enclave(request.headers_mut(), client, upgrade.clone());
-    *request.version_mut() = Version::HTTP_11;
+    if http2 {
+        headers::to_http2(request.headers_mut());
+    }
+    *request.version_mut() = if http2 { Version::HTTP_2 } else { Version::HTTP_11 };
     let request = frame(request, traffic, https.shared.limits.request_body);
 
-    let (mut response, lease) = https.upstreams.send(live, port, request).await.map_err(|error| {
+    let (mut response, lease) = https.upstreams.send(live, (port, upstream), request).await.map_err(|error| {
         if !matches!(error, SendError::Client(_))
             && let Some(left_out) = https.failures.pass()
         {
@@ -237,6 +255,12 @@ async fn send(
     Ok(response.map(|body| Download::stream(body, traffic.clone(), lease, open)))
 }
 
+/// The target with its authority, as HTTP/2 has it.
+fn whole(host: &HeaderValue, target: &Uri) -> Option<Uri> {
+    let path = target.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    Uri::builder().scheme(Scheme::HTTP).authority(host.as_bytes()).path_and_query(path).build().ok()
+}
+
 /// Says how long the body is, if there is one. Its length, where it is known, is told by its type.
 fn frame(mut request: Request<Incoming>, traffic: &Arc<Traffic>, patience: Duration) -> Request<Upload> {
     if request.body().is_end_stream() {
@@ -246,7 +270,7 @@ fn frame(mut request: Request<Incoming>, traffic: &Arc<Traffic>, patience: Durat
         }
         return request.map(|_| Upload::Empty);
     }
-    if request.body().size_hint().exact().is_none() {
+    if request.body().size_hint().exact().is_none() && request.version() == Version::HTTP_11 {
         request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
     request.map(|inner| Upload::stream(inner, traffic.clone(), patience))

@@ -153,6 +153,12 @@ impl Forwarded {
     }
 }
 
+/// Takes out what HTTP/2 says otherwise, or not at all.
+pub(crate) fn to_http2(headers: &mut HeaderMap) {
+    headers.remove(CONNECTION);
+    headers.remove(HOST);
+}
+
 /// Turns an enclave's headers into those that the client gets.
 pub(crate) fn to_client(headers: &mut HeaderMap, upgrade: Option<HeaderValue>) {
     remove_hop_by_hop(headers);

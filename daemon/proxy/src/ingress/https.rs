@@ -6,7 +6,7 @@ use super::sites::Sites;
 use super::sources::{Counted, Sources};
 use super::tls;
 use super::upstream::Upstreams;
-use crate::certificates::{CertificateError, CertificateSource};
+use crate::certificates::{CertificateError, CertificateSource, Wanted};
 use crate::counters::Refused;
 use crate::current::Current;
 use crate::egress::seats::{Seat, Seats};
@@ -24,7 +24,7 @@ use rustls::crypto::CryptoProvider;
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering::Relaxed};
 use std::time::SystemTime;
 use tokio::net::{TcpListener, TcpStream};
 
@@ -38,6 +38,7 @@ pub(crate) struct Https {
     pub(crate) failures: Throttle,
     pub(crate) rules: Current<HttpsRules>,
     pub(crate) tls: Arc<rustls::ServerConfig>,
+    port: AtomicU16,
     connections: Seats,
     sources: Arc<Sources>,
     limit_reached: Throttle,
@@ -57,6 +58,7 @@ impl Https {
         let tls = tls::config(provider, certificates.clone(), sites.clone())?;
         Ok(Self {
             rules: Current::default(),
+            port: AtomicU16::new(443),
             connections: Seats::default(),
             sources: Arc::default(),
             shared,
@@ -77,6 +79,16 @@ impl Https {
         let maintain = move || certificates.maintain(sites.domains(), SystemTime::now());
         let result = tokio::task::spawn_blocking(maintain).await;
         result.unwrap_or_else(|error| Err(CertificateError::new("making certificates ended by a defect", error)))
+    }
+
+    /// The port of HTTPS, as configured.
+    pub(crate) fn port(&self) -> u16 {
+        self.port.load(Relaxed)
+    }
+
+    /// Says which port HTTPS has.
+    pub(crate) fn set_port(&self, port: u16) {
+        self.port.store(port, Relaxed);
     }
 
     /// A name for a request: unique on this host, for a long while.
@@ -108,7 +120,7 @@ impl Https {
     }
 
     /// Counts a connection, unless there are too many. Those of trusted proxies are many clients'.
-    fn admit(&self, source: IpAddr) -> Option<(Seat, Counted)> {
+    pub(crate) fn admit(&self, source: IpAddr) -> Option<(Seat, Counted)> {
         let (rules, limits) = (self.rules.get(), &self.shared.limits);
         let limit = rules.max_connections.unwrap_or(limits.https_connections);
         let Some(seat) = self.connections.take(limit.into()) else {
@@ -161,7 +173,14 @@ impl Service for HttpsPort {
     }
 
     async fn prepare(&self) -> Result<(), OpenError> {
-        Ok(self.https.maintain_certificates().await?)
+        let error = match self.https.maintain_certificates().await {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        // One certificate that cannot be read keeps no other site from being served.
+        let sites = self.https.sites.get();
+        let served = |wanted: &Wanted| self.https.certificates.certificate(&wanted.domain).is_some();
+        if sites.domains().iter().any(served) { Ok(()) } else { Err(error.into()) }
     }
 
     fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {

@@ -195,7 +195,7 @@ impl Body for Tracked {
 
 /// Runs the tasks of an HTTP/2 connection as all others are run.
 #[derive(Debug, Clone)]
-struct Spawner(Arc<Shared>);
+pub(crate) struct Spawner(pub(crate) Arc<Shared>);
 
 impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Spawner {
     fn execute(&self, task: F) {

@@ -1,7 +1,9 @@
 //! Which site a request is for, and which vsock port of it: by name, then by path. Pure.
 
+use crate::certificates::{Origin, Wanted};
 use crate::counters::{Live, Traffic};
 use enclaved_core::routes::{Passthrough, PathRoute};
+use http::HeaderValue;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -14,6 +16,8 @@ pub(crate) struct Backend {
     paths: Vec<PathRoute>,
     /// Where its TLS connections go as they are, if they are not ended here.
     pub(crate) passthrough: Option<Passthrough>,
+    /// What its answers tell browsers in `Strict-Transport-Security`, if anything.
+    pub(crate) hsts: Option<HeaderValue>,
     /// The generation that takes new requests, if one does.
     pub(crate) target: Option<Arc<Live>>,
     pub(crate) traffic: Arc<Traffic>,
@@ -26,23 +30,23 @@ impl Backend {
             path.prefix.truncate(path.prefix.trim_end_matches('/').len());
         }
         paths.sort_by_key(|path| std::cmp::Reverse(path.prefix.len()));
-        Self { paths, passthrough: None, target, traffic }
+        Self { paths, passthrough: None, hsts: None, target, traffic }
     }
 
     /// One whose TLS is the enclave's.
     pub(crate) fn raw(passthrough: Passthrough, target: Option<Arc<Live>>, traffic: Arc<Traffic>) -> Self {
-        Self { paths: Vec::new(), passthrough: Some(passthrough), target, traffic }
+        Self { paths: Vec::new(), passthrough: Some(passthrough), hsts: None, target, traffic }
     }
 
-    /// The vsock port that answers this path.
-    pub(crate) fn port(&self, path: &str) -> Option<u32> {
+    /// What answers this path.
+    pub(crate) fn route(&self, path: &str) -> Option<&PathRoute> {
         let covers = |route: &&PathRoute| {
             path.strip_prefix(route.prefix.as_str()).is_some_and(|rest| {
                 // `*` (OPTIONS for the whole server) has no segments and goes where `/` goes.
                 route.prefix.is_empty() || rest.is_empty() || rest.starts_with('/')
             })
         };
-        self.paths.iter().find(covers).map(|route| route.vsock_port)
+        self.paths.iter().find(covers)
     }
 }
 
@@ -51,7 +55,7 @@ impl Backend {
 pub(crate) struct Sites {
     by_domain: HashMap<String, Arc<Backend>>,
     /// Of the sites whose TLS is ended here, in the order of the routes.
-    domains: Vec<String>,
+    domains: Vec<Wanted>,
     /// The site for names that are no site's, and the domain whose certificate it shows then.
     default: Option<(String, Arc<Backend>)>,
 }
@@ -62,27 +66,30 @@ pub(crate) struct Site {
     pub(crate) domains: Vec<String>,
     /// It takes names that are no site's, too.
     pub(crate) default: bool,
+    /// Where its certificates come from.
+    pub(crate) origin: Origin,
     pub(crate) backend: Backend,
 }
 
 impl Sites {
     pub(crate) fn new(sites: impl IntoIterator<Item = Site>) -> Self {
         let mut all = Self::default();
-        for Site { domains, default, backend } in sites {
+        for Site { domains, default, origin, backend } in sites {
             let backend = Arc::new(backend);
             all.by_domain.extend(domains.iter().map(|domain| (domain.clone(), backend.clone())));
             if default {
-                all.default = unnamed(&domains).map(|domain| (domain.to_owned(), backend.clone()));
+                all.default =
+                    unnamed(domains.iter().map(String::as_str)).map(|domain| (domain.to_owned(), backend.clone()));
             }
             if backend.passthrough.is_none() {
-                all.domains.extend(domains);
+                all.domains.extend(domains.into_iter().map(|domain| Wanted { domain, origin: origin.clone() }));
             }
         }
         all
     }
 
     /// Every domain that needs a certificate.
-    pub(crate) fn domains(&self) -> &[String] {
+    pub(crate) fn domains(&self) -> &[Wanted] {
         &self.domains
     }
 
@@ -93,7 +100,8 @@ impl Sites {
     pub(crate) fn for_client(&self, server_name: Option<&str>) -> Option<(&str, &Arc<Backend>)> {
         let Some(name) = server_name else {
             let default = self.default.as_ref().map(|(domain, backend)| (domain.as_str(), backend));
-            return default.or_else(|| unnamed(&self.domains).and_then(|domain| self.exact(domain)));
+            let domains = self.domains.iter().map(|wanted| wanted.domain.as_str());
+            return default.or_else(|| unnamed(domains).and_then(|domain| self.exact(domain)));
         };
         self.exact(name).or_else(|| self.default.as_ref().map(|(domain, backend)| (domain.as_str(), backend)))
     }
@@ -123,10 +131,10 @@ impl Sites {
 
 /// The domain for a client that names none in its handshake: an address, as who connects by address does just that; else the
 /// first that is no wildcard; else the first.
-fn unnamed(domains: &[String]) -> Option<&str> {
-    let address = domains.iter().find(|domain| domain.parse::<IpAddr>().is_ok());
-    let plain = || domains.iter().find(|domain| !domain.starts_with('*'));
-    address.or_else(plain).or(domains.first()).map(String::as_str)
+fn unnamed<'a>(domains: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
+    let address = domains.clone().find(|domain| domain.parse::<IpAddr>().is_ok());
+    let plain = || domains.clone().find(|domain| !domain.starts_with('*'));
+    address.or_else(plain).or_else(|| domains.clone().next())
 }
 
 /// The host of an authority (`example.com:8443`, `[::1]:443`) without its port. `None` if it is not one: what a host must not
@@ -152,19 +160,26 @@ pub(crate) fn host_of(authority: &str) -> Option<&str> {
 mod tests {
     use super::*;
     use crate::counters::TrafficKey;
-    use enclaved_core::routes::Direction;
+    use enclaved_core::routes::{Direction, UpstreamHttp};
 
     fn backend(paths: &[(&str, u32)]) -> Backend {
-        let route =
-            |(prefix, vsock_port): &(&str, u32)| PathRoute { prefix: (*prefix).into(), vsock_port: *vsock_port };
+        let route = |(prefix, vsock_port): &(&str, u32)| PathRoute {
+            prefix: (*prefix).into(),
+            vsock_port: *vsock_port,
+            upstream: UpstreamHttp::Http1,
+        };
         let key = TrafficKey { enclave: "signer".parse().unwrap(), direction: Direction::Https, endpoint: "x".into() };
         Backend::new(paths.iter().map(route).collect(), None, Arc::new(Traffic::new(key)))
+    }
+
+    fn port(backend: &Backend, path: &str) -> Option<u32> {
+        backend.route(path).map(|route| route.vsock_port)
     }
 
     #[test]
     fn the_longest_prefix_of_whole_segments_wins() {
         let backend = backend(&[("/", 1), ("/attestation", 2), ("/attestation/deep/", 3)]);
-        for (path, port) in [
+        for (path, expected) in [
             ("/", 1),
             ("/attestation", 2),
             ("/attestation/", 2),
@@ -176,20 +191,20 @@ mod tests {
             ("*", 1),
             ("", 1),
         ] {
-            assert_eq!(backend.port(path), Some(port), "{path}");
+            assert_eq!(port(&backend, path), Some(expected), "{path}");
         }
-        assert_eq!(self::backend(&[("/only", 1)]).port("/other"), None);
+        assert_eq!(port(&self::backend(&[("/only", 1)]), "/other"), None);
     }
 
     fn site(domains: &[&str], port: u32) -> Site {
         let domains = domains.iter().map(|domain| (*domain).to_owned()).collect();
-        Site { domains, default: false, backend: backend(&[("/", port)]) }
+        Site { domains, default: false, origin: Origin::InternalCa, backend: backend(&[("/", port)]) }
     }
 
     #[test]
     fn an_exact_domain_wins_over_a_wildcard_which_covers_one_label() {
         let sites = Sites::new([site(&["*.example.com"], 1), site(&["a.example.com", "127.0.0.1"], 2)]);
-        let port = |host| sites.find(host).and_then(|backend| backend.port("/"));
+        let port_of = |host| sites.find(host).and_then(|backend| port(backend, "/"));
         for (host, expected) in [
             ("a.example.com", Some(2)),
             ("A.Example.COM.", Some(2)),
@@ -201,7 +216,7 @@ mod tests {
             ("127.0.0.1", Some(2)),
             ("", None),
         ] {
-            assert_eq!(port(host), expected, "{host}");
+            assert_eq!(port_of(host), expected, "{host}");
         }
         assert_eq!(sites.for_client(None).unwrap().0, "127.0.0.1");
         assert_eq!(sites.for_client(Some("x.example.com")).unwrap().0, "*.example.com");
@@ -216,10 +231,10 @@ mod tests {
         let sites = Sites::new(sites);
         for name in [None, Some("c.test")] {
             let (domain, backend) = sites.for_client(name).unwrap();
-            assert_eq!((domain, backend.port("/")), ("b.test", Some(2)), "{name:?}");
+            assert_eq!((domain, port(backend, "/")), ("b.test", Some(2)), "{name:?}");
         }
-        assert_eq!(sites.find("10.0.0.1").unwrap().port("/"), Some(2));
-        assert_eq!(sites.find("127.0.0.1").unwrap().port("/"), Some(1));
+        assert_eq!(port(sites.find("10.0.0.1").unwrap(), "/"), Some(2));
+        assert_eq!(port(sites.find("127.0.0.1").unwrap(), "/"), Some(1));
     }
 
     #[test]

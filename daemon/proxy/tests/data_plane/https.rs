@@ -2,7 +2,7 @@
 
 use crate::support::{Body, Enclave, Host, Upstream, body, cid, egress, https_address, soon, text, traffic};
 use bytes::Bytes;
-use enclaved_core::routes::{Direction, PathRoute, Routes};
+use enclaved_core::routes::{Direction, PathRoute, Routes, UpstreamHttp};
 use http::{Request, Response};
 use http_body_util::BodyExt;
 use hyper::body::{Frame, Incoming};
@@ -92,7 +92,11 @@ async fn paths_and_names_lead_to_their_ports_and_unknown_names_are_misdirected()
     let host = Host::new().await;
     let _enclave = Enclave::http(&host.vsock(), 16, tell);
     let mut routes = host.site(&["a.test", "*.b.test"], Some(16));
-    routes.sites[0].paths.push(PathRoute { prefix: "/attestation".into(), vsock_port: 49502 });
+    routes.sites[0].paths.push(PathRoute {
+        prefix: "/attestation".into(),
+        vsock_port: 49502,
+        upstream: UpstreamHttp::Http1,
+    });
     let address = https_address(&host.publish(&routes).await);
     let mut client = host.http1(address, "x.b.test").await;
     for (path, port) in [("/", 8080), ("/attestation", 49502), ("/attestation/doc?n=1", 49502), ("/attestations", 8080)]

@@ -6,6 +6,7 @@
 mod corpus;
 mod egress;
 mod faults;
+mod features;
 mod https;
 mod link;
 mod names;

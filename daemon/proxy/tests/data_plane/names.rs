@@ -19,7 +19,10 @@ fn raw_site(domain: &str, target: Option<u32>, proxy_protocol: Option<ProxyProto
         domains: vec![domain.to_owned()],
         paths: Vec::new(),
         target: target.map(crate::support::cid),
-        rules: SiteRules { passthrough: Some(Passthrough { vsock_port: 8443, proxy_protocol }), default: false },
+        rules: SiteRules {
+            passthrough: Some(Passthrough { vsock_port: 8443, proxy_protocol }),
+            ..SiteRules::default()
+        },
     }
 }
 

@@ -4,7 +4,8 @@ use bytes::Bytes;
 use enclaved_core::id::Cid;
 use enclaved_core::routes::{
     Direction, EgressLimits, EgressRoute, HttpsListener, HttpsRules, LinkReply, LinkRequest, ListenerKey, PathRoute,
-    ProxyReport, ROUTES_FORMAT, Routes, Site, SiteRules, TcpRoute, TcpRules, TrafficReport, VsockTransport,
+    ProxyReport, ROUTES_FORMAT, Routes, Site, SiteRules, TcpRoute, TcpRules, TrafficReport, UpstreamHttp,
+    VsockTransport,
 };
 use enclaved_proxy::{Limits, Manager, Options, ProxyError, run_under};
 use http::{Request, Response};
@@ -175,7 +176,7 @@ impl Host {
         let site = Site {
             enclave: "app".parse().unwrap(),
             domains: domains.iter().map(|domain| (*domain).to_owned()).collect(),
-            paths: vec![PathRoute { prefix: "/".to_owned(), vsock_port: 8080 }],
+            paths: vec![PathRoute { prefix: "/".to_owned(), vsock_port: 8080, upstream: UpstreamHttp::Http1 }],
             target: target.map(cid),
             rules: SiteRules::default(),
         };

@@ -11,7 +11,9 @@ use enclaved_core::desired::{
 use enclaved_core::egress_policy;
 use enclaved_core::id::{MemoryMib, Pcr};
 use enclaved_core::image::{ExpectedImage, Pins};
-use enclaved_core::routes::{EgressLimits, Passthrough, PathRoute, SiteRules, TcpRules, is_domain, is_host};
+use enclaved_core::routes::{
+    CertificateFiles, EgressLimits, Passthrough, PathRoute, SiteRules, TcpRules, UpstreamHttp, is_domain, is_host,
+};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -318,9 +320,11 @@ impl Judge<'_> {
                 ("routes", !form.routes.is_empty()),
                 ("caution", form.caution),
                 ("e2e", form.e2e),
+                ("certificate", form.certificate.is_some()),
+                ("hsts", form.hsts.is_some()),
             ];
             for (key, _) in given.into_iter().filter(|(_, given)| *given) {
-                let message = "cannot be with passthrough: what is not decrypted has no paths; remove one of the two";
+                let message = "cannot be with passthrough: what is not decrypted has neither paths, headers nor a certificate here; remove one of the two";
                 self.refuse(&path.key(key), message);
             }
         } else {
@@ -329,10 +333,21 @@ impl Judge<'_> {
                 self.refuse(&path.key(key), "is of use with passthrough = true only: add it, or remove this");
             }
         }
+        if let Some(files) = &form.certificate {
+            self.absolute(&files.cert, &path.key("certificate").key("cert"));
+            self.absolute(&files.key, &path.key("certificate").key("key"));
+        }
+        let years = Duration::ZERO..=Duration::from_secs(2 * 366 * 24 * 3600);
+        let hsts = form.hsts.as_ref().and_then(|text| self.duration(text, years, &path.key("hsts")));
         let (vsock_port, proxy_protocol) = (form.tls_port.unwrap_or(TLS_PORT), form.proxy_protocol);
         SiteRules {
             default: form.default,
             passthrough: form.passthrough.then_some(Passthrough { vsock_port, proxy_protocol }),
+            certificate: form
+                .certificate
+                .as_ref()
+                .map(|files| CertificateFiles { cert: files.cert.clone(), key: files.key.clone() }),
+            hsts_seconds: hsts.map(|hsts| hsts.as_secs()),
         }
     }
 
@@ -340,7 +355,7 @@ impl Judge<'_> {
     fn paths(&mut self, form: &IngressForm, path: &Path) -> Vec<PathRoute> {
         let mut places: BTreeMap<String, Path> = BTreeMap::new();
         let mut paths = Vec::new();
-        let mut add = |judge: &mut Self, prefix: &str, vsock_port, at: Path| {
+        let mut add = |judge: &mut Self, prefix: &str, vsock_port, upstream, at: Path| {
             // "/x/" and "/x" cover the same paths.
             let prefix = match prefix.trim_end_matches('/') {
                 "" => "/",
@@ -349,10 +364,10 @@ impl Judge<'_> {
             if let Some(first) = places.insert(prefix.to_owned(), at.clone()) {
                 judge.refuse(&at, format!("the path {prefix} has a port already, at {}", judge.place_of(&first)));
             }
-            paths.push(PathRoute { prefix: prefix.to_owned(), vsock_port });
+            paths.push(PathRoute { prefix: prefix.to_owned(), vsock_port, upstream });
         };
         if let Some(port) = form.http_port {
-            add(self, "/", port, path.key("http_port"));
+            add(self, "/", port, UpstreamHttp::Http1, path.key("http_port"));
         }
         for (index, route) in form.routes.iter().enumerate() {
             let at = path.key("routes").index(index).key("path");
@@ -364,12 +379,12 @@ impl Judge<'_> {
                 );
                 self.refuse(&at, message);
             } else {
-                add(self, &route.path, route.vsock_port, at);
+                add(self, &route.path, route.vsock_port, route.upstream, at);
             }
         }
         for (wanted, key, (prefix, port)) in [(form.caution, "caution", CAUTION), (form.e2e, "e2e", E2E)] {
             if wanted {
-                add(self, prefix, port, path.key(key));
+                add(self, prefix, port, UpstreamHttp::Http1, path.key(key));
             }
         }
         let covered = paths.iter().any(|path| path.prefix == "/");
@@ -385,6 +400,8 @@ impl Judge<'_> {
                 ("e2e", form.e2e),
                 ("default", form.default),
                 ("passthrough", form.passthrough),
+                ("certificate", form.certificate.is_some()),
+                ("hsts", form.hsts.is_some()),
             ];
             for (key, _) in given.into_iter().filter(|(_, given)| *given) {
                 self.refuse(&path.key(key), "is of use with domains only: add domains = [\"...\"], or remove it");

@@ -689,8 +689,8 @@ domains = ["a.b"]
 passthrough = true
 http_port = 80
 e2e = true"#,
-            r#"t.toml:9:13: [[enclave]] "signer" ingress.http_port: cannot be with passthrough: what is not decrypted has no paths; remove one of the two
-t.toml:10:7: [[enclave]] "signer" ingress.e2e: cannot be with passthrough: what is not decrypted has no paths; remove one of the two"#,
+            r#"t.toml:9:13: [[enclave]] "signer" ingress.http_port: cannot be with passthrough: what is not decrypted has neither paths, headers nor a certificate here; remove one of the two
+t.toml:10:7: [[enclave]] "signer" ingress.e2e: cannot be with passthrough: what is not decrypted has neither paths, headers nor a certificate here; remove one of the two"#,
         ),
         (
             r#"[enclave.ingress]
@@ -716,6 +716,32 @@ domains = ["c.d"]
 http_port = 80
 default = true"#,
             r#"t.toml:18:11: [[enclave]] "other" ingress.default: another enclave takes unknown names already, at t.toml:9:11"#,
+        ),
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+http_port = 80
+certificate = { cert = "crt", key = "/key" }
+hsts = "3y"
+routes = [{ path = "/x", vsock_port = 81, upstream = "http2" }]"#,
+            r#"t.toml:11:54: [[enclave]] "signer" ingress.routes[0].upstream: is "http2"; allowed: "http1" or "h2c"; did you mean "http1"?"#,
+        ),
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+http_port = 80
+certificate = { cert = "crt", key = "/key" }
+hsts = "3y""#,
+            r#"t.toml:9:24: [[enclave]] "signer" ingress.certificate.cert: is "crt"; allowed: an absolute path
+t.toml:10:8: [[enclave]] "signer" ingress.hsts: is "3y"; allowed: a time with its unit, from 0s to 2years 1day 12h"#,
+        ),
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+http_port = 80
+[ingress]
+redirect = "[::]:443""#,
+            r#"t.toml:10:12: [ingress] redirect: [::]:443 is taken by [ingress] listen (by default)"#,
         ),
         (
             r#"[ingress]
