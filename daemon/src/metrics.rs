@@ -86,6 +86,8 @@ struct StateSeries {
     name_addresses: IntGaugeVec,
     name_failures: IntCounterVec,
     name_seconds: Latencies,
+    https_connections: IntGauge,
+    https_seconds: Latencies,
     https_certificate_expiry: IntGaugeVec,
     https_certificate_failed: IntGaugeVec,
 }
@@ -253,6 +255,15 @@ impl Metrics {
                     "enclaved_dns_lookup_duration_seconds",
                     "How long a lookup of an upstream's name took. No connection waits for any but the first.",
                     name,
+                ),
+            )?,
+            https_connections: gauge("enclaved_https_connections_open", "Connections to the ports of HTTPS.")?,
+            https_seconds: add(
+                &r,
+                Latencies::new(
+                    "enclaved_https_request_duration_seconds",
+                    "How long HTTPS requests took, from their headers to those of the answer, whoever gave it.",
+                    enclave,
                 ),
             )?,
             https_certificate_expiry: gauges(
@@ -450,6 +461,8 @@ impl StateSeries {
         counters.iter().for_each(|series| series.reset());
         self.connect_seconds.reset();
         self.name_seconds.reset();
+        self.https_seconds.reset();
+        self.https_connections.set(0);
     }
 
     fn enclave(&self, enclave: &EnclaveStatus) {
@@ -498,6 +511,7 @@ impl StateSeries {
         for (reason, count) in &report.refused {
             self.refused.with_label_values(&[reason]).inc_by(*count);
         }
+        self.https_connections.set(int(report.https_connections));
         for (cause, count) in &report.handshake_failures {
             self.handshake_failures.with_label_values(&[cause]).inc_by(*count);
         }
@@ -557,6 +571,9 @@ impl StateSeries {
             self.responses.with_label_values(&[enclave, class]).inc_by(*count);
         }
         self.connect_seconds.set(&[enclave, endpoint], &traffic.connects);
+        if traffic.direction == Direction::Https {
+            self.https_seconds.set(&[enclave], &traffic.answers);
+        }
     }
 }
 

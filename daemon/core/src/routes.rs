@@ -260,6 +260,8 @@ pub struct ProxyReport {
     /// What belongs to no enclave and was refused, by reason (`unknown_peer`, `unknown_host`, `https_limit`, …: a fixed
     /// set, see the proxy's counters).
     pub refused: BTreeMap<String, u64>,
+    /// Connections to the ports of HTTPS that are open now.
+    pub https_connections: u64,
     /// TLS handshakes of HTTPS that came to nothing, by cause (`timeout`, `not_tls`, `certificate_refused`, …: a fixed set,
     /// see the proxy's counters).
     pub handshake_failures: BTreeMap<String, u64>,
@@ -384,6 +386,9 @@ pub struct TrafficReport {
     /// Egress only: how long it took to connect, name known, until the first address answered or none was left.
     #[serde(default)]
     pub connects: LatencyReport,
+    /// HTTPS only: how long requests took, from their headers to those of the answer, whoever gave it.
+    #[serde(default)]
+    pub answers: LatencyReport,
 }
 
 /// Which way traffic goes.
@@ -462,6 +467,7 @@ mod tests {
                 failed: BTreeMap::from([("no_target".into(), 5)]),
                 status_classes: BTreeMap::from([("2xx".into(), 6)]),
                 connects: LatencyReport { counts: vec![0, 7], sum_us: 8 },
+                answers: LatencyReport { counts: vec![1], sum_us: 9 },
             }],
             names: vec![NameReport { hostname: "x".into(), answer_age_seconds: Some(9), ..NameReport::default() }],
             ..ProxyReport::default()

@@ -184,6 +184,8 @@ pub(crate) struct Traffic {
     pub(crate) from_enclave: AtomicU64,
     /// How long connecting to an upstream took.
     pub(crate) connects: Latency,
+    /// How long requests took to be answered.
+    pub(crate) answers: Latency,
     failed: Tally<Failure>,
     status: [AtomicU64; 5],
 }
@@ -197,6 +199,7 @@ impl Traffic {
             to_enclave: AtomicU64::new(0),
             from_enclave: AtomicU64::new(0),
             connects: Latency::default(),
+            answers: Latency::default(),
             failed: Tally::new(),
             status: Default::default(),
         }
@@ -235,6 +238,7 @@ impl Traffic {
             failed: self.failed.report(),
             status_classes: classes.filter(|(_, count)| *count > 0).collect(),
             connects: self.connects.report(),
+            answers: self.answers.report(),
         }
     }
 }

@@ -168,6 +168,7 @@ impl Plane {
             last_routes_error: state.routes_error.clone(),
             accept_errors: counters.accept_errors.load(Relaxed),
             refused: counters.refused.report(),
+            https_connections: self.https.open_connections(),
             handshake_failures: counters.handshakes.report(),
             panics: counters.panics.load(Relaxed),
             names: self.shared.resolver.report(),

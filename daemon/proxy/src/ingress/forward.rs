@@ -20,7 +20,7 @@ use hyper::body::{Body, Incoming};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What is known of the connection that a request came over.
 #[derive(Debug)]
@@ -106,6 +106,7 @@ pub(crate) async fn forward(connection: &Connection, mut request: Request<Incomi
         }
     };
     let traffic = &backend.traffic;
+    let began = Instant::now();
     let answer = send(connection, request, host, &backend, &request_id).await;
     let mut response = answer.unwrap_or_else(|refusal| {
         if let Some(failure) = refusal.failure {
@@ -113,6 +114,7 @@ pub(crate) async fn forward(connection: &Connection, mut request: Request<Incomi
         }
         refusal.answer(&request_id)
     });
+    traffic.answers.record(began.elapsed());
     traffic.answered(response.status());
     if let Some(hsts) = &backend.hsts
         && !response.headers().contains_key(STRICT_TRANSPORT_SECURITY)

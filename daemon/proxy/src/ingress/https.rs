@@ -81,7 +81,12 @@ impl Https {
         result.unwrap_or_else(|error| Err(CertificateError::new("making certificates ended by a defect", error)))
     }
 
-    /// The port of HTTPS, as configured.
+    /// Connections that are open now.
+    pub(crate) fn open_connections(&self) -> u64 {
+        self.connections.taken()
+    }
+
+    /// The port of HTTPS, as bound.
     pub(crate) fn port(&self) -> u16 {
         self.port.load(Relaxed)
     }

@@ -333,7 +333,7 @@ async fn a_client_that_is_silent_within_its_body_is_told_so_and_is_not_the_encla
         assert_eq!(response.status(), 408);
         assert!(text(response).await.contains("did not come in time"));
     }
-    let report = host.until("both are over", |report| report.ingress_open.get(&cid(16)).is_none()).await;
+    let report = host.until("both are over", |report| !report.ingress_open.contains_key(&cid(16))).await;
     let failed = &traffic(&report, Direction::Https).failed;
     assert_eq!((failed["client_body"], failed.len()), (2, 1));
 }

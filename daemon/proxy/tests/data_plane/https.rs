@@ -174,6 +174,7 @@ async fn bodies_stream_both_ways_over_both_protocols_and_are_counted_exactly() {
     let counted = traffic(&report, Direction::Https);
     assert_eq!((counted.bytes_to_enclave, counted.bytes_from_enclave), (6_000_000, 6_000_000));
     assert_eq!((counted.total, counted.status_classes["2xx"]), (2, 2));
+    assert_eq!((counted.answers.counts.iter().sum::<u64>(), counted.answers.sum_us > 0), (2, true));
 }
 
 #[tokio::test]
@@ -545,7 +546,7 @@ async fn garbage_before_and_after_the_handshake_ends_its_own_connection_only() {
     }
     let mut client = host.http2(address, "a.test").await;
     assert_eq!(client.get_text("/").await, (200, "well".to_owned()));
-    let report = host.report().await;
+    let report = host.until("the others are gone", |report| report.https_connections == 1).await;
     assert_eq!((report.panics, report.handshake_failures["not_tls"]), (0, 5));
 }
 

@@ -275,11 +275,8 @@ async fn connections_of_one_source_and_of_all_have_limits_and_a_trusted_proxy_is
     host.publish(&routes).await;
     let mut kept = Vec::new();
     let refusal = async {
-        loop {
-            match host.tls(address, "a.test", b"http/1.1").await {
-                Ok(connection) => kept.push(connection),
-                Err(_) => break,
-            }
+        while let Ok(connection) = host.tls(address, "a.test", b"http/1.1").await {
+            kept.push(connection);
         }
     };
     soon("the limit of all", refusal).await;

@@ -61,7 +61,8 @@ pub(super) async fn verdicts(cases: &[Case]) -> Vec<Verdict> {
         std::fs::write(dir.path().join("conf"), text).unwrap();
         let mut command = Command::new("nginx");
         command.arg("-c").arg(dir.path().join("conf")).arg("-p").arg(dir.path());
-        let nginx = Nginx(command.stderr(Stdio::null()).spawn().expect("nginx, of the package nginx-light"));
+        let started = command.stderr(Stdio::null()).spawn();
+        let nginx = Nginx(started.unwrap_or_else(|error| panic!("nginx, of the package nginx-light: {error}")));
         let recorder = Recorder::new();
         let serving = recorder.clone();
         let task = tokio::spawn(async move {
