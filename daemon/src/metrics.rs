@@ -74,6 +74,7 @@ struct StateSeries {
     accept_errors: IntCounterVec,
     panics: IntCounterVec,
     refused: IntCounterVec,
+    handshake_failures: IntCounterVec,
     open: IntGaugeVec,
     total: IntCounterVec,
     bytes: IntCounterVec,
@@ -85,6 +86,10 @@ struct StateSeries {
     name_addresses: IntGaugeVec,
     name_failures: IntCounterVec,
     name_seconds: Latencies,
+    https_connections: IntGauge,
+    https_seconds: Latencies,
+    https_certificate_expiry: IntGaugeVec,
+    https_certificate_failed: IntGaugeVec,
 }
 
 /// A metric was defined twice or with a bad name: a bug that any start of the process shows.
@@ -199,8 +204,13 @@ impl Metrics {
             panics: counters("enclaved_proxy_panics_total", "Connections that ended by a bug in the proxy.", &[])?,
             refused: counters(
                 "enclaved_proxy_refused_total",
-                "Connections that belong to no enclave: unknown peers, unknown names, failed handshakes.",
+                "Connections and requests that belong to no enclave: unknown peers, unknown hosts, too many.",
                 &["reason"],
+            )?,
+            handshake_failures: counters(
+                "enclaved_https_handshake_failures_total",
+                "TLS handshakes that came to nothing, by cause.",
+                &["cause"],
             )?,
             open: gauges("enclaved_traffic_open", "Open connections; for HTTPS, requests.", traffic)?,
             total: counters("enclaved_traffic_total", "Accepted connections; for HTTPS, requests.", traffic)?,
@@ -246,6 +256,25 @@ impl Metrics {
                     "How long a lookup of an upstream's name took. No connection waits for any but the first.",
                     name,
                 ),
+            )?,
+            https_connections: gauge("enclaved_https_connections_open", "Connections to the ports of HTTPS.")?,
+            https_seconds: add(
+                &r,
+                Latencies::new(
+                    "enclaved_https_request_duration_seconds",
+                    "How long HTTPS requests took, from their headers to those of the answer, whoever gave it.",
+                    enclave,
+                ),
+            )?,
+            https_certificate_expiry: gauges(
+                "enclaved_https_certificate_expiry_timestamp_seconds",
+                "Until when the certificate is valid that clients of a domain are shown.",
+                &["domain"],
+            )?,
+            https_certificate_failed: gauges(
+                "enclaved_https_certificate_failed",
+                "1 if there is a certificate for a domain that can't be served: see `enclavectl status`.",
+                &["domain"],
             )?,
         };
         let info = gauges("enclaved_build_info", "The running version.", &["version"])?;
@@ -413,6 +442,8 @@ impl StateSeries {
             &self.name_age,
             &self.name_stale,
             &self.name_addresses,
+            &self.https_certificate_expiry,
+            &self.https_certificate_failed,
         ];
         gauges.iter().for_each(|series| series.reset());
         self.enclave_since.reset();
@@ -420,6 +451,7 @@ impl StateSeries {
             &self.accept_errors,
             &self.panics,
             &self.refused,
+            &self.handshake_failures,
             &self.total,
             &self.bytes,
             &self.failures,
@@ -429,6 +461,8 @@ impl StateSeries {
         counters.iter().for_each(|series| series.reset());
         self.connect_seconds.reset();
         self.name_seconds.reset();
+        self.https_seconds.reset();
+        self.https_connections.set(0);
     }
 
     fn enclave(&self, enclave: &EnclaveStatus) {
@@ -477,10 +511,15 @@ impl StateSeries {
         for (reason, count) in &report.refused {
             self.refused.with_label_values(&[reason]).inc_by(*count);
         }
+        self.https_connections.set(int(report.https_connections));
+        for (cause, count) in &report.handshake_failures {
+            self.handshake_failures.with_label_values(&[cause]).inc_by(*count);
+        }
         for listener in &report.listeners {
             let (kind, cid) = match listener.listener {
                 ListenerKey::Egress { cid, .. } => ("egress", cid.to_string()),
                 ListenerKey::Https { .. } => ("https", String::new()),
+                ListenerKey::Redirect { .. } => ("redirect", String::new()),
                 ListenerKey::Tcp { .. } => ("tcp", String::new()),
             };
             let open = i64::from(listener.error.is_none());
@@ -491,6 +530,13 @@ impl StateSeries {
         }
         for name in &report.names {
             self.name(name);
+        }
+        for certificate in &report.certificates {
+            let labels = [certificate.domain.as_str()];
+            if let Some(expires) = certificate.expires {
+                self.https_certificate_expiry.with_label_values(&labels).set(expires);
+            }
+            self.https_certificate_failed.with_label_values(&labels).set(i64::from(certificate.error.is_some()));
         }
     }
 
@@ -525,6 +571,9 @@ impl StateSeries {
             self.responses.with_label_values(&[enclave, class]).inc_by(*count);
         }
         self.connect_seconds.set(&[enclave, endpoint], &traffic.connects);
+        if traffic.direction == Direction::Https {
+            self.https_seconds.set(&[enclave], &traffic.answers);
+        }
     }
 }
 
@@ -564,6 +613,7 @@ mod tests {
             failed: [("dns".to_owned(), 1), ("limit".to_owned(), 2)].into(),
             status_classes: BTreeMap::default(),
             connects: latency(1, 3000),
+            answers: LatencyReport::default(),
         };
         let name = NameReport {
             hostname: "db.example.com".to_owned(),

@@ -10,7 +10,7 @@ pub use source::{BadImageSource, ImageSource, Url};
 
 use crate::id::{EnclaveName, MemoryMib};
 use crate::image::ExpectedImage;
-use crate::routes::{EgressLimits, HttpsListener, PathRoute, TcpRules, VsockTransport};
+use crate::routes::{EgressLimits, HttpsListener, PathRoute, SiteRules, TcpRules, VsockTransport};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -253,6 +253,8 @@ pub struct IngressSpec {
     pub domains: Vec<String>,
     /// HTTPS: paths by prefix.
     pub paths: Vec<PathRoute>,
+    /// HTTPS: what is special about it.
+    pub site: SiteRules,
     /// Raw TCP.
     pub tcp: Vec<TcpPort>,
 }

@@ -18,7 +18,10 @@ mod names;
 mod rules;
 pub use check::InvalidRoutes;
 pub use names::{is_domain, is_host};
-pub use rules::{Ages, BadIpNetwork, EgressLimits, IpNetwork, ProxyProtocol, TcpRules};
+pub use rules::{
+    Ages, BadIpNetwork, CertificateFiles, EgressLimits, HttpsRules, IpNetwork, Passthrough, ProxyProtocol, SiteRules,
+    TcpRules, UpstreamHttp,
+};
 
 /// How vsock is reached on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -145,6 +148,9 @@ pub struct HostsRoute {
 pub struct HttpsListener {
     /// Address and port; port 0 lets the kernel choose, and the report says which it was.
     pub listen: SocketAddr,
+    /// Who may use it, and how much.
+    #[serde(default, skip_serializing_if = "HttpsRules::is_default")]
+    pub rules: HttpsRules,
 }
 
 /// An enclave's domains, and where their requests go.
@@ -155,10 +161,14 @@ pub struct Site {
     pub enclave: EnclaveName,
     /// Names in SNI and Host, lower case, without port; `*.example.com` covers one label.
     pub domains: Vec<String>,
-    /// Paths by prefix (longest wins; a prefix matches whole segments); the first entry is not special.
+    /// Paths by prefix (longest wins; a prefix matches whole segments); the first entry is not special. None with
+    /// [`SiteRules::passthrough`].
     pub paths: Vec<PathRoute>,
     /// The generation that takes new requests; `None` while none is ready (503 with Retry-After).
     pub target: Option<Cid>,
+    /// What is special about it.
+    #[serde(default, skip_serializing_if = "SiteRules::is_default")]
+    pub rules: SiteRules,
 }
 
 /// Requests whose path begins with a prefix.
@@ -169,6 +179,9 @@ pub struct PathRoute {
     pub prefix: String,
     /// The vsock port inside the enclave that answers HTTP.
     pub vsock_port: u32,
+    /// How it speaks HTTP.
+    #[serde(default, skip_serializing_if = "UpstreamHttp::is_default")]
+    pub upstream: UpstreamHttp,
 }
 
 /// A TCP port whose bytes go to a vsock port untouched.
@@ -244,13 +257,32 @@ pub struct ProxyReport {
     pub last_routes_error: Option<String>,
     /// Connections that could not be accepted: a shortage of descriptors or memory, or an error of the connection itself.
     pub accept_errors: u64,
-    /// What belongs to no enclave and was refused, by reason (`unknown_peer`, `unknown_host`, `handshake`, …: a fixed
+    /// What belongs to no enclave and was refused, by reason (`unknown_peer`, `unknown_host`, `https_limit`, …: a fixed
     /// set, see the proxy's counters).
     pub refused: BTreeMap<String, u64>,
+    /// Connections to the ports of HTTPS that are open now.
+    pub https_connections: u64,
+    /// TLS handshakes of HTTPS that came to nothing, by cause (`timeout`, `not_tls`, `certificate_refused`, …: a fixed set,
+    /// see the proxy's counters).
+    pub handshake_failures: BTreeMap<String, u64>,
     /// Connections and listeners that ended by a defect of the proxy (a panic). Anything but zero is worth a bug report.
     pub panics: u64,
     /// The names of upstreams, each once however many endpoints lead there.
     pub names: Vec<NameReport>,
+    /// The certificates of HTTPS, by domain.
+    pub certificates: Vec<CertificateReport>,
+}
+
+/// The certificate of one domain.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CertificateReport {
+    /// The domain.
+    pub domain: String,
+    /// Until when the one that is served is valid, in seconds since 1970; none where there is none.
+    pub expires: Option<i64>,
+    /// Why a newer one cannot be served, if there is one.
+    pub error: Option<String>,
 }
 
 /// What is known of an upstream's name. Counters since a route first held it.
@@ -316,6 +348,11 @@ pub enum ListenerKey {
         /// As configured.
         listen: SocketAddr,
     },
+    /// Requests in clear, which are told to come again over HTTPS.
+    Redirect {
+        /// As configured.
+        listen: SocketAddr,
+    },
     /// A raw TCP port.
     Tcp {
         /// As configured.
@@ -330,7 +367,8 @@ pub struct TrafficReport {
     pub enclave: EnclaveName,
     /// Which way and kind.
     pub direction: Direction,
-    /// The endpoint: `hostname:port` for egress, `https` or the listening port for ingress.
+    /// The endpoint: `hostname:port` for egress, `https` or the listening port for ingress (for TLS that is passed through, that
+    /// of HTTPS).
     pub endpoint: String,
     /// Connections (for HTTPS: requests) open now.
     pub open: u64,
@@ -348,6 +386,9 @@ pub struct TrafficReport {
     /// Egress only: how long it took to connect, name known, until the first address answered or none was left.
     #[serde(default)]
     pub connects: LatencyReport,
+    /// HTTPS only: how long requests took, from their headers to those of the answer, whoever gave it.
+    #[serde(default)]
+    pub answers: LatencyReport,
 }
 
 /// Which way traffic goes.
@@ -386,6 +427,15 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_of_a_version_that_knew_less_is_read() {
+        let text = r#"{"format":1,"vsock":"af_vsock","egress":[],"https":{"listen":"[::]:443"},"sites":[{"enclave":"signer",
+            "domains":["a.test"],"paths":[{"prefix":"/","vsock_port":8080}],"target":16}],"tcp":[]}"#;
+        let routes: Routes = serde_json::from_str(text).unwrap();
+        routes.check().unwrap();
+        assert!(routes.sites[0].rules.is_default() && routes.https.unwrap().rules.is_default());
+    }
+
+    #[test]
     fn every_request_and_reply_reads_back_what_it_writes() {
         let requests = [
             LinkRequest::Publish {
@@ -417,6 +467,7 @@ mod tests {
                 failed: BTreeMap::from([("no_target".into(), 5)]),
                 status_classes: BTreeMap::from([("2xx".into(), 6)]),
                 connects: LatencyReport { counts: vec![0, 7], sum_us: 8 },
+                answers: LatencyReport { counts: vec![1], sum_us: 9 },
             }],
             names: vec![NameReport { hostname: "x".into(), answer_age_seconds: Some(9), ..NameReport::default() }],
             ..ProxyReport::default()

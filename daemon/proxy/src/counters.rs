@@ -74,6 +74,8 @@ reasons! {
         Cut = "cut",
         /// The enclave's answer was not HTTP, or broke off.
         BadAnswer = "bad_answer",
+        /// The client's body was malformed, broke off, or did not come in time.
+        ClientBody = "client_body",
         /// The enclave did not answer in time.
         AnswerTimeout = "answer_timeout",
         /// No path of the site matches.
@@ -86,16 +88,36 @@ reasons! {
     Refused {
         /// A vsock peer that has no endpoint there.
         UnknownPeer = "unknown_peer",
-        /// A name that is no site's.
+        /// A request whose host is no site's, or not that of its connection.
         UnknownHost = "unknown_host",
-        /// A TLS handshake failed.
-        Handshake = "handshake",
-        /// A TLS handshake took too long.
-        HandshakeTimeout = "handshake_timeout",
         /// Too many HTTPS connections.
         HttpsLimit = "https_limit",
+        /// Too many HTTPS connections from one source.
+        HttpsSourceLimit = "https_source_limit",
         /// A request that HTTP does not allow.
         BadRequest = "bad_request",
+    }
+}
+
+reasons! {
+    /// Why a TLS handshake came to nothing.
+    Handshake {
+        /// It took too long.
+        Timeout = "timeout",
+        /// The client closed or reset the connection before the end.
+        Closed = "closed",
+        /// It did not begin as TLS does.
+        NotTls = "not_tls",
+        /// A name that is no site's.
+        UnknownName = "unknown_name",
+        /// The site has no certificate that can be served.
+        NoCertificate = "no_certificate",
+        /// Client and proxy have no version, cipher, key exchange or application protocol in common.
+        Incompatible = "incompatible",
+        /// The client does not accept the certificate.
+        CertificateRefused = "certificate_refused",
+        /// Anything else: what a client sent makes no sense.
+        Other = "other",
     }
 }
 
@@ -162,6 +184,8 @@ pub(crate) struct Traffic {
     pub(crate) from_enclave: AtomicU64,
     /// How long connecting to an upstream took.
     pub(crate) connects: Latency,
+    /// How long requests took to be answered.
+    pub(crate) answers: Latency,
     failed: Tally<Failure>,
     status: [AtomicU64; 5],
 }
@@ -175,6 +199,7 @@ impl Traffic {
             to_enclave: AtomicU64::new(0),
             from_enclave: AtomicU64::new(0),
             connects: Latency::default(),
+            answers: Latency::default(),
             failed: Tally::new(),
             status: Default::default(),
         }
@@ -213,6 +238,7 @@ impl Traffic {
             failed: self.failed.report(),
             status_classes: classes.filter(|(_, count)| *count > 0).collect(),
             connects: self.connects.report(),
+            answers: self.answers.report(),
         }
     }
 }
@@ -294,6 +320,7 @@ pub(crate) struct Counters {
     pub(crate) accept_errors: AtomicU64,
     pub(crate) panics: AtomicU64,
     pub(crate) refused: Tally<Refused>,
+    pub(crate) handshakes: Tally<Handshake>,
     sequence: watch::Sender<u64>,
     traffic: Mutex<BTreeMap<TrafficKey, Arc<Traffic>>>,
 }
@@ -306,6 +333,7 @@ impl Counters {
             accept_errors: AtomicU64::new(0),
             panics: AtomicU64::new(0),
             refused: Tally::new(),
+            handshakes: Tally::new(),
             sequence: watch::Sender::new(u64::try_from(since).unwrap_or(0)),
             traffic: Mutex::default(),
         }

@@ -2,13 +2,17 @@
 //! them is in the routes; nothing here asks whether it is well.
 
 mod body;
+mod client;
 mod forward;
+mod handshake;
 mod headers;
 pub(crate) mod https;
+mod passthrough;
 mod proxy_protocol;
+pub(crate) mod redirect;
+mod serving;
 pub(crate) mod sites;
 mod sources;
-mod stall;
 pub(crate) mod tcp;
 pub(crate) mod tls;
 pub(crate) mod upstream;

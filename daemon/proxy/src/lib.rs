@@ -12,6 +12,7 @@ mod dial;
 mod durable;
 mod egress;
 mod error_text;
+mod hello;
 mod host_addresses;
 mod ingress;
 mod inherited;
@@ -35,6 +36,8 @@ mod vsock_listeners;
 pub use limits::Limits;
 pub use manager::Manager;
 
+use certificates::Sources;
+use certificates::files::FileCertificates;
 use certificates::internal_ca::InternalCa;
 use enclaved_core::egress_policy::OwnRange;
 use ingress::https::Https;
@@ -124,7 +127,10 @@ pub async fn run_under(
     // However this function ends, also by being dropped: no connection outlives it.
     let _cut = shared.cut.clone().drop_guard();
     let provider = tls::provider();
-    let certificates = Arc::new(InternalCa::new(options.state_dir.join("ca"), provider.clone()));
+    let certificates = Arc::new(Sources(vec![
+        Box::new(InternalCa::new(options.state_dir.join("ca"), provider.clone())),
+        Box::new(FileCertificates::new(provider.clone())),
+    ]));
     let upstreams = Arc::new(Upstreams::new(shared.clone(), Transport::AfVsock));
     let https = Https::new(shared.clone(), provider, certificates, upstreams).map_err(ProxyError::Tls)?;
     let store = Store::new(options.state_dir.join("routes.json"));

@@ -47,12 +47,16 @@ pub struct Limits {
     pub egress_hello: Duration,
     /// Connections of one raw TCP port at a time; more are closed at once. (Where the routes say nothing else.)
     pub tcp_connections: usize,
-    /// HTTPS connections at a time; more are closed at once.
-    pub https_connections: usize,
+    /// HTTPS connections at a time; more are closed at once. (Where the routes say nothing else.)
+    pub https_connections: u32,
+    /// HTTPS connections of one source at a time; more are closed at once. (Where the routes say nothing else.)
+    pub https_source_connections: u32,
     /// How long a client may take for its TLS handshake.
     pub handshake: Duration,
     /// How long a client may take to send a request's headers, and may keep an idle connection open.
     pub request_head: Duration,
+    /// How long a client may be silent within a request's body.
+    pub request_body: Duration,
     /// Bytes of a request's headers, in all.
     pub request_head_bytes: usize,
     /// Requests of one HTTP/2 connection at a time.
@@ -113,8 +117,10 @@ impl Default for Limits {
             egress_hello: Duration::from_secs(10),
             tcp_connections: 4096,
             https_connections: 8192,
+            https_source_connections: 1024,
             handshake: Duration::from_secs(10),
             request_head: Duration::from_secs(30),
+            request_body: Duration::from_secs(60),
             request_head_bytes: 32 << 10,
             http2_streams: 128,
             client_stall: Duration::from_secs(120),

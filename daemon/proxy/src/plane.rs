@@ -4,12 +4,14 @@
 //! One owner: snapshots are applied one after another, under a lock that no connection ever takes, and under which nobody waits
 //! for a disk.
 
+use crate::certificates::Origin;
 use crate::counters::{Live, TrafficKey};
 use crate::egress::hosts::Hosts;
 use crate::egress::seats::Seats;
 use crate::egress::{EgressPort, Endpoint, Grant, Offer};
 use crate::error_text::chain;
 use crate::ingress::https::{Https, HttpsPort};
+use crate::ingress::redirect::RedirectPort;
 use crate::ingress::sites::{self, Sites};
 use crate::ingress::tcp::{self, TcpPort};
 use crate::listening::Listening;
@@ -18,10 +20,12 @@ use crate::shared::Shared;
 use crate::store::Store;
 use crate::throttle::Throttle;
 use crate::vsock::{ListenPoint, Transport};
+use bytes::Bytes;
 use enclaved_core::id::{Cid, EnclaveName};
 use enclaved_core::routes::{
     Direction, EgressRoute, InvalidRoutes, ListenerKey, ListenerReport, ProxyReport, Revision, Routes, TcpRoute,
 };
+use http::HeaderValue;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
@@ -56,6 +60,7 @@ struct State {
 enum Slot {
     Egress(ListenPoint),
     Https(SocketAddr),
+    Redirect(SocketAddr),
     Tcp(SocketAddr),
 }
 
@@ -70,6 +75,7 @@ struct Open {
 enum Service {
     Egress(Arc<EgressPort>),
     Https,
+    Redirect,
     Tcp(Arc<TcpPort>),
 }
 
@@ -189,8 +195,11 @@ impl Plane {
             last_routes_error: self.saver.trouble(),
             accept_errors: counters.accept_errors.load(Relaxed),
             refused: counters.refused.report(),
+            https_connections: self.https.open_connections(),
+            handshake_failures: counters.handshakes.report(),
             panics: counters.panics.load(Relaxed),
             names: self.shared.resolver.report(),
+            certificates: self.https.certificates.report(self.https.sites.get().domains()),
         }
     }
 
@@ -207,13 +216,15 @@ impl Plane {
             let listen = https.listen;
             (ListenerKey::Https { listen }, Slot::Https(listen))
         });
+        let redirect = routes.https.iter().filter_map(|https| https.rules.redirect);
+        let redirect = redirect.map(|listen| (ListenerKey::Redirect { listen }, Slot::Redirect(listen)));
         let tcp =
             routes.tcp.iter().map(|TcpRoute { listen, .. }| (ListenerKey::Tcp { listen: *listen }, Slot::Tcp(*listen)));
         let report = |(listener, slot): (ListenerKey, Slot)| {
             let (address, error) = state.slots.get(&slot)?.listening.report();
             Some(ListenerReport { listener, address, error })
         };
-        egress.chain(https).chain(tcp).filter_map(report).collect()
+        egress.chain(https).chain(redirect).chain(tcp).filter_map(report).collect()
     }
 
     async fn maintain_certificates(&self) {
@@ -338,14 +349,37 @@ impl Plane {
     fn apply_https(&self, state: &mut State, routes: &Routes, transport: &Transport) -> bool {
         let targets: HashSet<_> = routes.sites.iter().filter_map(|site| site.target).collect();
         self.https.upstreams.retarget(transport.clone(), targets);
+        let port = routes.https.as_ref().map_or(0, |https| https.listen.port());
         let sites = Sites::new(routes.sites.iter().map(|site| {
             let target = site.target.and_then(|cid| state.lives.get(&cid).cloned());
-            let traffic = self.shared.counters.traffic(key(&site.enclave, Direction::Https, "https".to_owned()));
-            (site.domains.clone(), sites::Backend::new(site.paths.clone(), target, traffic))
+            let traffic = |direction, name| self.shared.counters.traffic(key(&site.enclave, direction, name));
+            let mut backend = match site.rules.passthrough {
+                Some(raw) => sites::Backend::raw(raw, target, traffic(Direction::Tcp, port.to_string())),
+                None => {
+                    let traffic = traffic(Direction::Https, "https".to_owned());
+                    sites::Backend::new(site.paths.clone(), target, traffic)
+                }
+            };
+            let hsts = site.rules.hsts_seconds.map(|seconds| format!("max-age={seconds}"));
+            let hsts = hsts.and_then(|text| HeaderValue::from_maybe_shared(Bytes::from(text)).ok());
+            let origin = site.rules.certificate.clone().map_or(Origin::InternalCa, Origin::Files);
+            backend.hsts = hsts;
+            sites::Site { domains: site.domains.clone(), default: site.rules.default, origin, backend }
         }));
+        self.https.rules.set(routes.https.as_ref().map(|https| https.rules.clone()).unwrap_or_default());
         let same_domains = self.https.sites.get().domains() == sites.domains();
         self.https.sites.set(sites);
         let Some(https) = &routes.https else { return false };
+        if let Some(listen) = https.rules.redirect {
+            match state.slots.get(&Slot::Redirect(listen)) {
+                Some(open) => open.listening.retry_now(),
+                None => {
+                    let port = Arc::new(RedirectPort::new(listen, self.https.clone()));
+                    let listening = Listening::start(port, self.shared.clone());
+                    state.slots.insert(Slot::Redirect(listen), Open { listening, service: Service::Redirect });
+                }
+            }
+        }
         let slot = Slot::Https(https.listen);
         if let Some(open) = state.slots.get(&slot) {
             open.listening.retry_now();
@@ -375,8 +409,9 @@ fn slots(routes: &Routes, transport: &Transport) -> BTreeSet<Slot> {
     let egress = routes.egress.iter().map(|route| (route.cid, route.vsock_port)).chain(hosts);
     let egress = egress.map(|(cid, port)| Slot::Egress(transport.listen_point(cid, port)));
     let https = routes.https.iter().map(|https| Slot::Https(https.listen));
+    let redirect = routes.https.iter().filter_map(|https| https.rules.redirect).map(Slot::Redirect);
     let tcp = routes.tcp.iter().map(|route| Slot::Tcp(route.listen));
-    egress.chain(https).chain(tcp).collect()
+    egress.chain(https).chain(redirect).chain(tcp).collect()
 }
 
 /// Takes in the CIDs that are new, says which take new connections, and returns those that are named no more.

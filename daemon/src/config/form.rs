@@ -8,7 +8,7 @@ use super::{OnStop, SupervisorKind};
 use enclaved_core::desired::{AllocatorMode, PoolPolicy};
 use enclaved_core::desired::{OnUnhealthy, RestartPolicy, UpdatePolicy};
 use enclaved_core::id::{EifDigest, EnclaveName, Pcr};
-use enclaved_core::routes::{ProxyProtocol, VsockTransport};
+use enclaved_core::routes::{ProxyProtocol, UpstreamHttp, VsockTransport};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::Deserialize;
 use std::borrow::Cow;
@@ -126,11 +126,30 @@ pub(super) struct VsockForm {
 pub(super) struct HostIngressForm {
     /// Address and port; opened if any enclave has domains. `[::]` takes IPv4 too.
     pub listen: SocketAddrText,
+    /// Address and port on which requests in clear are told to come again over HTTPS (308): `"[::]:80"`. Left out: none.
+    pub redirect: Option<SocketAddrText>,
+    /// Networks and addresses of proxies and load balancers in front of this host: what they say of a client in
+    /// `X-Forwarded-*` reaches the enclave, and their connections do not count as those of one source. What anybody else says
+    /// there is removed.
+    #[schemars(length(max = 256), example = ["10.0.0.0/8"])]
+    pub trusted_proxies: Vec<String>,
+    /// Connections at a time, of all domains; more are closed at once.
+    #[schemars(range(min = 1, max = 65536))]
+    pub max_connections: u32,
+    /// Connections of one IPv4 address, or of one IPv6 network of 64 bits, at a time; more are closed at once.
+    #[schemars(range(min = 1, max = 65536))]
+    pub max_connections_per_source: u32,
 }
 
 impl Default for HostIngressForm {
     fn default() -> Self {
-        Self { listen: "[::]:443".into() }
+        Self {
+            listen: "[::]:443".into(),
+            redirect: None,
+            trusted_proxies: Vec::new(),
+            max_connections: 8192,
+            max_connections_per_source: 1024,
+        }
     }
 }
 
@@ -373,10 +392,40 @@ pub(super) struct IngressForm {
     /// Raw TCP ports: `9000`, or `{ listen = 5432, vsock_port = 15432, allow = ["10.0.0.0/8"] }`.
     #[schemars(length(max = 256))]
     pub ports: Vec<PortForm>,
+    /// The certificate for these domains, which you keep. Left out: one of enclaved's own CA, which clients have to be told to
+    /// trust.
+    pub certificate: Option<CertificateForm>,
+    /// For how long browsers that were here once are to come over HTTPS alone (`Strict-Transport-Security`); 0s to 2 years.
+    /// It cannot be taken back before. Left out: they are not told.
+    pub hsts: Option<DurationText>,
+    /// Takes requests for names that no enclave has, too, and clients that name none in their TLS handshake. One enclave at
+    /// most; without one, unknown names are refused.
+    pub default: bool,
+    /// Passes the TLS connections for these domains to the enclave as they are, which then has certificate and key: nothing is
+    /// decrypted here, and there are neither paths nor headers.
+    pub passthrough: bool,
+    /// The vsock port inside the enclave that answers TLS, with `passthrough`. Left out: 443.
+    #[schemars(range(min = 1, max = 4_294_967_294_u32))]
+    pub tls_port: Option<u32>,
+    /// What the enclave is sent before the bytes of a connection, with `passthrough`: `"v2"`, the binary header of the PROXY
+    /// protocol. Left out: nothing.
+    pub proxy_protocol: Option<ProxyProtocol>,
     /// Caution's attestation service: the same as `routes = [{ path = "/attestation", vsock_port = 49502 }]`.
     pub caution: bool,
     /// Caution's end-to-end encryption (STEVE): the same as `routes = [{ path = "/e2p", vsock_port = 49500 }]`.
     pub e2e: bool,
+}
+
+/// A certificate on disk. Both files are read again when they change; what can't be used replaces nothing.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CertificateForm {
+    /// The chain in PEM, the domains' own certificate first. The user `enclaved-proxy` must be able to read it.
+    #[schemars(example = "/etc/enclaved/tls/api.crt")]
+    pub cert: PathBuf,
+    /// Its key in PEM, which the user `enclaved-proxy` can read and not everybody.
+    #[schemars(example = "/etc/enclaved/tls/api.key")]
+    pub key: PathBuf,
 }
 
 /// HTTPS requests whose path begins with a prefix.
@@ -389,6 +438,9 @@ pub(super) struct RouteForm {
     /// The vsock port inside the enclave that answers HTTP.
     #[schemars(range(min = 1, max = 4_294_967_294_u32))]
     pub vsock_port: u32,
+    /// How it speaks HTTP: `"http1"`, or `"h2c"`, which is HTTP/2 in clear without a beginning in HTTP/1.1 (gRPC).
+    #[serde(default)]
+    pub upstream: UpstreamHttp,
 }
 
 /// A raw TCP port.

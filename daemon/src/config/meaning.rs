@@ -2,7 +2,7 @@
 //! not show, and reports all that is wrong, not only the first. Reads no files and looks at no host.
 
 use super::error::Problems;
-use super::form::{ControlPlaneForm, DurationText, FileForm, HostForm, SocketAddrText};
+use super::form::{ControlPlaneForm, DurationText, FileForm, HostForm, HostIngressForm, SocketAddrText};
 use super::source::{Path, Tree, quoted};
 use super::{
     Config, ControlPlaneSettings, DEFAULT_RUN_DIR, HostSettings, MetricsSettings, SourceFile, SupervisorKind,
@@ -10,7 +10,7 @@ use super::{
 };
 use enclaved_core::desired::{AllocatorMode, Desired, EnclaveSpec, HostPolicy};
 use enclaved_core::id::{EnclaveName, MemoryMib};
-use enclaved_core::routes::{HttpsListener, VsockTransport, is_host};
+use enclaved_core::routes::{BadIpNetwork, HttpsListener, HttpsRules, IpNetwork, VsockTransport, is_host};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -38,8 +38,10 @@ pub(super) fn config(form: FileForm, tree: &Tree, sources: &[SourceFile], proble
     judge.listener(metrics, &metrics_at);
     let https_at = root.key("ingress").key("listen");
     let https = judge.socket_address(&form.ingress.listen, &https_at);
+    let rules = judge.https_rules(&form.ingress, &root.key("ingress"));
     if form.enclave.iter().any(|enclave| !enclave.ingress.domains.is_empty()) {
         judge.listener(https, &https_at);
+        judge.listener(rules.redirect, &root.key("ingress").key("redirect"));
     }
 
     let control_plane =
@@ -49,7 +51,7 @@ pub(super) fn config(form: FileForm, tree: &Tree, sources: &[SourceFile], proble
         return None;
     }
     let has_domains = enclaves.values().any(|enclave| !enclave.ingress.domains.is_empty());
-    let https = https.filter(|_| has_domains).map(|listen| HttpsListener { listen });
+    let https = https.filter(|_| has_domains).map(|listen| HttpsListener { listen, rules });
     Some(Config {
         host,
         nitro_cli,
@@ -184,9 +186,29 @@ impl Judge<'_> {
         Some(ControlPlaneSettings { url: form.url, interval: interval? })
     }
 
+    fn https_rules(&mut self, form: &HostIngressForm, path: &Path) -> HttpsRules {
+        let at = path.key("redirect");
+        HttpsRules {
+            redirect: form.redirect.as_ref().and_then(|text| self.socket_address(text, &at)),
+            trusted_proxies: self.networks(&form.trusted_proxies, &path.key("trusted_proxies")),
+            max_connections: Some(form.max_connections),
+            max_connections_per_source: Some(form.max_connections_per_source),
+        }
+    }
+
+    fn networks(&mut self, texts: &[String], path: &Path) -> Vec<IpNetwork> {
+        let network = |(index, text): (usize, &String)| {
+            let refuse = |error: BadIpNetwork| {
+                self.refuse(&path.index(index), format!("is {}; {error}", quoted(text)));
+            };
+            text.parse().map_err(refuse).ok()
+        };
+        texts.iter().enumerate().filter_map(network).collect()
+    }
+
     fn enclaves(&mut self, forms: Vec<super::form::EnclaveForm>, path: &Path) -> BTreeMap<EnclaveName, EnclaveSpec> {
         let mut names: BTreeMap<String, Path> = BTreeMap::new();
-        let mut domains = BTreeMap::new();
+        let mut domains = enclave::Domains::default();
         let mut enclaves = BTreeMap::new();
         for (index, form) in forms.into_iter().enumerate() {
             let path = path.index(index);

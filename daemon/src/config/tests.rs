@@ -5,7 +5,9 @@ use enclaved_core::desired::{AllocatorMode, Probe, UpdatePolicy};
 use enclaved_core::id::{Cid, MemoryMib, Pcr};
 use enclaved_core::image::{ExpectedImage, Pins};
 use enclaved_core::ledger::Ledger;
-use enclaved_core::routes::{Ages, EgressLimits, EgressRoute, ProxyProtocol, Routes, VsockTransport};
+use enclaved_core::routes::{
+    Ages, EgressLimits, EgressRoute, Passthrough, ProxyProtocol, Routes, SiteRules, UpstreamHttp, VsockTransport,
+};
 use proptest::prelude::*;
 
 mod bad;
@@ -99,9 +101,17 @@ fn the_example_is_good_with_everything_switched_on() {
     assert_eq!(paths, [("/", 8083), ("/admin", 8084), ("/attestation", 49502), ("/e2p", 49500)]);
     let tcp: Vec<_> = signer.ingress.tcp.iter().map(|port| (port.listen.to_string(), port.vsock_port)).collect();
     assert_eq!(tcp, [("[::]:9100".to_owned(), 9100), ("[::]:5432".to_owned(), 15432)]);
-    assert_eq!(config.desired.https.unwrap().listen, "[::]:443".parse().unwrap());
+    let https = config.desired.https.unwrap();
+    assert_eq!(https.listen, "[::]:443".parse().unwrap());
+    assert_eq!(https.rules.redirect, Some("[::]:80".parse().unwrap()));
+    assert!(https.rules.trusts("10.1.2.3".parse().unwrap()) && !https.rules.trusts("192.0.2.1".parse().unwrap()));
     assert_eq!(config.control_plane.unwrap().url, "https://control.example.com");
     let ledger = &config.desired.enclaves[&"ledger".parse().unwrap()];
+    let raw = Passthrough { vsock_port: 443, proxy_protocol: Some(ProxyProtocol::V2) };
+    assert_eq!(ledger.ingress.site, SiteRules { default: true, passthrough: Some(raw), ..SiteRules::default() });
+    let site = &signer.ingress.site;
+    assert_eq!(site.certificate.as_ref().unwrap().key, Path::new("/etc/enclaved/tls/api.key"));
+    assert_eq!((site.hsts_seconds, signer.ingress.paths[1].upstream), (Some(31_536_000), UpstreamHttp::H2c));
     assert_eq!(ledger.health.as_ref().unwrap().probe, Probe::Connect { port: 9100 });
 }
 

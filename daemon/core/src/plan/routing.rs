@@ -25,6 +25,7 @@ pub fn routes(desired: &Desired, ledger: &Ledger) -> Routes {
                 domains: spec.ingress.domains.clone(),
                 paths: spec.ingress.paths.clone(),
                 target,
+                rules: spec.ingress.site.clone(),
             });
         }
         routes.tcp.extend(spec.ingress.tcp.iter().map(|port| TcpRoute {

@@ -85,6 +85,12 @@ impl Routes {
         // With port 0 the kernel chooses: HTTPS and a raw port do not meet there.
         let https = self.https.iter().map(|https| https.listen).filter(|listen| listen.port() != 0);
         let mut seen: HashSet<_> = https.collect();
+        let redirect = self.https.iter().filter_map(|https| https.rules.redirect).filter(|listen| listen.port() != 0);
+        for listen in redirect {
+            if !seen.insert(listen) {
+                refuse!("two listeners share {listen}");
+            }
+        }
         for route in &self.tcp {
             if !vsock_port_exists(route.vsock_port) {
                 refuse!(
@@ -106,10 +112,31 @@ impl Routes {
     }
 
     fn check_sites(&self) -> Result<(), InvalidRoutes> {
+        if let Some(https) = &self.https
+            && [https.rules.max_connections, https.rules.max_connections_per_source].contains(&Some(0))
+        {
+            refuse!("HTTPS has a limit of 0");
+        }
+        if self.sites.iter().filter(|site| site.rules.default).count() > 1 {
+            refuse!("two sites are the one for unknown names");
+        }
         let mut seen = HashSet::new();
-        for Site { enclave, domains, paths, .. } in &self.sites {
-            if domains.is_empty() || paths.is_empty() {
-                refuse!("the site of {enclave} has no domains or no paths");
+        for Site { enclave, domains, paths, rules, .. } in &self.sites {
+            if domains.is_empty() {
+                refuse!("the site of {enclave} has no domains");
+            }
+            if let Some(files) = &rules.certificate
+                && !(files.cert.is_absolute() && files.key.is_absolute())
+            {
+                refuse!("the certificate of {enclave} is at a path that is not absolute");
+            }
+            if paths.is_empty() != rules.passthrough.is_some() {
+                refuse!("the site of {enclave} has no paths, or both paths and TLS of its own");
+            }
+            if let Some(passthrough) = rules.passthrough
+                && !vsock_port_exists(passthrough.vsock_port)
+            {
+                refuse!("TLS of {enclave} goes to vsock port {}, which does not exist", passthrough.vsock_port);
             }
             for domain in domains {
                 if !is_domain(domain) {
@@ -155,10 +182,13 @@ fn vsock_port_exists(port: u32) -> bool {
 mod tests {
     use super::*;
     use crate::id::Cid;
-    use crate::routes::{EgressLimits, HttpsListener, PathRoute, TcpRoute, TcpRules};
+    use crate::routes::{CertificateFiles, UpstreamHttp};
+    use crate::routes::{
+        EgressLimits, HttpsListener, HttpsRules, Passthrough, PathRoute, SiteRules, TcpRoute, TcpRules,
+    };
 
     fn good() -> Routes {
-        let path = |prefix: &str| PathRoute { prefix: prefix.into(), vsock_port: 8080 };
+        let path = |prefix: &str| PathRoute { prefix: prefix.into(), vsock_port: 8080, upstream: UpstreamHttp::Http1 };
         Routes {
             format: ROUTES_FORMAT,
             vsock: VsockTransport::Hybrid("/run/x".into()),
@@ -182,12 +212,13 @@ mod tests {
                 vsock_port: 8001,
                 document: "[]".into(),
             }],
-            https: Some(HttpsListener { listen: "127.0.0.1:443".parse().unwrap() }),
+            https: Some(HttpsListener { listen: "127.0.0.1:443".parse().unwrap(), rules: HttpsRules::default() }),
             sites: vec![Site {
                 enclave: "signer".parse().unwrap(),
                 domains: vec!["a.example.com".into(), "*.example.org".into(), "127.0.0.1".into()],
                 paths: vec![path("/"), path("/attestation")],
                 target: None,
+                rules: SiteRules::default(),
             }],
             tcp: vec![TcpRoute {
                 enclave: "signer".parse().unwrap(),
@@ -200,9 +231,17 @@ mod tests {
         }
     }
 
+    fn raw(vsock_port: u32) -> Passthrough {
+        Passthrough { vsock_port, proxy_protocol: None }
+    }
+
     #[test]
     fn a_sensible_snapshot_and_an_empty_one_pass() {
         good().check().unwrap();
+        let mut routes = good();
+        routes.sites[0].paths.clear();
+        routes.sites[0].rules.passthrough = Some(raw(443));
+        routes.check().unwrap();
         Routes { format: ROUTES_FORMAT, ..Routes::default() }.check().unwrap();
     }
 
@@ -235,6 +274,23 @@ mod tests {
             ("vsock port 0", |r| r.tcp[0].vsock_port = 0),
             ("no domains", |r| r.sites[0].domains.clear()),
             ("no paths", |r| r.sites[0].paths.clear()),
+            ("both paths and TLS", |r| r.sites[0].rules.passthrough = Some(raw(443))),
+            ("vsock port 0", |r| {
+                r.sites[0].paths.clear();
+                r.sites[0].rules.passthrough = Some(raw(0));
+            }),
+            ("two listeners", |r| {
+                let https = r.https.as_mut().unwrap();
+                https.rules.redirect = Some(https.listen);
+            }),
+            ("not absolute", |r| {
+                r.sites[0].rules.certificate = Some(CertificateFiles { cert: "/crt".into(), key: "key".into() });
+            }),
+            ("unknown names", |r| {
+                r.sites[0].rules.default = true;
+                r.sites.push(Site { domains: vec!["b.test".into()], ..r.sites[0].clone() });
+            }),
+            ("limit of 0", |r| r.https.as_mut().unwrap().rules.max_connections_per_source = Some(0)),
             ("domain \"A.example\"", |r| r.sites[0].domains[0] = "A.example".into()),
             ("domain \"*\"", |r| r.sites[0].domains[0] = "*".into()),
             ("domain \"a.*.b\"", |r| r.sites[0].domains[0] = "a.*.b".into()),

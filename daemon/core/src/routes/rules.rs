@@ -1,8 +1,9 @@
-//! Rules of single endpoints and ports: how much they carry, from whom, and what is put before it.
+//! Rules of single endpoints, ports and sites: how much they carry, from whom, and what is put before it.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 /// How much one egress endpoint carries. What is left out has the proxy's own bound.
@@ -85,6 +86,102 @@ impl TcpRules {
     pub fn allows(&self, source: IpAddr) -> bool {
         self.allow.is_empty() || self.allow.iter().any(|network| network.contains(source))
     }
+}
+
+/// Who may use HTTPS, how much, and whom it believes.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HttpsRules {
+    /// Proxies in front of this one: what they say of a client in `X-Forwarded-*` is passed on, and their connections are not
+    /// counted as those of one source. Nobody else's word about a client is.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub trusted_proxies: Vec<IpNetwork>,
+    /// Where requests in clear are told to come again over HTTPS, if anywhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub redirect: Option<SocketAddr>,
+    /// Connections at a time; more are closed at once. Left out: the proxy's own bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_connections: Option<u32>,
+    /// Connections of one source at a time: of one IPv4 address, or one IPv6 network of 64 bits. Left out: the proxy's own
+    /// bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_connections_per_source: Option<u32>,
+}
+
+impl HttpsRules {
+    /// Whether there are none.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether that peer is a proxy whose word is taken.
+    pub fn trusts(&self, peer: IpAddr) -> bool {
+        self.trusted_proxies.iter().any(|network| network.contains(peer))
+    }
+}
+
+/// What is special about a site.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SiteRules {
+    /// It takes names that are no site's, too, and clients that name none. One site at most.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub default: bool,
+    /// Its TLS is the enclave's: nothing is decrypted here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub passthrough: Option<Passthrough>,
+    /// The certificate for all its domains. Left out: each has one of the internal CA.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<CertificateFiles>,
+    /// For how many seconds browsers are to come over HTTPS alone (`Strict-Transport-Security`). Left out: they are not told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hsts_seconds: Option<u64>,
+}
+
+impl SiteRules {
+    /// Whether there are none.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A certificate on disk.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CertificateFiles {
+    /// The chain in PEM, the site's own certificate first.
+    pub cert: PathBuf,
+    /// Its key in PEM.
+    pub key: PathBuf,
+}
+
+/// How an enclave's port speaks HTTP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum UpstreamHttp {
+    /// HTTP/1.1.
+    #[default]
+    Http1,
+    /// HTTP/2 in clear, which both sides know beforehand: gRPC.
+    H2c,
+}
+
+impl UpstreamHttp {
+    /// Whether it is what it is where nothing is said.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Where the TLS connections of a site go, every byte as it came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Passthrough {
+    /// The vsock port inside the enclave that answers TLS.
+    pub vsock_port: u32,
+    /// What is sent to the enclave before a connection's bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<ProxyProtocol>,
 }
 
 /// How a connection's source is told to the enclave.

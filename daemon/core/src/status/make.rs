@@ -11,6 +11,7 @@ use crate::ledger::{EnclaveRecord, GenerationRecord, ImageOutcome, Ledger, Phase
 use crate::observed::{InstanceState, JobKey, Observation, Observed, Pool};
 use crate::plan::Plan;
 use crate::plan::pool::PoolPlan;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// A certificate of an image that ends sooner than this is told as a problem: time enough to build, sign and roll out.
@@ -125,6 +126,15 @@ impl Maker<'_> {
                 }
                 if let Some(error) = &report.last_routes_error {
                     add("proxy", Failure::new(error.clone()));
+                }
+                // Several domains may have one pair of files.
+                let broken = report.certificates.iter().filter_map(|certificate| {
+                    let error = certificate.error.as_ref()?;
+                    Some((error, (&certificate.domain, certificate.expires.is_some())))
+                });
+                for (error, (domain, serves)) in broken.collect::<BTreeMap<_, _>>() {
+                    let served = if serves { "the last good one is served on" } else { "its clients get a TLS alert" };
+                    add("proxy", Failure::new(format!("a certificate for {domain} can't be used: {error}; {served}")));
                 }
             }
         }

@@ -2,9 +2,10 @@
 //! directory, whose certificate clients are told to trust (`curl --cacert <state>/ca/root.crt`); its key never leaves this
 //! host. Leaf certificates live a week and only in memory.
 
-use super::{CertificateError, CertificateSource};
+use super::{CertificateError, CertificateSource, Origin, Wanted, expiry};
 use crate::current::Current;
 use crate::durable;
+use enclaved_core::routes::CertificateReport;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,
@@ -147,10 +148,12 @@ impl CertificateSource for InternalCa {
         self.leaves.get().get(domain).map(|leaf| leaf.certificate.clone())
     }
 
-    fn maintain(&self, domains: &[String], now: SystemTime) -> Result<(), CertificateError> {
+    fn maintain(&self, wanted: &[Wanted], now: SystemTime) -> Result<(), CertificateError> {
+        let domains: Vec<_> =
+            wanted.iter().filter(|wanted| wanted.origin == Origin::InternalCa).map(|wanted| &*wanted.domain).collect();
         let mut root = self.root.lock().unwrap_or_else(PoisonError::into_inner);
         let leaves = self.leaves.get();
-        let current = |domain: &String| leaves.get(domain).filter(|leaf| !leaf.is_due(now)).cloned();
+        let current = |domain: &str| leaves.get(domain).filter(|leaf| !leaf.is_due(now)).cloned();
         if domains.len() == leaves.len() && domains.iter().all(|domain| current(domain).is_some()) {
             return Ok(());
         }
@@ -158,16 +161,27 @@ impl CertificateSource for InternalCa {
             Some(root) => root,
             none => none.insert(self.open_root(now)?),
         };
-        let issue = |domain: &String| {
+        let issue = |domain: &str| {
             let leaf = root.issue(domain, now, &self.provider);
             leaf.map_err(|cause| CertificateError::new(format!("could not issue a certificate for {domain}"), cause))
         };
-        let leaves = domains.iter().map(|domain| {
+        let leaves = domains.into_iter().map(|domain| {
             let leaf = current(domain).map_or_else(|| issue(domain), Ok)?;
-            Ok((domain.clone(), leaf))
+            Ok((domain.to_owned(), leaf))
         });
         self.leaves.set(leaves.collect::<Result<_, CertificateError>>()?);
         Ok(())
+    }
+
+    fn report(&self, wanted: &[Wanted]) -> Vec<CertificateReport> {
+        let leaves = self.leaves.get();
+        let ours = wanted.iter().filter(|wanted| wanted.origin == Origin::InternalCa);
+        let of = |Wanted { domain, .. }: &Wanted| CertificateReport {
+            domain: domain.clone(),
+            expires: leaves.get(domain).and_then(|leaf| expiry(leaf.certificate.end_entity_cert().ok()?)),
+            error: None,
+        };
+        ours.map(of).collect()
     }
 }
 
@@ -266,8 +280,8 @@ mod tests {
         InternalCa::new(dir.join("ca"), tls::provider())
     }
 
-    fn names(names: &[&str]) -> Vec<String> {
-        names.iter().map(|name| (*name).to_owned()).collect()
+    fn names(names: &[&str]) -> Vec<Wanted> {
+        names.iter().map(|name| Wanted { domain: (*name).to_owned(), origin: Origin::InternalCa }).collect()
     }
 
     /// Verifies what the CA serves for a domain as a client would that asks for `name` and trusts `root.crt`.
@@ -294,6 +308,9 @@ mod tests {
         verify(&ca, &long, String::leak(long.clone()), now).unwrap();
         verify(&ca, "localhost", "a.example.com", now).unwrap_err();
         assert!(ca.certificate("other.example.org").is_none());
+        let report = ca.report(&names(&["localhost"])).remove(0);
+        let week = now.duration_since(SystemTime::UNIX_EPOCH).unwrap() + LEAF_LIFETIME;
+        assert_eq!((report.expires, report.error), (i64::try_from(week.as_secs()).ok(), None));
         let mode = std::fs::metadata(ca.key_path()).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }

@@ -13,6 +13,11 @@ pub(crate) struct Seats(Arc<AtomicU64>);
 pub(crate) struct Seat(Arc<AtomicU64>);
 
 impl Seats {
+    /// How many are taken.
+    pub(crate) fn taken(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+
     /// One more, unless there are so many already.
     pub(crate) fn take(&self, limit: u64) -> Option<Seat> {
         let more = |taken: u64| (taken < limit).then_some(taken + 1);
@@ -36,6 +41,7 @@ mod tests {
         let (first, _second) = (seats.take(2).unwrap(), seats.clone().take(2).unwrap());
         assert!(seats.take(2).is_none());
         let _other = others.take(1).unwrap();
+        assert_eq!((seats.taken(), others.taken()), (2, 1));
         drop(first);
         let _third = seats.take(2).unwrap();
         assert!(seats.take(2).is_none() && seats.take(0).is_none());

@@ -5,10 +5,13 @@ use super::upstream::Lease;
 use crate::counters::{Open, Traffic};
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
+use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::time::{Sleep, sleep};
 
 /// A request's body.
 #[derive(Debug)]
@@ -16,50 +19,112 @@ pub(crate) enum Upload {
     /// There is none.
     Empty,
     /// It comes from the client.
-    Stream {
-        /// The client's body.
-        inner: Incoming,
-        /// Whose bytes they are.
-        traffic: Arc<Traffic>,
-        /// How much the enclave has taken: the sign that it is alive while it does not answer yet.
-        taken: Arc<AtomicU64>,
-    },
+    Stream(Box<FromClient>),
+}
+
+/// A body that comes from the client.
+#[derive(Debug)]
+pub(crate) struct FromClient {
+    inner: Incoming,
+    traffic: Arc<Traffic>,
+    progress: Arc<Progress>,
+    /// How long the client may say nothing.
+    patience: Duration,
+    /// Runs while the client is waited for.
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+/// How far a request's body has come, for whoever waits for the answer.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    /// Bytes that the enclave has taken: the sign that it is alive while it does not answer yet.
+    taken: AtomicU64,
+    fault: OnceLock<ClientFault>,
+}
+
+/// Why the rest of a request's body will not come. The client's doing, not the enclave's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ClientFault {
+    #[error("the client's body is malformed, or it went before the end")]
+    Broken,
+    #[error("the client was silent for too long within the body")]
+    Slow,
+}
+
+impl Progress {
+    pub(crate) fn taken(&self) -> u64 {
+        self.taken.load(Relaxed)
+    }
+
+    pub(crate) fn fault(&self) -> Option<ClientFault> {
+        self.fault.get().copied()
+    }
+}
+
+impl Upload {
+    pub(crate) fn stream(inner: Incoming, traffic: Arc<Traffic>, patience: Duration) -> Self {
+        Self::Stream(Box::new(FromClient { inner, traffic, progress: Arc::default(), patience, timer: None }))
+    }
+
+    /// `None` where there is no body.
+    pub(crate) fn progress(&self) -> Option<Arc<Progress>> {
+        match self {
+            Self::Empty => None,
+            Self::Stream(body) => Some(body.progress.clone()),
+        }
+    }
+}
+
+impl FromClient {
+    fn fail(&self, fault: ClientFault) -> Poll<Option<Result<Frame<Bytes>, ClientFault>>> {
+        Poll::Ready(Some(Err(*self.progress.fault.get_or_init(|| fault))))
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, ClientFault>>> {
+        let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
+            let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(self.patience)));
+            ready!(timer.as_mut().poll(cx));
+            return self.fail(ClientFault::Slow);
+        };
+        self.timer = None;
+        let mut frame = match frame {
+            Some(Ok(frame)) => frame,
+            Some(Err(_)) => return self.fail(ClientFault::Broken),
+            None => return Poll::Ready(None),
+        };
+        if let Some(data) = frame.data_ref() {
+            let length = data.len() as u64;
+            self.traffic.to_enclave.fetch_add(length, Relaxed);
+            self.progress.taken.fetch_add(length, Relaxed);
+        } else if let Some(trailers) = frame.trailers_mut() {
+            headers::trailers_to_enclave(trailers);
+        }
+        Poll::Ready(Some(Ok(frame)))
+    }
 }
 
 impl Body for Upload {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = ClientFault;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, ClientFault>>> {
         match self.get_mut() {
             Self::Empty => Poll::Ready(None),
-            Self::Stream { inner, traffic, taken } => {
-                let mut frame = ready!(Pin::new(inner).poll_frame(cx));
-                if let Some(Ok(frame)) = &mut frame {
-                    if let Some(data) = frame.data_ref() {
-                        let length = data.len() as u64;
-                        traffic.to_enclave.fetch_add(length, Relaxed);
-                        taken.fetch_add(length, Relaxed);
-                    } else if let Some(trailers) = frame.trailers_mut() {
-                        headers::trailers_to_enclave(trailers);
-                    }
-                }
-                Poll::Ready(frame)
-            }
+            Self::Stream(body) => body.poll(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Empty => true,
-            Self::Stream { inner, .. } => inner.is_end_stream(),
+            Self::Stream(body) => body.inner.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Empty => SizeHint::with_exact(0),
-            Self::Stream { inner, .. } => inner.size_hint(),
+            Self::Stream(body) => body.inner.size_hint(),
         }
     }
 }

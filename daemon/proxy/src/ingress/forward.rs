@@ -1,6 +1,6 @@
 //! One HTTP request: finds its site, sends it to the enclave, gives the answer back, or says why there is none.
 
-use super::body::{Download, Upload};
+use super::body::{ClientFault, Download, Upload};
 use super::headers::{self, Client};
 use super::https::Https;
 use super::sites::{Backend, host_of};
@@ -10,14 +10,17 @@ use crate::counters::{Failure, Live, Open, Refused, Traffic};
 use crate::error_text::chain;
 use crate::relay::relay;
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER, TRANSFER_ENCODING};
-use http::uri::PathAndQuery;
+use enclaved_core::routes::{PathRoute, UpstreamHttp};
+use http::header::{
+    CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER, STRICT_TRANSPORT_SECURITY, TRANSFER_ENCODING,
+};
+use http::uri::{PathAndQuery, Scheme};
 use http::{Method, Request, Response, StatusCode, Uri, Version};
 use hyper::body::{Body, Incoming};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
 
 /// What is known of the connection that a request came over.
 #[derive(Debug)]
@@ -25,6 +28,8 @@ pub(crate) struct Connection {
     pub(crate) https: Arc<Https>,
     /// The client's address, as a header's value.
     pub(crate) client: HeaderValue,
+    /// Whether it is a proxy whose word about a client is taken.
+    pub(crate) trusted: bool,
     /// The name in the TLS handshake.
     pub(crate) server_name: Option<String>,
 }
@@ -58,6 +63,13 @@ impl Refusal {
             SendError::Silent => {
                 Self::failure(StatusCode::GATEWAY_TIMEOUT, "the enclave did not answer in time", Failure::AnswerTimeout)
             }
+            SendError::Client(ClientFault::Broken) => {
+                Self::failure(StatusCode::BAD_REQUEST, "the request's body is malformed", Failure::ClientBody)
+            }
+            SendError::Client(ClientFault::Slow) => {
+                let reason = "the request's body did not come in time";
+                Self::failure(StatusCode::REQUEST_TIMEOUT, reason, Failure::ClientBody)
+            }
             SendError::Cut => {
                 Self::failure(StatusCode::BAD_GATEWAY, "the enclave ended while it had the request", Failure::Cut)
             }
@@ -79,6 +91,8 @@ impl Refusal {
     }
 }
 
+const BAD_HOST: Refusal = Refusal::new(StatusCode::BAD_REQUEST, "the Host header is not valid");
+
 /// Answers a request.
 pub(crate) async fn forward(connection: &Connection, mut request: Request<Incoming>) -> Response<Download> {
     let https = &connection.https;
@@ -92,29 +106,60 @@ pub(crate) async fn forward(connection: &Connection, mut request: Request<Incomi
         }
     };
     let traffic = &backend.traffic;
+    let began = Instant::now();
     let answer = send(connection, request, host, &backend, &request_id).await;
-    let response = answer.unwrap_or_else(|refusal| {
+    let mut response = answer.unwrap_or_else(|refusal| {
         if let Some(failure) = refusal.failure {
             traffic.fail(failure);
         }
         refusal.answer(&request_id)
     });
+    traffic.answers.record(began.elapsed());
     traffic.answered(response.status());
+    if let Some(hsts) = &backend.hsts
+        && !response.headers().contains_key(STRICT_TRANSPORT_SECURITY)
+    {
+        response.headers_mut().insert(STRICT_TRANSPORT_SECURITY, hsts.clone());
+    }
     response
 }
 
 /// The authority that a request asks for, and its site. Leaves the request's target as path and query only.
 fn find(connection: &Connection, request: &mut Request<Incoming>) -> Result<(HeaderValue, Arc<Backend>), Refusal> {
     let bad = |reason| Refusal::new(StatusCode::BAD_REQUEST, reason);
-    if request.method() == Method::CONNECT {
-        return Err(Refusal::new(StatusCode::NOT_IMPLEMENTED, "this is not a forward proxy"));
+    match *request.method() {
+        Method::CONNECT => return Err(Refusal::new(StatusCode::NOT_IMPLEMENTED, "this is not a forward proxy")),
+        // It would show a client what proxies tell of it, and what they add.
+        Method::TRACE => return Err(Refusal::new(StatusCode::NOT_IMPLEMENTED, "requests are not echoed here")),
+        _ => {}
+    }
+    let uri = request.uri();
+    // `a.test:443` is for CONNECT alone, `*` for OPTIONS (RFC 9112, 3.2.3 and 3.2.4).
+    if uri.authority().is_some() && uri.scheme().is_none() || uri.path() == "*" && request.method() != Method::OPTIONS {
+        return Err(bad("the target is not of a form that goes with the method"));
+    }
+    // hyper has read the body's end from these by now, and a body in another coding would lose it here.
+    let mut codings = request.headers().get_all(TRANSFER_ENCODING).iter();
+    if let Some(coding) = codings.next()
+        && (codings.next().is_some() || !coding.as_bytes().eq_ignore_ascii_case(b"chunked"))
+    {
+        return Err(Refusal::new(
+            StatusCode::NOT_IMPLEMENTED,
+            "the only transfer coding that is known here is chunked",
+        ));
     }
     let mut hosts = request.headers().get_all(HOST).iter();
     let header = hosts.next();
     if hosts.next().is_some() {
         return Err(bad("the request has several Host headers"));
     }
-    // A target in absolute form, as HTTP/2 always has it, wins over Host (RFC 9112, 3.2.2).
+    // In HTTP/2 the two must be one (RFC 9113, 8.3.1).
+    if let (Version::HTTP_2, Some(authority), Some(header)) = (request.version(), request.uri().authority(), header)
+        && !header.as_bytes().eq_ignore_ascii_case(authority.as_str().as_bytes())
+    {
+        return Err(bad("the Host header is not the authority"));
+    }
+    // In HTTP/1.1 a target in absolute form wins over Host (RFC 9112, 3.2.2).
     let host = match (request.uri().authority(), header) {
         (Some(authority), _) => {
             HeaderValue::from_str(authority.as_str()).map_err(|_| bad("the authority is not valid"))?
@@ -127,11 +172,19 @@ fn find(connection: &Connection, request: &mut Request<Incoming>) -> Result<(Hea
             .ok_or_else(|| bad("the request has no Host header"))?,
         (None, None) => return Err(bad("the request has no Host header")),
     };
-    let name = host.to_str().ok().and_then(host_of).ok_or_else(|| bad("the Host header is not valid"))?;
+    let name = host.to_str().ok().and_then(host_of).ok_or(BAD_HOST)?;
     let sites = connection.https.sites.get();
-    let Some((_, backend)) = sites.find(name) else {
-        return Err(Refusal::new(StatusCode::MISDIRECTED_REQUEST, "no site of this name is served here"));
-    };
+    let misdirected = |reason| Refusal::new(StatusCode::MISDIRECTED_REQUEST, reason);
+    let backend = sites.find(name).filter(|backend| backend.passthrough.is_none());
+    let backend = backend.ok_or_else(|| misdirected("no site of this name is served here"))?;
+    // Browsers send requests for one site over a connection to another that shows a certificate for both. What was agreed for
+    // one site does not hold for another.
+    if let Some(server_name) = &connection.server_name
+        && !server_name.eq_ignore_ascii_case(name)
+        && !sites.for_client(Some(server_name)).is_some_and(|(_, begun)| Arc::ptr_eq(begun, backend))
+    {
+        return Err(misdirected("this connection was made to another site"));
+    }
     let backend = backend.clone();
     if request.uri().authority().is_some() {
         let target = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
@@ -151,7 +204,7 @@ async fn send(
     let traffic = &backend.traffic;
     let open = Open::ingress(traffic, backend.target.as_ref());
     let unavailable = |reason, failure| Refusal::failure(StatusCode::SERVICE_UNAVAILABLE, reason, failure);
-    let Some(port) = backend.port(request.uri().path()) else {
+    let Some(&PathRoute { vsock_port: port, upstream, .. }) = backend.route(request.uri().path()) else {
         return Err(Refusal::failure(StatusCode::NOT_FOUND, "the site has nothing under this path", Failure::NoPath));
     };
     let Some(live) = &backend.target else {
@@ -162,15 +215,26 @@ async fn send(
         return Err(unavailable("the enclave has too many requests in flight", Failure::Limit));
     }
 
-    let upgrade = if request.version() == Version::HTTP_11 { headers::upgrade(request.headers()) } else { None };
+    let http2 = upstream == UpstreamHttp::H2c;
+    let upgrade =
+        if request.version() == Version::HTTP_11 && !http2 { headers::upgrade(request.headers()) } else { None };
     let client_upgrade = upgrade.as_ref().map(|_| hyper::upgrade::on(&mut request));
-    let client = Client { address: &connection.client, host, request_id: request_id.clone() };
+    if http2 {
+        *request.uri_mut() = whole(&host, request.uri()).ok_or(BAD_HOST)?;
+    }
+    let client =
+        Client { address: &connection.client, trusted: connection.trusted, host, request_id: request_id.clone() };
     headers::to_enclave(request.headers_mut(), client, upgrade.clone());
-    *request.version_mut() = Version::HTTP_11;
-    let request = frame(request, traffic);
+    if http2 {
+        headers::to_http2(request.headers_mut());
+    }
+    *request.version_mut() = if http2 { Version::HTTP_2 } else { Version::HTTP_11 };
+    let request = frame(request, traffic, https.shared.limits.request_body);
 
-    let (mut response, lease) = https.upstreams.send(live, port, request).await.map_err(|error| {
-        if let Some(left_out) = https.failures.pass() {
+    let (mut response, lease) = https.upstreams.send(live, (port, upstream), request).await.map_err(|error| {
+        if !matches!(error, SendError::Client(_))
+            && let Some(left_out) = https.failures.pass()
+        {
             let (enclave, error) = (&traffic.key().enclave, chain(&error));
             tracing::warn!(%enclave, port, request = ?request_id, error, left_out, "a request got no answer from its enclave");
         }
@@ -193,8 +257,14 @@ async fn send(
     Ok(response.map(|body| Download::stream(body, traffic.clone(), lease, open)))
 }
 
+/// The target with its authority, as HTTP/2 has it.
+fn whole(host: &HeaderValue, target: &Uri) -> Option<Uri> {
+    let path = target.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+    Uri::builder().scheme(Scheme::HTTP).authority(host.as_bytes()).path_and_query(path).build().ok()
+}
+
 /// Says how long the body is, if there is one. Its length, where it is known, is told by its type.
-fn frame(mut request: Request<Incoming>, traffic: &Arc<Traffic>) -> Request<Upload> {
+fn frame(mut request: Request<Incoming>, traffic: &Arc<Traffic>, patience: Duration) -> Request<Upload> {
     if request.body().is_end_stream() {
         // Servers may insist on a length where a body is usual (RFC 9110, 8.6).
         if matches!(*request.method(), Method::POST | Method::PUT | Method::PATCH) {
@@ -202,10 +272,10 @@ fn frame(mut request: Request<Incoming>, traffic: &Arc<Traffic>) -> Request<Uplo
         }
         return request.map(|_| Upload::Empty);
     }
-    if request.body().size_hint().exact().is_none() {
+    if request.body().size_hint().exact().is_none() && request.version() == Version::HTTP_11 {
         request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
-    request.map(|inner| Upload::Stream { inner, traffic: traffic.clone(), taken: Arc::new(AtomicU64::new(0)) })
+    request.map(|inner| Upload::stream(inner, traffic.clone(), patience))
 }
 
 impl Https {

@@ -2,6 +2,7 @@
 //!
 //! What describes one connection stays on it; what says who the client is comes from here alone, never from the client.
 
+use super::sites::host_of;
 use http::header::{
     CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRANSFER_ENCODING,
     UPGRADE,
@@ -30,11 +31,27 @@ const FORWARDED: [&str; 9] = [
     "x-rewrite-url",
 ];
 
+/// Headers by which applications read a request, and which are set or removed here.
+const DECIDED: [&str; 10] = [
+    "connection",
+    "content-length",
+    "expect",
+    "http2-settings",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+
 /// What is told about the client.
 #[derive(Debug)]
 pub(crate) struct Client<'a> {
     /// Its address.
     pub(crate) address: &'a HeaderValue,
+    /// Whether it is a proxy whose word about its own client is taken.
+    pub(crate) trusted: bool,
     /// The authority it asked for.
     pub(crate) host: HeaderValue,
     /// The request's name.
@@ -85,6 +102,7 @@ pub(crate) fn to_enclave(headers: &mut HeaderMap, client: Client<'_>, upgrade: O
     headers.remove(CONTENT_LENGTH);
     // The body is read at once, so the client was told to continue already.
     headers.remove(EXPECT);
+    let forwarded = if client.trusted { Forwarded::of(headers) } else { Forwarded::default() };
     remove_forwarded(headers);
     join_cookies(headers);
     if trailers {
@@ -95,11 +113,50 @@ pub(crate) fn to_enclave(headers: &mut HeaderMap, client: Client<'_>, upgrade: O
         headers.insert(UPGRADE, protocol);
         headers.insert(CONNECTION, HeaderValue::from_static(if trailers { "te, upgrade" } else { "upgrade" }));
     }
-    headers.insert(X_FORWARDED_FOR, client.address.clone());
-    headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static("https"));
-    headers.insert(X_FORWARDED_HOST, client.host.clone());
+    headers.insert(X_FORWARDED_FOR, forwarded.chain(client.address));
+    headers.insert(X_FORWARDED_PROTO, forwarded.proto.unwrap_or(HeaderValue::from_static("https")));
+    headers.insert(X_FORWARDED_HOST, forwarded.host.unwrap_or_else(|| client.host.clone()));
     headers.insert(HOST, client.host);
     headers.insert(X_REQUEST_ID, client.request_id);
+}
+
+/// What a proxy in front of this one says of its client.
+#[derive(Debug, Default)]
+struct Forwarded {
+    /// Every address that it names, in order.
+    addresses: Vec<u8>,
+    proto: Option<HeaderValue>,
+    host: Option<HeaderValue>,
+}
+
+impl Forwarded {
+    fn of(headers: &HeaderMap) -> Self {
+        let addresses: Vec<_> = headers.get_all(X_FORWARDED_FOR).iter().map(HeaderValue::as_bytes).collect();
+        // Said twice, it says nothing.
+        let one = |name: HeaderName| {
+            let mut values = headers.get_all(name).iter();
+            values.next().filter(|_| values.next().is_none()).cloned()
+        };
+        let known = |proto: &HeaderValue| ["https", "http"].iter().any(|known| proto.as_bytes() == known.as_bytes());
+        let proto = one(X_FORWARDED_PROTO).filter(known);
+        let host = one(X_FORWARDED_HOST).filter(|host| host.to_str().ok().and_then(host_of).is_some());
+        Self { addresses: addresses.join(&b", "[..]), proto, host }
+    }
+
+    /// Those addresses, and that of the one who named them.
+    fn chain(&self, address: &HeaderValue) -> HeaderValue {
+        if self.addresses.is_empty() {
+            return address.clone();
+        }
+        let chain = [&self.addresses[..], b", ", address.as_bytes()].concat();
+        HeaderValue::from_bytes(&chain).unwrap_or_else(|_| address.clone())
+    }
+}
+
+/// Takes out what HTTP/2 says otherwise, or not at all.
+pub(crate) fn to_http2(headers: &mut HeaderMap) {
+    headers.remove(CONNECTION);
+    headers.remove(HOST);
 }
 
 /// Turns an enclave's headers into those that the client gets.
@@ -131,14 +188,21 @@ fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     values.flat_map(|value| value.split(',')).map(str::trim).filter(|option| !option.is_empty())
 }
 
-/// Also with `_` in place of `-`, which many an application's framework takes for the same.
+/// Also with `_` in place of `-`, which many an application's framework takes for the same. So is what else is decided here.
 fn remove_forwarded(headers: &mut HeaderMap) {
-    let forwarded = |name: &&HeaderName| {
-        let name = name.as_str().replace('_', "-");
-        name.starts_with("x-forwarded-") || FORWARDED.contains(&name.as_str())
+    let forwarded = |name: &str| name.starts_with("x-forwarded-") || FORWARDED.contains(&name);
+    let remove = |name: &&HeaderName| {
+        let name = name.as_str();
+        if name.contains('_') {
+            let plain = name.replace('_', "-");
+            forwarded(&plain) || DECIDED.contains(&plain.as_str())
+        } else {
+            forwarded(name)
+        }
     };
-    let forwarded: Vec<_> = headers.keys().filter(forwarded).cloned().collect();
-    for name in forwarded {
+    // None, mostly: no allocation then.
+    let removed: Vec<_> = headers.keys().filter(remove).cloned().collect();
+    for name in removed {
         headers.remove(name);
     }
 }
@@ -162,6 +226,10 @@ mod tests {
     }
 
     fn sent(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        sent_by(false, pairs)
+    }
+
+    fn sent_by(trusted: bool, pairs: &[(&'static str, &'static str)]) -> HeaderMap {
         let mut map = HeaderMap::new();
         for (name, value) in pairs {
             map.append(*name, HeaderValue::from_static(value));
@@ -169,6 +237,7 @@ mod tests {
         let upgrade = upgrade(&map);
         let client = Client {
             address: &HeaderValue::from_static("192.0.2.1"),
+            trusted,
             host: HeaderValue::from_static("a.test:8443"),
             request_id: HeaderValue::from_static("r-1"),
         };
@@ -204,6 +273,35 @@ mod tests {
             ("connection", "x-forwarded-for, host, x-forwarded-proto"),
         ]);
         assert_eq!(received, headers(&told()));
+    }
+
+    #[test]
+    fn what_a_trusted_proxy_says_of_its_client_is_passed_on_with_its_own_address() {
+        let told = |pairs: &[(&'static str, &'static str)]| {
+            let received = sent_by(true, pairs);
+            let told = ["x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "host"];
+            told.map(|name| received.get(name).unwrap().to_str().unwrap().to_owned())
+        };
+        let said = [
+            ("x-forwarded-for", "198.51.100.1, 10.0.0.1"),
+            ("x-forwarded-for", "10.0.0.2"),
+            ("x-forwarded-proto", "http"),
+            ("x-forwarded-host", "b.test"),
+            ("x-real-ip", "10.0.0.5"),
+        ];
+        assert_eq!(told(&said), ["198.51.100.1, 10.0.0.1, 10.0.0.2, 192.0.2.1", "http", "b.test", "a.test:8443"]);
+        assert!(sent_by(true, &said).get("x-real-ip").is_none(), "who the client is, is told in one way");
+        let unclear = [("x-forwarded-proto", "gopher"), ("x-forwarded-host", "b.test"), ("x-forwarded-host", "c.test")];
+        assert_eq!(told(&unclear), ["192.0.2.1", "https", "a.test:8443", "a.test:8443"]);
+        assert_eq!(told(&[("x-forwarded-host", "b/c")])[2], "a.test:8443");
+    }
+
+    #[test]
+    fn what_is_decided_here_has_no_second_name() {
+        let received = sent(&[("content_length", "50"), ("transfer_encoding", "chunked"), ("api_key", "1")]);
+        let mut expected = told();
+        expected.push(("api_key", "1"));
+        assert_eq!(received, headers(&expected));
     }
 
     #[test]

@@ -1,14 +1,15 @@
-//! The HTTPS port: TLS handshakes, and HTTP/1.1 or HTTP/2 as agreed in them. Where a request goes is decided in `forward`.
+//! The HTTPS port, and what its connections share: sites, certificates, connections into enclaves, limits. What becomes of a
+//! connection is in `handshake`, then in `serving` or `passthrough`.
 
-use super::body::Download;
-use super::forward::{Connection, forward};
+use super::handshake::Begun;
 use super::sites::Sites;
-use super::stall::StallGuard;
+use super::sources::{Counted, Sources};
 use super::tls;
 use super::upstream::Upstreams;
-use crate::certificates::{CertificateError, CertificateSource};
+use crate::certificates::{CertificateError, CertificateSource, Wanted};
 use crate::counters::Refused;
 use crate::current::Current;
+use crate::egress::seats::{Seat, Seats};
 use crate::inherited::Unusable;
 use crate::listening::Service;
 use crate::manager::ingress_name;
@@ -16,37 +17,16 @@ use crate::shared::Shared;
 use crate::tcp;
 use crate::throttle::Throttle;
 use bytes::Bytes;
+use enclaved_core::routes::HttpsRules;
 use http::HeaderValue;
-use hyper::body::{Body, Frame, SizeHint};
-use hyper::server::conn::{http1, http2};
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::fd::OwnedFd;
 use rustls::crypto::CryptoProvider;
-use std::convert::Infallible;
-use std::future::Future;
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
-use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering::Relaxed};
+use std::time::SystemTime;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
-
-/// Most headers of one request.
-const REQUEST_HEADERS: usize = 100;
-/// HTTP/1.1: most that is read ahead of a request's body. (hyper's own bound is 400 KiB for each connection.)
-const HTTP1_BUFFER: usize = 64 << 10;
-/// HTTP/2: most that a client may send ahead, for one request and for all of a connection.
-const HTTP2_STREAM_WINDOW: u32 = 256 << 10;
-const HTTP2_CONNECTION_WINDOW: u32 = 1 << 20;
-/// HTTP/2: most of a response that waits to be sent.
-const HTTP2_SEND_BUFFER: usize = 256 << 10;
 
 /// All of HTTPS but its socket: it outlives a change of address.
 #[derive(Debug)]
@@ -56,8 +36,11 @@ pub(crate) struct Https {
     pub(crate) upstreams: Arc<Upstreams>,
     pub(crate) certificates: Arc<dyn CertificateSource>,
     pub(crate) failures: Throttle,
-    tls: Arc<rustls::ServerConfig>,
-    connections: Arc<Semaphore>,
+    pub(crate) rules: Current<HttpsRules>,
+    pub(crate) tls: Arc<rustls::ServerConfig>,
+    port: AtomicU16,
+    connections: Seats,
+    sources: Arc<Sources>,
     /// Held by the thread that makes certificates.
     making: Arc<tokio::sync::Mutex<()>>,
     limit_reached: Throttle,
@@ -74,9 +57,12 @@ impl Https {
         upstreams: Arc<Upstreams>,
     ) -> Result<Self, rustls::Error> {
         let sites = Arc::new(Current::default());
-        let tls = tls::config(provider, certificates.clone(), sites.clone(), shared.counters.clone())?;
+        let tls = tls::config(provider, certificates.clone(), sites.clone())?;
         Ok(Self {
-            connections: Arc::new(Semaphore::new(shared.limits.https_connections)),
+            rules: Current::default(),
+            port: AtomicU16::new(443),
+            connections: Seats::default(),
+            sources: Arc::default(),
             shared,
             sites,
             upstreams,
@@ -102,112 +88,74 @@ impl Https {
         result.unwrap_or_else(|error| Err(CertificateError::new("making certificates ended by a defect", error)))
     }
 
+    /// Connections that are open now.
+    pub(crate) fn open_connections(&self) -> u64 {
+        self.connections.taken()
+    }
+
+    /// The port of HTTPS, as bound.
+    pub(crate) fn port(&self) -> u16 {
+        self.port.load(Relaxed)
+    }
+
+    /// The kernel may have chosen it.
+    fn note_port(&self, listener: &TcpListener) {
+        // A listener has an address; the port that was known before would do, too.
+        if let Ok(address) = listener.local_addr() {
+            self.port.store(address.port(), Relaxed);
+        }
+    }
+
     /// A name for a request: unique on this host, for a long while.
     pub(crate) fn next_request_id(&self) -> HeaderValue {
         let text = format!("{:08x}-{:x}", self.seed, self.requests.fetch_add(1, Relaxed));
         HeaderValue::from_maybe_shared(Bytes::from(text)).unwrap_or(HeaderValue::from_static("none"))
     }
 
-    async fn serve_connection(self: Arc<Self>, client: TcpStream, address: IpAddr) {
-        let counters = &self.shared.counters.refused;
-        let handshake = TlsAcceptor::from(self.tls.clone()).accept(client);
+    async fn serve_connection(self: Arc<Self>, client: TcpStream, source: SocketAddr) {
         let closing = self.shared.closing.child_token();
-        let stream = tokio::select! {
+        let begun = tokio::select! {
             // Cancel-safe: a token stays cancelled. No request can be in flight yet.
             () = closing.cancelled() => return,
-            // Dropped only where the connection is given up.
-            done = timeout(self.shared.limits.handshake, handshake) => match done {
-                Ok(Ok(stream)) => stream,
-                // Scanners and clients without trust in the certificate: counted, and no line in the log.
-                Ok(Err(error)) => {
-                    tracing::debug!(client = %address, %error, "a TLS handshake failed");
-                    return counters.count(Refused::Handshake);
-                }
-                Err(_) => return counters.count(Refused::HandshakeTimeout),
-            },
+            // Dropped only where the connection is given up. On the heap: what it needs is not kept for as long as the
+            // connection lives.
+            begun = Box::pin(self.begin(client)) => begun,
         };
-        self.serve_http(stream, address).await;
-    }
-
-    async fn serve_http(self: Arc<Self>, stream: TlsStream<TcpStream>, address: IpAddr) {
-        let session = stream.get_ref().1;
-        let http2 = session.alpn_protocol() == Some(b"h2");
-        let client = HeaderValue::from_str(&address.to_canonical().to_string());
-        let connection = Arc::new(Connection {
-            https: self.clone(),
-            client: client.unwrap_or(HeaderValue::from_static("unknown")),
-            server_name: session.server_name().map(str::to_owned),
-        });
-        let limits = &self.shared.limits;
-        let in_flight = InFlight::new();
-        let requests = in_flight.clone();
-        let service = service_fn(move |request| {
-            let (connection, guard) = (connection.clone(), requests.begin());
-            async move {
-                let response = forward(&connection, request).await;
-                Ok::<_, Infallible>(response.map(|body| Tracked { body, _guard: guard }))
+        match begun {
+            Ok(Begun::Here(stream)) => self.serve_http(*stream, source.ip()).await,
+            Ok(Begun::There { client, said, backend, passthrough }) => {
+                self.pass_through(client, said, source, &backend, passthrough).await;
             }
-        });
-        let stream = TokioIo::new(StallGuard::new(stream, limits.client_stall));
-        if http2 {
-            let served = http2::Builder::new(Spawner(self.shared.clone()))
-                .timer(TokioTimer::new())
-                .max_concurrent_streams(limits.http2_streams)
-                .max_header_list_size(u32::try_from(limits.request_head_bytes).unwrap_or(u32::MAX))
-                .initial_stream_window_size(HTTP2_STREAM_WINDOW)
-                .initial_connection_window_size(HTTP2_CONNECTION_WINDOW)
-                .max_send_buf_size(HTTP2_SEND_BUFFER)
-                .keep_alive_interval(limits.client_stall)
-                .serve_connection(stream, service);
-            // HTTP/2 has no timeout of its own for the next request.
-            let idle = || in_flight.none_for(limits.request_head);
-            self.until_closing(served, |served| served.graceful_shutdown(), idle).await;
-        } else {
-            let served = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(limits.request_head)
-                .max_header_size(limits.request_head_bytes)
-                .max_headers(REQUEST_HEADERS)
-                .max_buf_size(HTTP1_BUFFER)
-                .serve_connection(stream, service)
-                .with_upgrades();
-            self.until_closing(served, |served| served.graceful_shutdown(), std::future::pending::<()>).await;
+            // Scanners and clients without trust in the certificate: counted, and no line in the log.
+            Err(cause) => {
+                tracing::debug!(client = %source, ?cause, "a TLS handshake failed");
+                self.shared.counters.handshakes.count(cause);
+            }
         }
     }
 
-    /// Serves a connection to its end; once the proxy is closing, or it is idle, only requests in flight.
-    async fn until_closing<C, I>(&self, served: C, close: impl FnOnce(Pin<&mut C>), idle: impl Fn() -> I)
-    where
-        C: Future<Output = hyper::Result<()>>,
-        I: Future<Output = ()>,
-    {
-        let (closing, cut) = (self.shared.closing.child_token(), self.shared.cut.child_token());
-        let mut served = pin!(served);
-        let done = |result: hyper::Result<()>| {
-            if let Err(error) = result {
-                tracing::debug!(%error, "an HTTPS connection broke off");
+    /// Counts a connection, unless there are too many. Those of trusted proxies are many clients'.
+    pub(crate) fn admit(&self, source: IpAddr) -> Option<(Seat, Counted)> {
+        let (rules, limits) = (self.rules.get(), &self.shared.limits);
+        let limit = rules.max_connections.unwrap_or(limits.https_connections);
+        let Some(seat) = self.connections.take(limit.into()) else {
+            self.shared.counters.refused.count(Refused::HttpsLimit);
+            if let Some(left_out) = self.limit_reached.pass() {
+                tracing::warn!(limit, left_out, "too many HTTPS connections; closing new ones");
             }
+            return None;
         };
-        tokio::select! {
-            // Cancel-safe: it is pinned outside and polled on below.
-            result = served.as_mut() => return done(result),
-            // Cancel-safe: a token stays cancelled.
-            () = cut.cancelled() => return,
-            // Cancel-safe: a token stays cancelled.
-            () = closing.cancelled() => {}
-            // Cancel-safe: nothing is lost with it.
-            () = idle() => {}
-        }
-        close(served.as_mut());
-        tokio::select! {
-            // Dropped only where the connection is given up.
-            result = served => done(result),
-            // Cancel-safe: a token stays cancelled.
-            () = cut.cancelled() => {}
-            // Cancel-safe: nothing is lost with it. A client that does not take part in closing (one that has not even
-            // begun to speak HTTP/2) is left alone.
-            () = async { sleep(self.shared.limits.handshake).await; idle().await } => {}
-        }
+        let limit = rules.max_connections_per_source.unwrap_or(limits.https_source_connections);
+        let limit = if rules.trusts(source) { None } else { Some(limit) };
+        let Some(counted) = self.sources.count(source, limit) else {
+            self.shared.counters.refused.count(Refused::HttpsSourceLimit);
+            if let Some(left_out) = self.limit_reached.pass() {
+                let source = source.to_canonical();
+                tracing::warn!(%source, limit, left_out, "too many HTTPS connections from one source; closing new ones");
+            }
+            return None;
+        };
+        Some((seat, counted))
     }
 }
 
@@ -240,115 +188,30 @@ impl Service for HttpsPort {
     }
 
     async fn prepare(&self) -> Result<(), OpenError> {
-        Ok(self.https.maintain_certificates().await?)
+        let error = match self.https.maintain_certificates().await {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        // One certificate that cannot be read keeps no other site from being served.
+        let sites = self.https.sites.get();
+        let served = |wanted: &Wanted| self.https.certificates.certificate(&wanted.domain).is_some();
+        if sites.domains().iter().any(served) { Ok(()) } else { Err(error.into()) }
     }
 
     fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {
-        tcp::adopt(self.listen, socket)
+        tcp::adopt(self.listen, socket).inspect(|listener| self.https.note_port(listener))
     }
 
     async fn open(&self) -> Result<TcpListener, OpenError> {
-        Ok(tcp::listen(self.listen)?)
+        Ok(tcp::listen(self.listen).inspect(|listener| self.https.note_port(listener))?)
     }
 
     fn serve(self: &Arc<Self>, (client, address): (TcpStream, SocketAddr)) {
+        let Some(admitted) = self.https.admit(address.ip()) else { return };
         let https = self.https.clone();
-        let Ok(permit) = https.connections.clone().try_acquire_owned() else {
-            https.shared.counters.refused.count(Refused::HttpsLimit);
-            if let Some(left_out) = https.limit_reached.pass() {
-                let limit = https.shared.limits.https_connections;
-                tracing::warn!(limit, left_out, "too many HTTPS connections; closing new ones");
-            }
-            return;
-        };
         self.https.shared.spawn(async move {
-            https.serve_connection(client, address.ip()).await;
-            drop(permit);
+            https.serve_connection(client, address).await;
+            drop(admitted);
         });
-    }
-}
-
-/// The requests of one connection that are in flight.
-#[derive(Debug, Clone)]
-struct InFlight(Arc<Mutex<Flights>>);
-
-#[derive(Debug)]
-struct Flights {
-    count: usize,
-    last: Instant,
-}
-
-impl InFlight {
-    fn new() -> Self {
-        Self(Arc::new(Mutex::new(Flights { count: 0, last: Instant::now() })))
-    }
-
-    fn begin(&self) -> InFlightGuard {
-        self.change(|count| count + 1);
-        InFlightGuard(self.clone())
-    }
-
-    fn change(&self, change: impl FnOnce(usize) -> usize) {
-        let mut flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        flights.count = change(flights.count);
-        flights.last = Instant::now();
-    }
-
-    /// Returns when there has been none for so long. Cancel-safe.
-    async fn none_for(&self, limit: Duration) {
-        loop {
-            let due = {
-                let flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-                match flights.count {
-                    0 if flights.last.elapsed() >= limit => return,
-                    0 => flights.last + limit,
-                    _ => Instant::now() + limit,
-                }
-            };
-            sleep_until(due).await;
-        }
-    }
-}
-
-#[derive(Debug)]
-struct InFlightGuard(InFlight);
-
-impl Drop for InFlightGuard {
-    fn drop(&mut self) {
-        self.0.change(|count| count.saturating_sub(1));
-    }
-}
-
-/// A response's body that keeps its request in flight.
-#[derive(Debug)]
-struct Tracked {
-    body: Download,
-    _guard: InFlightGuard,
-}
-
-impl Body for Tracked {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
-/// Runs the tasks of an HTTP/2 connection as all others are run.
-#[derive(Debug, Clone)]
-struct Spawner(Arc<Shared>);
-
-impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Spawner {
-    fn execute(&self, task: F) {
-        self.0.spawn(task);
     }
 }

@@ -34,6 +34,23 @@ pub(crate) struct Backend {
     pub(crate) limits: Limits,
 }
 
+impl Backend {
+    fn way<'a>(&'a self, target: &'a Live) -> Way<'a> {
+        let Self { transport, vsock_port, traffic, limits, .. } = self;
+        Way { transport, target, vsock_port: *vsock_port, traffic, limits }
+    }
+}
+
+/// Where one connection goes.
+#[derive(Debug)]
+pub(crate) struct Way<'a> {
+    pub(crate) transport: &'a Transport,
+    pub(crate) target: &'a Live,
+    pub(crate) vsock_port: u32,
+    pub(crate) traffic: &'a Traffic,
+    pub(crate) limits: &'a Limits,
+}
+
 /// A TCP port.
 #[derive(Debug)]
 pub(crate) struct TcpPort {
@@ -57,41 +74,19 @@ impl TcpPort {
             // Cancel-safe: a token stays cancelled.
             () = cut.cancelled() => Err((Failure::Cut, None)),
             // Not finished is what it must be when the enclave is cut off: dropping it resets the client.
-            carried = self.connect_and_relay(client, header, backend, target) => carried,
+            carried = connect_and_relay(client, header, backend.way(target), || self.reached(backend)) => carried,
         };
         if let Err((failure, text)) = carried {
             self.fail(backend, failure, text.as_deref());
         }
     }
 
-    async fn connect_and_relay(
-        &self,
-        client: TcpStream,
-        header: Option<Vec<u8>>,
-        backend: &Backend,
-        target: &Live,
-    ) -> Result<(), (Failure, Option<String>)> {
-        let mut client = ResetOnDrop::new(client);
-        let connected = backend.transport.connect(target.cid, backend.vsock_port).await;
-        let mut enclave = connected.map_err(|error| (connect_failure(&error), Some(chain(&error))))?;
+    /// Says so, if it was otherwise before.
+    fn reached(&self, backend: &Backend) {
         if self.went.now(None).is_some() {
             let (enclave, listen) = (&backend.traffic.key().enclave, self.listen);
             tracing::info!(%enclave, %listen, "clients reach their enclave again");
         }
-        if let Some(header) = header {
-            // It fits any buffer; an enclave that takes not even that is as good as gone.
-            let told = timeout(CONNECT_TIMEOUT, enclave.write_all(&header)).await;
-            told.map_err(|_| (Failure::ConnectTimeout, None))?.map_err(|_| (Failure::Reset, None))?;
-        }
-        let ended = relay(&mut enclave, &mut *client, &backend.traffic, &backend.limits).await;
-        if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
-            client.ended_well();
-        }
-        // Connections end in all ways; that is counted, and no line in the log.
-        ended.map_err(|broken| {
-            tracing::debug!(listen = %self.listen, %broken, "a relay broke off");
-            (broken.failure(), None)
-        })
     }
 
     fn fail(&self, backend: &Backend, failure: Failure, text: Option<&str>) {
@@ -103,6 +98,34 @@ impl TcpPort {
             tracing::warn!(%enclave, %listen, error, left_out, "a client could not reach its enclave");
         }
     }
+}
+
+/// Carries a client's connection into an enclave, which is sent `before` first; `reached` hears of it when the enclave has taken it.
+/// How it failed; and a text, where that is worth a line in the log.
+pub(crate) async fn connect_and_relay(
+    client: TcpStream,
+    before: Option<Vec<u8>>,
+    way: Way<'_>,
+    reached: impl FnOnce(),
+) -> Result<(), (Failure, Option<String>)> {
+    let mut client = ResetOnDrop::new(client);
+    let connected = way.transport.connect(way.target.cid, way.vsock_port).await;
+    let mut enclave = connected.map_err(|error| (connect_failure(&error), Some(chain(&error))))?;
+    reached();
+    if let Some(before) = before {
+        // It fits most buffers; an enclave that takes not even that is as good as gone.
+        let told = timeout(CONNECT_TIMEOUT, enclave.write_all(&before)).await;
+        told.map_err(|_| (Failure::ConnectTimeout, None))?.map_err(|_| (Failure::Reset, None))?;
+    }
+    let ended = relay(&mut enclave, &mut *client, way.traffic, way.limits).await;
+    if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
+        client.ended_well();
+    }
+    // Connections end in all ways; that is counted, and no line in the log.
+    ended.map_err(|broken| {
+        tracing::debug!(endpoint = %way.traffic.key().endpoint, %broken, "a relay broke off");
+        (broken.failure(), None)
+    })
 }
 
 /// How a failed connection into an enclave is counted.

@@ -3,7 +3,6 @@
 
 use super::sites::Sites;
 use crate::certificates::CertificateSource;
-use crate::counters::{Counters, Refused};
 use crate::current::Current;
 use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
@@ -26,12 +25,11 @@ pub(crate) fn config(
     provider: Arc<CryptoProvider>,
     certificates: Arc<dyn CertificateSource>,
     sites: Arc<Current<Sites>>,
-    counters: Arc<Counters>,
 ) -> Result<ServerConfig, rustls::Error> {
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
         .with_no_client_auth()
-        .with_cert_resolver(Arc::new(Resolver { certificates, sites, counters }));
+        .with_cert_resolver(Arc::new(Resolver { certificates, sites }));
     config.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
     config.ticketer = aws_lc_rs::Ticketer::new()?;
     Ok(config)
@@ -41,22 +39,13 @@ pub(crate) fn config(
 struct Resolver {
     certificates: Arc<dyn CertificateSource>,
     sites: Arc<Current<Sites>>,
-    counters: Arc<Counters>,
 }
 
 impl ResolvesServerCert for Resolver {
-    /// An unknown name gets an alert. A client that names none gets some site's certificate, and its request is judged by
-    /// its Host.
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let sites = self.sites.get();
-        let domain = match hello.server_name() {
-            Some(name) => sites.find(name).map(|(domain, _)| domain),
-            None => sites.unnamed(),
-        };
-        if domain.is_none() {
-            self.counters.refused.count(Refused::UnknownHost);
-        }
-        self.certificates.certificate(domain?)
+        let (domain, _) = sites.for_client(hello.server_name())?;
+        self.certificates.certificate(domain)
     }
 }
 

@@ -1,19 +1,20 @@
 //! HTTP connections into enclaves: made when needed, kept while idle, forgotten when their enclave takes no new requests.
 
-use super::body::Upload;
+use super::body::{ClientFault, Progress, Upload};
+use super::serving::Spawner;
 use crate::counters::Live;
 use crate::current::Current;
 use crate::shared::Shared;
-use crate::vsock::{ConnectError, Transport};
+use crate::vsock::{ConnectError, Stream, Transport};
 use enclaved_core::id::Cid;
+use enclaved_core::routes::UpstreamHttp;
 use http::{Method, Request, Response};
 use hyper::body::{Body, Incoming};
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
+use hyper::client::conn::{TrySendError, http1, http2};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
@@ -30,12 +31,52 @@ pub(crate) enum SendError {
     Http(#[source] hyper::Error),
     #[error("the enclave did not answer in time")]
     Silent,
+    #[error("the request was not sent whole")]
+    Client(#[source] ClientFault),
     #[error("the enclave's generation ended")]
     Cut,
 }
 
-/// A port of an enclave.
-type Key = (Cid, u32);
+/// Silence of an HTTP/2 connection with requests in flight after which the enclave is asked whether it is there.
+const PING: Duration = Duration::from_secs(30);
+/// Most that an enclave may send ahead over HTTP/2, for one answer and for all of a connection.
+const STREAM_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 1 << 20;
+
+/// A port of an enclave, and what it speaks.
+type Key = (Cid, u32, UpstreamHttp);
+
+/// A connection.
+#[derive(Debug)]
+enum Sender {
+    /// For one request at a time.
+    Http1(http1::SendRequest<Upload>),
+    /// For as many as the enclave takes.
+    Http2(http2::SendRequest<Upload>),
+}
+
+impl Sender {
+    fn is_ready(&self) -> bool {
+        match self {
+            Self::Http1(sender) => sender.is_ready(),
+            Self::Http2(sender) => sender.is_ready(),
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        match self {
+            Self::Http1(sender) => sender.is_closed(),
+            Self::Http2(sender) => sender.is_closed(),
+        }
+    }
+
+    async fn send(&mut self, request: Request<Upload>) -> Result<Response<Incoming>, TrySendError<Request<Upload>>> {
+        match self {
+            Self::Http1(sender) => sender.try_send_request(request).await,
+            Self::Http2(sender) => sender.try_send_request(request).await,
+        }
+    }
+}
 
 #[derive(Debug)]
 pub(crate) struct Upstreams {
@@ -53,7 +94,7 @@ struct Pool {
 
 #[derive(Debug)]
 struct Idle {
-    sender: SendRequest<Upload>,
+    sender: Sender,
     since: Instant,
 }
 
@@ -62,7 +103,7 @@ struct Idle {
 pub(crate) struct Lease {
     upstreams: Arc<Upstreams>,
     key: Key,
-    sender: SendRequest<Upload>,
+    sender: Sender,
 }
 
 impl Upstreams {
@@ -75,8 +116,13 @@ impl Upstreams {
         let same = *self.transport.get() == transport;
         self.transport.set(transport);
         let mut pool = self.lock();
-        pool.idle.retain(|(cid, _), _| same && targets.contains(cid));
+        pool.idle.retain(|(cid, ..), _| same && targets.contains(cid));
         pool.targets = targets;
+    }
+
+    /// How enclaves are reached now.
+    pub(crate) fn transport(&self) -> Arc<Transport> {
+        self.transport.get()
     }
 
     /// Closes idle connections, and from now on each when it becomes idle.
@@ -102,15 +148,12 @@ impl Upstreams {
     pub(crate) async fn send(
         self: &Arc<Self>,
         live: &Arc<Live>,
-        port: u32,
+        (port, speaks): (u32, UpstreamHttp),
         mut request: Request<Upload>,
     ) -> Result<(Response<Incoming>, Lease), SendError> {
         let cut = live.cut.child_token();
-        let key = (live.cid, port);
-        let taken = match request.body() {
-            Upload::Stream { taken, .. } => Some(taken.clone()),
-            Upload::Empty => None,
-        };
+        let key = (live.cid, port, speaks);
+        let progress = request.body().progress();
         loop {
             let (mut sender, reused) = match self.take(key) {
                 Some(sender) => (sender, true),
@@ -118,7 +161,7 @@ impl Upstreams {
                     // Cancel-safe: a token stays cancelled.
                     () = cut.cancelled() => return Err(SendError::Cut),
                     // Dropped only where the request is given up.
-                    sender = self.connect(live, port) => (sender?, false),
+                    sender = self.connect(live, key) => (sender?, false),
                 },
             };
             let spare = if reused { repeatable(&request) } else { None };
@@ -126,12 +169,15 @@ impl Upstreams {
                 // Cancel-safe: a token stays cancelled.
                 () = cut.cancelled() => return Err(SendError::Cut),
                 // Dropped only where the request is given up.
-                answer = self.patient(sender.try_send_request(request), taken.as_deref()) => answer?,
+                answer = self.patient(sender.send(request), progress.as_deref()) => answer?,
             };
             let mut error = match answer {
                 Ok(response) => return Ok((response, Lease { upstreams: self.clone(), key, sender })),
                 Err(error) => error,
             };
+            if let Some(fault) = progress.as_ref().and_then(|progress| progress.fault()) {
+                return Err(SendError::Client(fault));
+            }
             request = match (error.take_message(), spare) {
                 (Some(unsent), _) if reused => unsent,
                 (None, Some(spare)) => spare,
@@ -141,9 +187,9 @@ impl Upstreams {
     }
 
     /// Waits for an answer as long as the enclave gives signs of life.
-    async fn patient<T>(&self, answer: impl Future<Output = T>, taken: Option<&AtomicU64>) -> Result<T, SendError> {
+    async fn patient<T>(&self, answer: impl Future<Output = T>, progress: Option<&Progress>) -> Result<T, SendError> {
         let mut answer = pin!(answer);
-        let taken = || taken.map_or(0, |taken| taken.load(Relaxed));
+        let taken = || progress.map_or(0, Progress::taken);
         loop {
             let before = taken();
             match timeout(self.shared.limits.answer, answer.as_mut()).await {
@@ -154,9 +200,13 @@ impl Upstreams {
         }
     }
 
-    async fn connect(&self, live: &Live, port: u32) -> Result<SendRequest<Upload>, SendError> {
+    async fn connect(&self, live: &Live, key: Key) -> Result<Sender, SendError> {
+        let (_, port, speaks) = key;
         let stream = self.transport.get().connect(live.cid, port).await?;
         let head_bytes = self.shared.limits.request_head_bytes;
+        if speaks == UpstreamHttp::H2c {
+            return self.connect_http2(live, key, TokioIo::new(stream), head_bytes).await;
+        }
         let handshake = http1::Builder::new().max_header_size(head_bytes).handshake(TokioIo::new(stream));
         let (sender, connection) = handshake.await.map_err(SendError::Http)?;
         let cut = live.cut.child_token();
@@ -168,17 +218,53 @@ impl Upstreams {
                 result = connection.with_upgrades() => drop(result),
             }
         });
-        Ok(sender)
+        Ok(Sender::Http1(sender))
     }
 
-    fn take(&self, key: Key) -> Option<SendRequest<Upload>> {
+    async fn connect_http2(
+        &self,
+        live: &Live,
+        key: Key,
+        stream: TokioIo<Stream>,
+        head_bytes: usize,
+    ) -> Result<Sender, SendError> {
+        let handshake = http2::Builder::new(Spawner(self.shared.clone()))
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_header_list_size(u32::try_from(head_bytes).unwrap_or(u32::MAX))
+            .keep_alive_interval(PING)
+            .handshake(stream);
+        let (sender, connection) = handshake.await.map_err(SendError::Http)?;
+        let cut = live.cut.child_token();
+        self.shared.spawn(async move {
+            tokio::select! {
+                // Cancel-safe: a token stays cancelled.
+                () = cut.cancelled() => {}
+                // Dropping it closes the connection, which is what cutting means. Its errors reach whoever sent a request.
+                result = connection => drop(result),
+            }
+        });
+        // All that come from now on share it, until it is closed.
+        self.put(key, Sender::Http2(sender.clone()));
+        Ok(Sender::Http2(sender))
+    }
+
+    fn take(&self, key: Key) -> Option<Sender> {
         let mut pool = self.lock();
         let idle = pool.idle.get_mut(&key)?;
+        if key.2 == UpstreamHttp::H2c {
+            idle.retain(|idle| !idle.sender.is_closed());
+            let idle = idle.last_mut()?;
+            idle.since = Instant::now();
+            let Sender::Http2(sender) = &idle.sender else { return None };
+            return Some(Sender::Http2(sender.clone()));
+        }
         let usable = |idle: &Idle| idle.sender.is_ready() && idle.since.elapsed() < self.shared.limits.pool_idle;
         std::iter::from_fn(|| idle.pop()).find(usable).map(|idle| idle.sender)
     }
 
-    fn put(&self, key: Key, sender: SendRequest<Upload>) {
+    fn put(&self, key: Key, sender: Sender) {
         let mut pool = self.lock();
         if pool.targets.contains(&key.0) {
             let idle = pool.idle.entry(key).or_default();
@@ -195,15 +281,16 @@ impl Upstreams {
 
 impl Lease {
     /// The response was read to its end: the connection may serve another request.
-    pub(crate) fn give_back(mut self) {
-        if self.sender.is_ready() {
-            self.upstreams.put(self.key, self.sender);
-        } else if !self.sender.is_closed() {
+    pub(crate) fn give_back(self) {
+        let Sender::Http1(mut sender) = self.sender else { return };
+        if sender.is_ready() {
+            self.upstreams.put(self.key, Sender::Http1(sender));
+        } else if !sender.is_closed() {
             // Its own task has yet to find that all is done; or the request's body is not through, and never will be.
             let shared = self.upstreams.shared.clone();
             shared.spawn(async move {
-                if let Ok(Ok(())) = timeout(SETTLE, self.sender.ready()).await {
-                    self.upstreams.put(self.key, self.sender);
+                if let Ok(Ok(())) = timeout(SETTLE, sender.ready()).await {
+                    self.upstreams.put(self.key, Sender::Http1(sender));
                 }
             });
         }

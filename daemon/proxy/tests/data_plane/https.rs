@@ -2,7 +2,7 @@
 
 use crate::support::{Body, Enclave, Host, Upstream, body, cid, egress, https_address, soon, text, traffic};
 use bytes::Bytes;
-use enclaved_core::routes::{Direction, PathRoute, Routes};
+use enclaved_core::routes::{Direction, PathRoute, Routes, UpstreamHttp};
 use http::{Request, Response};
 use http_body_util::BodyExt;
 use hyper::body::{Frame, Incoming};
@@ -92,7 +92,11 @@ async fn paths_and_names_lead_to_their_ports_and_unknown_names_are_misdirected()
     let host = Host::new().await;
     let _enclave = Enclave::http(&host.vsock(), 16, tell);
     let mut routes = host.site(&["a.test", "*.b.test"], Some(16));
-    routes.sites[0].paths.push(PathRoute { prefix: "/attestation".into(), vsock_port: 49502 });
+    routes.sites[0].paths.push(PathRoute {
+        prefix: "/attestation".into(),
+        vsock_port: 49502,
+        upstream: UpstreamHttp::Http1,
+    });
     let address = https_address(&host.publish(&routes).await);
     let mut client = host.http1(address, "x.b.test").await;
     for (path, port) in [("/", 8080), ("/attestation", 49502), ("/attestation/doc?n=1", 49502), ("/attestations", 8080)]
@@ -104,9 +108,9 @@ async fn paths_and_names_lead_to_their_ports_and_unknown_names_are_misdirected()
     let response = client.send(misdirected).await.unwrap();
     assert_eq!(response.status(), 421);
     let error = host.tls(address, "c.test", b"h2").await.unwrap_err();
-    assert!(error.to_string().contains("alert"), "{error}");
+    assert!(error.to_string().contains("UnrecognisedName"), "{error}");
     let report = host.report().await;
-    assert_eq!(report.refused["unknown_host"], 2);
+    assert_eq!((report.refused["unknown_host"], report.handshake_failures["unknown_name"]), (1, 1));
 }
 
 #[tokio::test]
@@ -170,6 +174,7 @@ async fn bodies_stream_both_ways_over_both_protocols_and_are_counted_exactly() {
     let counted = traffic(&report, Direction::Https);
     assert_eq!((counted.bytes_to_enclave, counted.bytes_from_enclave), (6_000_000, 6_000_000));
     assert_eq!((counted.total, counted.status_classes["2xx"]), (2, 2));
+    assert_eq!((counted.answers.counts.iter().sum::<u64>(), counted.answers.sum_us > 0), (2, true));
 }
 
 #[tokio::test]
@@ -323,7 +328,7 @@ async fn clients_that_never_finish_a_handshake_or_a_head_are_hung_up_on() {
     let mut h2_mute = host.tls(address, "a.test", b"h2").await.unwrap();
     soon("the end of a mute HTTP/2 client", async { drop(h2_mute.read_to_end(&mut Vec::new()).await) }).await;
     let report = host.report().await;
-    assert_eq!(report.refused["handshake_timeout"], 1);
+    assert_eq!(report.handshake_failures["timeout"], 1);
 }
 
 #[tokio::test]
@@ -541,8 +546,8 @@ async fn garbage_before_and_after_the_handshake_ends_its_own_connection_only() {
     }
     let mut client = host.http2(address, "a.test").await;
     assert_eq!(client.get_text("/").await, (200, "well".to_owned()));
-    let report = host.report().await;
-    assert_eq!((report.panics, report.refused["handshake"]), (0, 5));
+    let report = host.until("the others are gone", |report| report.https_connections == 1).await;
+    assert_eq!((report.panics, report.handshake_failures["not_tls"]), (0, 5));
 }
 
 #[tokio::test]

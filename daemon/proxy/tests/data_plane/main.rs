@@ -4,10 +4,13 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed; helpers are tests, too")]
 
 mod continuity;
+mod corpus;
 mod egress;
 mod faults;
+mod features;
 mod https;
 mod link;
+mod names;
 mod routes;
 mod rules;
 mod support;

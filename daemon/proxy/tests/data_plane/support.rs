@@ -3,8 +3,9 @@
 use bytes::Bytes;
 use enclaved_core::id::Cid;
 use enclaved_core::routes::{
-    Direction, EgressLimits, EgressRoute, HttpsListener, LinkReply, LinkRequest, ListenerKey, PathRoute, ProxyReport,
-    ROUTES_FORMAT, Routes, Site, TcpRoute, TcpRules, TrafficReport, VsockTransport,
+    Direction, EgressLimits, EgressRoute, HttpsListener, HttpsRules, LinkReply, LinkRequest, ListenerKey, PathRoute,
+    ProxyReport, ROUTES_FORMAT, Routes, Site, SiteRules, TcpRoute, TcpRules, TrafficReport, UpstreamHttp,
+    VsockTransport,
 };
 use enclaved_proxy::{Limits, Manager, Options, ProxyError, run_under};
 use http::{Request, Response};
@@ -175,10 +176,11 @@ impl Host {
         let site = Site {
             enclave: "app".parse().unwrap(),
             domains: domains.iter().map(|domain| (*domain).to_owned()).collect(),
-            paths: vec![PathRoute { prefix: "/".to_owned(), vsock_port: 8080 }],
+            paths: vec![PathRoute { prefix: "/".to_owned(), vsock_port: 8080, upstream: UpstreamHttp::Http1 }],
             target: target.map(cid),
+            rules: SiteRules::default(),
         };
-        let https = HttpsListener { listen: "127.0.0.1:0".parse().unwrap() };
+        let https = HttpsListener { listen: "127.0.0.1:0".parse().unwrap(), rules: HttpsRules::default() };
         Routes { https: Some(https), sites: vec![site], ..self.routes() }
     }
 
@@ -187,13 +189,8 @@ impl Host {
         UnixStream::connect(self.vsock().join(format!("{cid}.sock_{vsock_port}"))).await
     }
 
-    /// A TLS connection to the HTTPS port, trusting the internal CA.
-    pub(crate) async fn tls(
-        &self,
-        address: SocketAddr,
-        name: &str,
-        alpn: &[u8],
-    ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+    /// The settings of a client that trusts the internal CA.
+    pub(crate) fn client_config(&self, alpn: &[u8]) -> rustls::ClientConfig {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(CertificateDer::from_pem_file(self.state("ca/root.crt")).unwrap()).unwrap();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -203,6 +200,17 @@ impl Host {
             .with_root_certificates(roots)
             .with_no_client_auth();
         config.alpn_protocols = vec![alpn.to_vec()];
+        config
+    }
+
+    /// A TLS connection to the HTTPS port, trusting the internal CA.
+    pub(crate) async fn tls(
+        &self,
+        address: SocketAddr,
+        name: &str,
+        alpn: &[u8],
+    ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+        let config = self.client_config(alpn);
         let tcp = TcpStream::connect(address).await.unwrap();
         let name = ServerName::try_from(name.to_owned()).unwrap();
         tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, tcp).await
@@ -287,6 +295,21 @@ pub(crate) struct Client {
 }
 
 impl Client {
+    /// Sends a request for that authority, whatever the connection was made for.
+    pub(crate) async fn send_as(
+        &mut self,
+        authority: &str,
+        mut request: Request<Body>,
+    ) -> Result<Response<Incoming>, hyper::Error> {
+        let name = std::mem::replace(&mut self.name, authority.to_owned());
+        if matches!(self.sender, Sender::Http2(_)) {
+            request.headers_mut().remove("host");
+        }
+        let response = self.send(request).await;
+        self.name = name;
+        response
+    }
+
     /// Sends a request; a Host or authority is set if there is none.
     pub(crate) async fn send(&mut self, mut request: Request<Body>) -> Result<Response<Incoming>, hyper::Error> {
         match &mut self.sender {

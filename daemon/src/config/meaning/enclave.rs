@@ -12,7 +12,9 @@ use enclaved_core::desired::{
 use enclaved_core::egress_policy;
 use enclaved_core::id::{MemoryMib, Pcr};
 use enclaved_core::image::{ExpectedImage, Pins};
-use enclaved_core::routes::{Ages, BadIpNetwork, EgressLimits, PathRoute, TcpRules, is_domain, is_host};
+use enclaved_core::routes::{
+    Ages, CertificateFiles, EgressLimits, Passthrough, PathRoute, SiteRules, TcpRules, UpstreamHttp, is_domain, is_host,
+};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -23,11 +25,19 @@ const HEARTBEAT_PORT: u32 = 9000;
 const CAUTION: (&str, u32) = ("/attestation", 49502);
 /// The same of its end-to-end encryption, STEVE.
 const E2E: (&str, u32) = ("/e2p", 49500);
+/// Where TLS that is passed through goes.
+const TLS_PORT: u32 = 443;
 /// Longest path prefix, in bytes.
 const MAX_PREFIX: usize = 1024;
 
-/// Which domain is whose: where it was first listed.
-pub(super) type Domains = BTreeMap<String, Path>;
+/// Which names are whose.
+#[derive(Debug, Default)]
+pub(super) struct Domains {
+    /// Where each domain was first listed.
+    listed: BTreeMap<String, Path>,
+    /// Where the enclave for all other names is.
+    default: Option<Path>,
+}
 
 impl Judge<'_> {
     /// The enclave, unless something is wrong with it.
@@ -249,6 +259,7 @@ impl Judge<'_> {
 
     fn ingress(&mut self, form: IngressForm, path: &Path, domains: &mut Domains) -> IngressSpec {
         let paths = self.paths(&form, path);
+        let site = self.site(&form, path, domains);
         let mut own = Vec::new();
         for (index, domain) in form.domains.iter().enumerate() {
             let at = path.key("domains").index(index);
@@ -259,11 +270,11 @@ impl Judge<'_> {
                     quoted(&domain)
                 );
                 self.refuse(&at, message);
-            } else if let Some(first) = domains.get(&domain) {
+            } else if let Some(first) = domains.listed.get(&domain) {
                 let message = format!("the domain {domain} is listed already, at {}", self.place_of(first));
                 self.refuse(&at, message);
             } else {
-                domains.insert(domain.clone(), at);
+                domains.listed.insert(domain.clone(), at);
                 own.push(domain);
             }
         }
@@ -286,7 +297,7 @@ impl Judge<'_> {
             self.listener(listen, &at);
             tcp.extend(listen.map(|listen| TcpPort { listen, vsock_port, rules }));
         }
-        IngressSpec { domains: own, paths, tcp }
+        IngressSpec { domains: own, paths, site, tcp }
     }
 
     /// When connections end by themselves.
@@ -301,23 +312,61 @@ impl Judge<'_> {
     }
 
     fn rules(&mut self, form: &FullPortForm, path: &Path) -> TcpRules {
-        let at = path.key("allow");
-        let networks = form.allow.iter().enumerate();
         TcpRules {
             proxy_protocol: form.proxy_protocol,
-            allow: networks
-                .filter_map(|(index, text)| match text.parse() {
-                    Ok(network) => Some(network),
-                    Err(error) => {
-                        let error: BadIpNetwork = error;
-                        self.refuse(&at.index(index), format!("is {}; {error}", quoted(text)));
-                        None
-                    }
-                })
-                .collect(),
+            allow: self.networks(&form.allow, &path.key("allow")),
             max_connections: form.max_connections,
             max_connections_per_source: form.max_connections_per_source,
             ages: self.ages(form.idle_timeout.as_ref(), form.max_lifetime.as_ref(), path),
+        }
+    }
+
+    /// What is special about the HTTPS site.
+    fn site(&mut self, form: &IngressForm, path: &Path, domains: &mut Domains) -> SiteRules {
+        if form.default {
+            let at = path.key("default");
+            match &domains.default {
+                Some(first) => {
+                    let message = format!("another enclave takes unknown names already, at {}", self.place_of(first));
+                    self.refuse(&at, message);
+                }
+                None => domains.default = Some(at),
+            }
+        }
+        if form.passthrough {
+            let given = [
+                ("http_port", form.http_port.is_some()),
+                ("routes", !form.routes.is_empty()),
+                ("caution", form.caution),
+                ("e2e", form.e2e),
+                ("certificate", form.certificate.is_some()),
+                ("hsts", form.hsts.is_some()),
+            ];
+            for (key, _) in given.into_iter().filter(|(_, given)| *given) {
+                let message = "cannot be with passthrough: what is not decrypted has neither paths, headers nor a certificate here; remove one of the two";
+                self.refuse(&path.key(key), message);
+            }
+        } else {
+            let given = [("tls_port", form.tls_port.is_some()), ("proxy_protocol", form.proxy_protocol.is_some())];
+            for (key, _) in given.into_iter().filter(|(_, given)| *given) {
+                self.refuse(&path.key(key), "is of use with passthrough = true only: add it, or remove this");
+            }
+        }
+        if let Some(files) = &form.certificate {
+            self.absolute(&files.cert, &path.key("certificate").key("cert"));
+            self.absolute(&files.key, &path.key("certificate").key("key"));
+        }
+        let years = Duration::ZERO..=Duration::from_secs(2 * 366 * 24 * 3600);
+        let hsts = form.hsts.as_ref().and_then(|text| self.duration(text, years, &path.key("hsts")));
+        let (vsock_port, proxy_protocol) = (form.tls_port.unwrap_or(TLS_PORT), form.proxy_protocol);
+        SiteRules {
+            default: form.default,
+            passthrough: form.passthrough.then_some(Passthrough { vsock_port, proxy_protocol }),
+            certificate: form
+                .certificate
+                .as_ref()
+                .map(|files| CertificateFiles { cert: files.cert.clone(), key: files.key.clone() }),
+            hsts_seconds: hsts.map(|hsts| hsts.as_secs()),
         }
     }
 
@@ -325,7 +374,7 @@ impl Judge<'_> {
     fn paths(&mut self, form: &IngressForm, path: &Path) -> Vec<PathRoute> {
         let mut places: BTreeMap<String, Path> = BTreeMap::new();
         let mut paths = Vec::new();
-        let mut add = |judge: &mut Self, prefix: &str, vsock_port, at: Path| {
+        let mut add = |judge: &mut Self, prefix: &str, vsock_port, upstream, at: Path| {
             // "/x/" and "/x" cover the same paths.
             let prefix = match prefix.trim_end_matches('/') {
                 "" => "/",
@@ -334,10 +383,10 @@ impl Judge<'_> {
             if let Some(first) = places.insert(prefix.to_owned(), at.clone()) {
                 judge.refuse(&at, format!("the path {prefix} has a port already, at {}", judge.place_of(&first)));
             }
-            paths.push(PathRoute { prefix: prefix.to_owned(), vsock_port });
+            paths.push(PathRoute { prefix: prefix.to_owned(), vsock_port, upstream });
         };
         if let Some(port) = form.http_port {
-            add(self, "/", port, path.key("http_port"));
+            add(self, "/", port, UpstreamHttp::Http1, path.key("http_port"));
         }
         for (index, route) in form.routes.iter().enumerate() {
             let at = path.key("routes").index(index).key("path");
@@ -349,16 +398,16 @@ impl Judge<'_> {
                 );
                 self.refuse(&at, message);
             } else {
-                add(self, &route.path, route.vsock_port, at);
+                add(self, &route.path, route.vsock_port, route.upstream, at);
             }
         }
         for (wanted, key, (prefix, port)) in [(form.caution, "caution", CAUTION), (form.e2e, "e2e", E2E)] {
             if wanted {
-                add(self, prefix, port, path.key(key));
+                add(self, prefix, port, UpstreamHttp::Http1, path.key(key));
             }
         }
         let covered = paths.iter().any(|path| path.prefix == "/");
-        if !form.domains.is_empty() && !covered {
+        if !form.domains.is_empty() && !covered && !form.passthrough {
             let message = "http_port is missing: the vsock port inside the enclave that answers HTTP for these domains";
             self.refuse(path, message);
         }
@@ -368,6 +417,10 @@ impl Judge<'_> {
                 ("routes", !form.routes.is_empty()),
                 ("caution", form.caution),
                 ("e2e", form.e2e),
+                ("default", form.default),
+                ("passthrough", form.passthrough),
+                ("certificate", form.certificate.is_some()),
+                ("hsts", form.hsts.is_some()),
             ];
             for (key, _) in given.into_iter().filter(|(_, given)| *given) {
                 self.refuse(&path.key(key), "is of use with domains only: add domains = [\"...\"], or remove it");

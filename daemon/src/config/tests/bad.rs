@@ -686,6 +686,84 @@ t.toml:9:7: [[enclave]] "signer" ingress.e2e: is of use with domains only: add d
 t.toml:10:10: [[enclave]] "signer" ingress.routes: is of use with domains only: add domains = ["..."], or remove it"#,
         ),
         (
+            r"[enclave.ingress]
+default = true
+passthrough = true",
+            r#"t.toml:7:11: [[enclave]] "signer" ingress.default: is of use with domains only: add domains = ["..."], or remove it
+t.toml:8:15: [[enclave]] "signer" ingress.passthrough: is of use with domains only: add domains = ["..."], or remove it"#,
+        ),
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+passthrough = true
+http_port = 80
+e2e = true"#,
+            r#"t.toml:9:13: [[enclave]] "signer" ingress.http_port: cannot be with passthrough: what is not decrypted has neither paths, headers nor a certificate here; remove one of the two
+t.toml:10:7: [[enclave]] "signer" ingress.e2e: cannot be with passthrough: what is not decrypted has neither paths, headers nor a certificate here; remove one of the two"#,
+        ),
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+http_port = 80
+tls_port = 443
+proxy_protocol = "v2""#,
+            r#"t.toml:9:12: [[enclave]] "signer" ingress.tls_port: is of use with passthrough = true only: add it, or remove this
+t.toml:10:18: [[enclave]] "signer" ingress.proxy_protocol: is of use with passthrough = true only: add it, or remove this"#,
+        ),
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+http_port = 80
+default = true
+[[enclave]]
+name = "other"
+image = "file:///x.eif"
+cpus = 2
+memory_mib = 64
+[enclave.ingress]
+domains = ["c.d"]
+http_port = 80
+default = true"#,
+            r#"t.toml:18:11: [[enclave]] "other" ingress.default: another enclave takes unknown names already, at t.toml:9:11"#,
+        ),
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+http_port = 80
+certificate = { cert = "crt", key = "/key" }
+hsts = "3y"
+routes = [{ path = "/x", vsock_port = 81, upstream = "http2" }]"#,
+            r#"t.toml:11:54: [[enclave]] "signer" ingress.routes[0].upstream: is "http2"; allowed: "http1" or "h2c"; did you mean "http1"?"#,
+        ),
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+http_port = 80
+certificate = { cert = "crt", key = "/key" }
+hsts = "3y""#,
+            r#"t.toml:9:24: [[enclave]] "signer" ingress.certificate.cert: is "crt"; allowed: an absolute path
+t.toml:10:8: [[enclave]] "signer" ingress.hsts: is "3y"; allowed: a time with its unit, from 0s to 2years 1day 12h"#,
+        ),
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+http_port = 80
+[ingress]
+redirect = "[::]:443""#,
+            r#"t.toml:10:12: [ingress] redirect: [::]:443 is taken by [ingress] listen (by default)"#,
+        ),
+        (
+            r#"[ingress]
+trusted_proxies = ["10.0.0.1", "10.0.0.1/8"]
+max_connections = 0"#,
+            r#"t.toml:8:19: [ingress] max_connections: is 0; allowed: an integer from 1 to 65536"#,
+        ),
+        (
+            r#"[ingress]
+trusted_proxies = ["10.0.0.1", "10.0.0.1/8"]"#,
+            r#"t.toml:7:32: [ingress] trusted_proxies[1]: is "10.0.0.1/8"; the address has bits outside the prefix; the network is 10.0.0.0/8"#,
+        ),
+        (
             r#"[enclave.ingress]
 domains = ["a"]
 http_port = 80

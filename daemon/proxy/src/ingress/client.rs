@@ -1,5 +1,7 @@
-//! Cuts off a client that does not take its response: hyper waits for it forever.
+//! A client's connection below TLS: gives first what was read ahead of it, and cuts off a client that does not take its
+//! response, for which hyper waits forever.
 
+use bytes::Bytes;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -10,16 +12,18 @@ use tokio::time::{Sleep, sleep};
 
 /// A stream whose writes fail once the other side has taken nothing for too long.
 #[derive(Debug)]
-pub(crate) struct StallGuard<S> {
+pub(crate) struct ClientStream<S> {
     stream: S,
+    /// Read already, and not yet given.
+    ahead: Bytes,
     limit: Duration,
     /// Runs while a write waits.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S> StallGuard<S> {
-    pub(crate) fn new(stream: S, limit: Duration) -> Self {
-        Self { stream, limit, timer: None }
+impl<S> ClientStream<S> {
+    pub(crate) fn new(stream: S, ahead: Bytes, limit: Duration) -> Self {
+        Self { stream, ahead, limit, timer: None }
     }
 
     fn watch<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -35,13 +39,18 @@ impl<S> StallGuard<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for StallGuard<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for ClientStream<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if !self.ahead.is_empty() {
+            let now = self.ahead.len().min(buf.remaining());
+            buf.put_slice(&self.ahead.split_to(now));
+            return Poll::Ready(Ok(()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for StallGuard<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for ClientStream<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
         self.watch(cx, written)
@@ -77,11 +86,25 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
     use tokio::time::Instant;
 
+    #[tokio::test]
+    async fn what_was_read_ahead_comes_first() {
+        let (near, mut far) = duplex(10);
+        let mut client = ClientStream::new(near, Bytes::from_static(b"hello"), Duration::from_secs(1));
+        far.write_all(b" you").await.unwrap();
+        drop(far);
+        let mut three = [0; 3];
+        client.read_exact(&mut three).await.unwrap();
+        assert_eq!(&three, b"hel");
+        let mut rest = String::new();
+        client.read_to_string(&mut rest).await.unwrap();
+        assert_eq!(rest, "lo you");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_reader_that_stops_is_given_up_and_a_slow_one_is_not() {
         let limit = Duration::from_secs(10);
         let (near, mut far) = duplex(10);
-        let mut guard = StallGuard::new(near, limit);
+        let mut guard = ClientStream::new(near, Bytes::new(), limit);
         let slow = tokio::spawn(async move {
             for _ in 0..10 {
                 sleep(limit / 2).await;

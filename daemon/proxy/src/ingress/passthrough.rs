@@ -1,0 +1,69 @@
+//! Sites whose TLS is the enclave's own: every byte goes there as it came, those that were read to find the site included.
+
+use super::handshake::{fatal, say};
+use super::https::Https;
+use super::proxy_protocol;
+use super::sites::Backend;
+use super::tcp::{Way, connect_and_relay};
+use crate::counters::{Failure, Open};
+use enclaved_core::routes::{Passthrough, ProxyProtocol};
+use rustls::AlertDescription;
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering::Relaxed;
+use tokio::net::TcpStream;
+
+impl Https {
+    /// Carries a connection, of which this much was read, to its end.
+    pub(crate) async fn pass_through(
+        &self,
+        mut client: TcpStream,
+        said: Vec<u8>,
+        source: SocketAddr,
+        backend: &Backend,
+        Passthrough { vsock_port, proxy_protocol }: Passthrough,
+    ) {
+        let open = Open::ingress(&backend.traffic, backend.target.as_ref());
+        let Some(target) = backend.target.clone() else {
+            // There is nothing else in TLS for "not now".
+            say(&mut client, &fatal(AlertDescription::InternalError)).await;
+            return self.not_passed(backend, Failure::NoTarget, Some("no generation of it is ready"));
+        };
+        let length = said.len() as u64;
+        let before = match (proxy_protocol, client.local_addr()) {
+            (None, _) => said,
+            (Some(ProxyProtocol::V2), Ok(destination)) => {
+                let mut header = proxy_protocol::v2(source, destination);
+                header.extend_from_slice(&said);
+                header
+            }
+            // The connection is gone already.
+            (Some(ProxyProtocol::V2), Err(_)) => return self.not_passed(backend, Failure::Reset, None),
+        };
+        backend.traffic.to_enclave.fetch_add(length, Relaxed);
+        let transport = self.upstreams.transport();
+        let limits = &self.shared.limits;
+        let way = Way { transport: &transport, target: &target, vsock_port, traffic: &backend.traffic, limits };
+        // A token of its own: waiting on a shared one takes its lock at every turn.
+        let cut = target.cut.child_token();
+        let carried = tokio::select! {
+            // Cancel-safe: a token stays cancelled.
+            () = cut.cancelled() => Err((Failure::Cut, None)),
+            // Not finished is what it must be when the enclave is cut off: dropping it resets the client.
+            carried = connect_and_relay(client, Some(before), way, || ()) => carried,
+        };
+        if let Err((failure, text)) = carried {
+            self.not_passed(backend, failure, text.as_deref());
+        }
+        drop(open);
+    }
+
+    fn not_passed(&self, backend: &Backend, failure: Failure, text: Option<&str>) {
+        backend.traffic.fail(failure);
+        if let Some(error) = text
+            && let Some(left_out) = self.failures.pass()
+        {
+            let enclave = &backend.traffic.key().enclave;
+            tracing::warn!(%enclave, error, left_out, "a TLS client could not reach its enclave");
+        }
+    }
+}

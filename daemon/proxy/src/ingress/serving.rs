@@ -1,0 +1,204 @@
+//! HTTP on a connection whose TLS ends here: HTTP/1.1 or HTTP/2 as agreed in the handshake, until the client goes, is idle for
+//! too long, or the proxy ends. Where a request goes is decided in `forward`.
+
+use super::body::Download;
+use super::client::ClientStream;
+use super::forward::{Connection, forward};
+use super::https::Https;
+use crate::shared::Shared;
+use bytes::Bytes;
+use http::HeaderValue;
+use hyper::body::{Body, Frame, SizeHint};
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use std::convert::Infallible;
+use std::future::Future;
+use std::net::IpAddr;
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_rustls::server::TlsStream;
+
+/// Most headers of one request.
+const REQUEST_HEADERS: usize = 100;
+/// HTTP/1.1: most that is read ahead of a request's body. (hyper's own bound is 400 KiB for each connection.)
+const HTTP1_BUFFER: usize = 64 << 10;
+/// HTTP/2: most that a client may send ahead, for one request and for all of a connection.
+const HTTP2_STREAM_WINDOW: u32 = 256 << 10;
+const HTTP2_CONNECTION_WINDOW: u32 = 1 << 20;
+/// HTTP/2: most of a response that waits to be sent.
+const HTTP2_SEND_BUFFER: usize = 256 << 10;
+
+impl Https {
+    /// Serves a connection to its end.
+    pub(crate) async fn serve_http(self: Arc<Self>, stream: TlsStream<ClientStream<TcpStream>>, address: IpAddr) {
+        let session = stream.get_ref().1;
+        let http2 = session.alpn_protocol() == Some(b"h2");
+        let client = HeaderValue::from_str(&address.to_canonical().to_string());
+        let connection = Arc::new(Connection {
+            https: self.clone(),
+            client: client.unwrap_or(HeaderValue::from_static("unknown")),
+            trusted: self.rules.get().trusts(address),
+            server_name: session.server_name().map(str::to_owned),
+        });
+        let limits = &self.shared.limits;
+        let in_flight = InFlight::new();
+        let requests = in_flight.clone();
+        let service = service_fn(move |request| {
+            let (connection, guard) = (connection.clone(), requests.begin());
+            async move {
+                let response = forward(&connection, request).await;
+                Ok::<_, Infallible>(response.map(|body| Tracked { body, _guard: guard }))
+            }
+        });
+        let stream = TokioIo::new(stream);
+        if http2 {
+            let served = http2::Builder::new(Spawner(self.shared.clone()))
+                .timer(TokioTimer::new())
+                .max_concurrent_streams(limits.http2_streams)
+                .max_header_list_size(u32::try_from(limits.request_head_bytes).unwrap_or(u32::MAX))
+                .initial_stream_window_size(HTTP2_STREAM_WINDOW)
+                .initial_connection_window_size(HTTP2_CONNECTION_WINDOW)
+                .max_send_buf_size(HTTP2_SEND_BUFFER)
+                .keep_alive_interval(limits.client_stall)
+                .serve_connection(stream, service);
+            // HTTP/2 has no timeout of its own for the next request.
+            let idle = || in_flight.none_for(limits.request_head);
+            self.until_closing(served, |served| served.graceful_shutdown(), idle).await;
+        } else {
+            let served = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(limits.request_head)
+                .max_header_size(limits.request_head_bytes)
+                .max_headers(REQUEST_HEADERS)
+                .max_buf_size(HTTP1_BUFFER)
+                .serve_connection(stream, service)
+                .with_upgrades();
+            self.until_closing(served, |served| served.graceful_shutdown(), std::future::pending::<()>).await;
+        }
+    }
+
+    /// Serves a connection to its end; once the proxy is closing, or it is idle, only requests in flight.
+    async fn until_closing<C, I>(&self, served: C, close: impl FnOnce(Pin<&mut C>), idle: impl Fn() -> I)
+    where
+        C: Future<Output = hyper::Result<()>>,
+        I: Future<Output = ()>,
+    {
+        let (closing, cut) = (self.shared.closing.child_token(), self.shared.cut.child_token());
+        let mut served = pin!(served);
+        let done = |result: hyper::Result<()>| {
+            if let Err(error) = result {
+                tracing::debug!(%error, "an HTTPS connection broke off");
+            }
+        };
+        tokio::select! {
+            // Cancel-safe: it is pinned outside and polled on below.
+            result = served.as_mut() => return done(result),
+            // Cancel-safe: a token stays cancelled.
+            () = cut.cancelled() => return,
+            // Cancel-safe: a token stays cancelled.
+            () = closing.cancelled() => {}
+            // Cancel-safe: nothing is lost with it.
+            () = idle() => {}
+        }
+        close(served.as_mut());
+        tokio::select! {
+            // Dropped only where the connection is given up.
+            result = served => done(result),
+            // Cancel-safe: a token stays cancelled.
+            () = cut.cancelled() => {}
+            // Cancel-safe: nothing is lost with it. A client that does not take part in closing (one that has not even
+            // begun to speak HTTP/2) is left alone.
+            () = async { sleep(self.shared.limits.handshake).await; idle().await } => {}
+        }
+    }
+}
+
+/// The requests of one connection that are in flight.
+#[derive(Debug, Clone)]
+struct InFlight(Arc<Mutex<Flights>>);
+
+#[derive(Debug)]
+struct Flights {
+    count: usize,
+    last: Instant,
+}
+
+impl InFlight {
+    fn new() -> Self {
+        Self(Arc::new(Mutex::new(Flights { count: 0, last: Instant::now() })))
+    }
+
+    fn begin(&self) -> InFlightGuard {
+        self.change(|count| count + 1);
+        InFlightGuard(self.clone())
+    }
+
+    fn change(&self, change: impl FnOnce(usize) -> usize) {
+        let mut flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        flights.count = change(flights.count);
+        flights.last = Instant::now();
+    }
+
+    /// Returns when there has been none for so long. Cancel-safe.
+    async fn none_for(&self, limit: Duration) {
+        loop {
+            let due = {
+                let flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                match flights.count {
+                    0 if flights.last.elapsed() >= limit => return,
+                    0 => flights.last + limit,
+                    _ => Instant::now() + limit,
+                }
+            };
+            sleep_until(due).await;
+        }
+    }
+}
+
+#[derive(Debug)]
+struct InFlightGuard(InFlight);
+
+impl Drop for InFlightGuard {
+    fn drop(&mut self) {
+        self.0.change(|count| count.saturating_sub(1));
+    }
+}
+
+/// A response's body that keeps its request in flight.
+#[derive(Debug)]
+struct Tracked {
+    body: Download,
+    _guard: InFlightGuard,
+}
+
+impl Body for Tracked {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// Runs the tasks of an HTTP/2 connection as all others are run.
+#[derive(Debug, Clone)]
+pub(crate) struct Spawner(pub(crate) Arc<Shared>);
+
+impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Spawner {
+    fn execute(&self, task: F) {
+        self.0.spawn(task);
+    }
+}
