@@ -17,9 +17,8 @@ pub struct Limits {
     pub settle: Duration,
     /// How long requests in flight may go on after the proxy was told to end.
     pub drain: Duration,
-    /// Bytes that a relay reads at once, and the most that it holds for one direction of a connection whose receiver is slow. Of the
-    /// sizes from 16 to 256 KiB that were compared (`bench relay --buffers`), the one that costs no more CPU for a gigabyte than
-    /// larger ones do.
+    /// Bytes that a relay reads at once, and the most that it holds for one direction of a connection whose receiver is slow.
+    /// `bench relay --buffers` compares sizes.
     pub relay_buffer: usize,
     /// A relayed connection without a byte in either direction ends after this. Long: database pools keep connections for
     /// hours, and a dead peer is found by TCP keepalive within minutes.
