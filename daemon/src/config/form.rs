@@ -420,11 +420,11 @@ pub(super) struct IngressForm {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct CertificateForm {
-    /// The chain in PEM, the domains' own certificate first. The user `enclaved-proxy` must be able to read it.
-    #[schemars(example = "/etc/enclaved/tls/api.crt")]
+    /// The chain in PEM, the domains' own certificate first. `enclaved-proxy` must be able to read it: not in /etc/enclaved.
+    #[schemars(example = "/etc/enclaved-proxy/api.crt")]
     pub cert: PathBuf,
     /// Its key in PEM, which the user `enclaved-proxy` can read and not everybody.
-    #[schemars(example = "/etc/enclaved/tls/api.key")]
+    #[schemars(example = "/etc/enclaved-proxy/api.key")]
     pub key: PathBuf,
 }
 

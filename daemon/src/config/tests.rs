@@ -110,7 +110,7 @@ fn the_example_is_good_with_everything_switched_on() {
     let raw = Passthrough { vsock_port: 443, proxy_protocol: Some(ProxyProtocol::V2) };
     assert_eq!(ledger.ingress.site, SiteRules { default: true, passthrough: Some(raw), ..SiteRules::default() });
     let site = &signer.ingress.site;
-    assert_eq!(site.certificate.as_ref().unwrap().key, Path::new("/etc/enclaved/tls/api.key"));
+    assert_eq!(site.certificate.as_ref().unwrap().key, Path::new("/etc/enclaved-proxy/api.key"));
     assert_eq!((site.hsts_seconds, signer.ingress.paths[1].upstream), (Some(31_536_000), UpstreamHttp::H2c));
     assert_eq!(ledger.health.as_ref().unwrap().probe, Probe::Connect { port: 9100 });
 }
