@@ -37,16 +37,18 @@ impl Processes {
         Ok(Self { name, owned, log })
     }
 
-    /// Starts `enclaved proxy` with its state in `state` of the folder, and has it serve these routes.
+    /// Starts `enclaved proxy`, with these arguments and its state in `state` of the folder, and has it serve these routes.
     pub(super) fn proxy(
         enclaved: &Path,
+        arguments: &[OsString],
         routes: Routes,
         pin: bool,
         folder: &Path,
     ) -> anyhow::Result<(Self, ProxyReport)> {
         let link = folder.join("link");
-        let command = [enclaved.into(), "proxy".into(), "--state-dir".into(), folder.join("state").into()];
-        let command = command.into_iter().chain(["--link".into(), link.clone().into()]).collect::<Vec<OsString>>();
+        let mut command: Vec<OsString> = vec![enclaved.into(), "proxy".into()];
+        command.extend(["--state-dir".into(), folder.join("state").into(), "--link".into(), link.clone().into()]);
+        command.extend_from_slice(arguments);
         let processes = Self::start("enclaved proxy", &[command], pin, folder)?;
         let began = Instant::now();
         while UnixStream::connect(&link).is_err() {
@@ -91,6 +93,12 @@ impl Processes {
         Ok(f64::from(ticks) / 100.0)
     }
 
+    /// Open descriptors of them and of all they started.
+    pub(super) fn descriptors(&self) -> anyhow::Result<usize> {
+        let count = |pid: u32| Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count());
+        self.pids().into_iter().map(count).sum()
+    }
+
     /// The proportional set of them and of all they started.
     pub(super) fn pss_mib(&self) -> anyhow::Result<f64> {
         let mut kib = 0_u32;
@@ -110,6 +118,24 @@ impl Drop for Processes {
             let _ended_already = processes::signal(pid, Signal::KILL);
         }
     }
+}
+
+/// Both ends of every connection are this process's.
+pub(super) fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Without it, fewer connections can be held, which then fails.
+    let _kept = setrlimit(Resource::Nofile, limit);
+}
+
+/// Has this program, and what it starts unless that is told its own, on the second processor.
+pub(super) fn pin_the_load() -> anyhow::Result<()> {
+    let mut pinning = Command::new("taskset");
+    pinning.args(["-a", "-p", "-c", "1"]).arg(std::process::id().to_string()).stdout(Stdio::null());
+    let done = pinning.status().context("pinning the load with taskset")?;
+    ensure!(done.success(), "taskset failed: --pin false where there is one processor");
+    Ok(())
 }
 
 /// An address of this machine that nobody has.

@@ -8,6 +8,7 @@
 mod contenders;
 mod load;
 
+use super::contender::{pin_the_load, raise_descriptor_limit};
 use anyhow::Context as _;
 use contenders::{Contender, Kind};
 use load::{Backend, Load};
@@ -15,7 +16,6 @@ use serde::Serialize;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -127,13 +127,9 @@ pub(super) fn compare(options: &Options) -> anyhow::Result<()> {
             crate::binaries::find("enclaved")?
         }
     };
-    super::relay::raise_descriptor_limit();
+    raise_descriptor_limit();
     if options.pin {
-        // Only this program; what it starts is told its own.
-        let mut pinning = Command::new("taskset");
-        pinning.args(["-a", "-p", "-c", "1"]).arg(std::process::id().to_string()).stdout(Stdio::null());
-        let done = pinning.status().context("pinning the load with taskset")?;
-        anyhow::ensure!(done.success(), "taskset failed: --pin false where there is one processor");
+        pin_the_load()?;
     }
     let table = measure(options, &enclaved)?;
     println!("{table}");

@@ -11,16 +11,15 @@ mod contenders;
 mod load;
 mod splice;
 
+use super::contender::{pin_the_load, raise_descriptor_limit};
 use anyhow::Context as _;
 use contenders::{Contender, Kind};
-pub(in crate::bench) use load::raise_descriptor_limit;
 use load::{Backend, Far, Way};
 use serde::Serialize;
 pub(super) use splice::{Place, serve as splice};
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 /// What 8,000 idle connections may take, in MiB.
 const IDLE_MIB: f64 = 70.0;
@@ -119,11 +118,7 @@ pub(super) fn compare(options: &Options) -> anyhow::Result<()> {
     };
     raise_descriptor_limit();
     if options.pin {
-        // Only this program; what it starts is told its own.
-        let mut pinning = Command::new("taskset");
-        pinning.args(["-a", "-p", "-c", "1"]).arg(std::process::id().to_string()).stdout(Stdio::null());
-        let done = pinning.status().context("pinning the load with taskset")?;
-        anyhow::ensure!(done.success(), "taskset failed: --pin false where there is one processor");
+        pin_the_load()?;
     }
     let mut tables = Vec::new();
     for way in [Way::Ingress, Way::Egress] {
@@ -190,14 +185,14 @@ fn round(options: &Options, contender: &Contender) -> anyhow::Result<Round> {
     // What is done only once (first allocations, first connection to the backend) is not measured.
     load::connections(contender, 64)?;
     let count = if contender.kind == Kind::Socat { options.connections / 10 } else { options.connections };
-    let before = contender.cpu_s()?;
+    let before = contender.processes.cpu_s()?;
     let wall = load::connections(contender, count)?;
-    let per_connection = (contender.cpu_s()? - before) / f64::from(count);
-    let before = contender.cpu_s()?;
+    let per_connection = (contender.processes.cpu_s()? - before) / f64::from(count);
+    let before = contender.processes.cpu_s()?;
     let carrying = load::one_way(contender, options.size)?;
     #[expect(clippy::cast_precision_loss, reason = "sizes of a benchmark are far below 2^53")]
     let gb = options.size as f64 / 1e9;
-    let per_gb = (contender.cpu_s()? - before) / gb;
+    let per_gb = (contender.processes.cpu_s()? - before) / gb;
     let mut trips = load::round_trips(contender, options.trips)?;
     trips.sort_unstable();
     let at = |hundredth: usize| {
@@ -215,9 +210,9 @@ fn round(options: &Options, contender: &Contender) -> anyhow::Result<Round> {
 }
 
 fn idle_memory(contender: &Contender, connections: usize) -> anyhow::Result<Idle> {
-    let before = contender.pss_mib()?;
+    let before = contender.processes.pss_mib()?;
     let _held = load::hold(contender, connections)?;
-    let pss_mib = contender.pss_mib()?;
+    let pss_mib = contender.processes.pss_mib()?;
     #[expect(clippy::cast_precision_loss, reason = "thousands of connections")]
     let per_connection_kib = (pss_mib - before) * 1024.0 / connections as f64;
     anyhow::ensure!(
@@ -230,9 +225,9 @@ fn idle_memory(contender: &Contender, connections: usize) -> anyhow::Result<Idle
 /// Fails if that many connections leave memory or descriptors behind.
 fn endure(contender: &Contender, connections: u32) -> anyhow::Result<()> {
     load::connections(contender, connections / 10)?;
-    let (memory, descriptors) = (contender.pss_mib()?, contender.descriptors()?);
+    let (memory, descriptors) = (contender.processes.pss_mib()?, contender.processes.descriptors()?);
     load::connections(contender, connections)?;
-    let (memory_after, descriptors_after) = (contender.pss_mib()?, contender.descriptors()?);
+    let (memory_after, descriptors_after) = (contender.processes.pss_mib()?, contender.processes.descriptors()?);
     println!(
         "{connections} connections of one process: {memory:.1} MiB and {descriptors} descriptors before, \
          {memory_after:.1} MiB and {descriptors_after} descriptors after"

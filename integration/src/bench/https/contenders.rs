@@ -87,7 +87,7 @@ impl Contender {
             }],
             "tcp": [],
         }))?;
-        let (processes, report) = Processes::proxy(enclaved, routes, pin, folder)?;
+        let (processes, report) = Processes::proxy(enclaved, &[], routes, pin, folder)?;
         let https =
             report.listeners.into_iter().find(|listener| matches!(listener.listener, ListenerKey::Https { .. }));
         let https = https.context("the proxy reports no HTTPS port")?;

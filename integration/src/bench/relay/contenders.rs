@@ -2,21 +2,16 @@
 
 use super::load::{Backend, Far, Way};
 use super::splice::Place;
-use crate::processes::{self, Owned};
+use crate::bench::contender::{Processes, free_port};
 use anyhow::{Context as _, bail, ensure};
 use enclaved_core::routes::{
-    EgressLimits, EgressRoute, LinkReply, LinkRequest, ListenerKey, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute,
-    TcpRules, VsockTransport,
+    EgressLimits, EgressRoute, ListenerKey, ROUTES_FORMAT, Routes, TcpRoute, TcpRules, VsockTransport,
 };
-use rustix::process::Signal;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{SocketAddr, TcpListener};
-use std::os::unix::net::UnixStream;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use vsock::VMADDR_CID_LOCAL;
@@ -62,7 +57,7 @@ pub(super) struct Contender {
     pub(super) kind: Kind,
     /// All of them lead to the backend.
     pub(super) fronts: Vec<Front>,
-    processes: Vec<Owned>,
+    pub(super) processes: Processes,
 }
 
 impl Contender {
@@ -85,9 +80,9 @@ impl Contender {
             Kind::Splice => vec![splice(&fronts, backend)?],
             Kind::Enclaved | Kind::Socat => fronts.iter().map(|front| socat(front, backend)).collect(),
         };
-        let processes = commands.iter().map(|command| spawn(command, pin, &folder)).collect::<Result<_, _>>()?;
+        let processes = Processes::start(kind.name(), &commands, pin, &folder)?;
         let contender = Self { kind, fronts, processes };
-        contender.until_it_listens().with_context(|| said(&folder))?;
+        contender.until_it_listens().with_context(|| contender.processes.said())?;
         Ok(contender)
     }
 
@@ -98,23 +93,12 @@ impl Contender {
         enclaved: &Path,
         pin: bool,
     ) -> anyhow::Result<Self> {
-        let link = folder.join("link");
-        let mut command: Vec<OsString> = vec![enclaved.into(), "proxy".into()];
-        command.extend(["--state-dir".into(), folder.join("state").into(), "--link".into(), link.clone().into()]);
-        if let Some(kib) = buffer_kib {
-            command.extend(["--relay-buffer".into(), (kib * 1024).to_string().into()]);
-        }
+        let buffer = buffer_kib.map(|kib| ["--relay-buffer".into(), (kib * 1024).to_string().into()]);
         let vsock = match backend.far {
             Far::Unix => VsockTransport::Hybrid(backend.vsock.clone()),
             Far::Vsock => VsockTransport::AfVsock,
         };
         let cid = backend.cid()?;
-        let process = spawn(&command, pin, folder)?;
-        let began = Instant::now();
-        while UnixStream::connect(&link).is_err() {
-            ensure!(began.elapsed() < DEADLINE, "the proxy has no link: {}", said(folder));
-            std::thread::sleep(Duration::from_millis(10));
-        }
         let enclave: enclaved_core::id::EnclaveName = "bench".parse().context("the enclave's name")?;
         let mut routes = Routes { format: ROUTES_FORMAT, vsock, live: vec![cid], ..Routes::default() };
         for number in 0..PORTS {
@@ -140,7 +124,8 @@ impl Contender {
                 }),
             }
         }
-        let report = publish(&link, routes)?;
+        let buffer = buffer.as_ref().map_or(&[][..], |buffer| &buffer[..]);
+        let (processes, report) = Processes::proxy(enclaved, buffer, routes, pin, folder)?;
         let mut fronts = Vec::new();
         for listener in report.listeners {
             ensure!(listener.error.is_none(), "{listener:?}");
@@ -150,7 +135,7 @@ impl Contender {
                 _ => Front::Unix(listener.address.into()),
             });
         }
-        Ok(Self { kind: Kind::Enclaved, fronts, processes: vec![process] })
+        Ok(Self { kind: Kind::Enclaved, fronts, processes })
     }
 
     fn until_it_listens(&self) -> anyhow::Result<()> {
@@ -162,61 +147,6 @@ impl Contender {
             }
         }
         Ok(())
-    }
-
-    /// Its processes, and what they started.
-    fn pids(&self) -> Vec<u32> {
-        let mut pids: Vec<u32> = self.processes.iter().map(|process| process.0.id()).collect();
-        let mut next = 0;
-        while let Some(pid) = pids.get(next) {
-            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-            pids.extend(children.split_ascii_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
-            next += 1;
-        }
-        pids
-    }
-
-    /// CPU seconds of it and of all it started, user and system, also of those that ended.
-    pub(super) fn cpu_s(&self) -> anyhow::Result<f64> {
-        let mut ticks = 0_u32;
-        for pid in self.pids() {
-            // One that ended meanwhile is in its parent's sum.
-            let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
-            let (_, fields) = stat.rsplit_once(')').context("/proc/<pid>/stat without a name")?;
-            // utime, stime, cutime, cstime: fields 14 to 17 of all, proc_pid_stat(5).
-            for field in fields.split_ascii_whitespace().skip(11).take(4) {
-                ticks += field.parse::<u32>()?;
-            }
-        }
-        ensure!(ticks > 0 || self.pids().len() == self.processes.len(), "{} has ended", self.kind.name());
-        // USER_HZ is 100 on every architecture that this runs on.
-        Ok(f64::from(ticks) / 100.0)
-    }
-
-    /// Open descriptors of it and of all it started.
-    pub(super) fn descriptors(&self) -> anyhow::Result<usize> {
-        let count = |pid: u32| Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count());
-        self.pids().into_iter().map(count).sum()
-    }
-
-    /// The proportional set of it and of all it started.
-    pub(super) fn pss_mib(&self) -> anyhow::Result<f64> {
-        let mut kib = 0_u32;
-        for pid in self.pids() {
-            let Ok(rollup) = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")) else { continue };
-            let pss = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
-            kib += pss.trim().trim_end_matches(" kB").parse::<u32>()?;
-        }
-        Ok(f64::from(kib) / 1024.0)
-    }
-}
-
-impl Drop for Contender {
-    fn drop(&mut self) {
-        // Those of its children's that are still there; the processes themselves end with `Owned`.
-        for pid in self.pids().into_iter().rev() {
-            let _ended_already = processes::signal(pid, Signal::KILL);
-        }
     }
 }
 
@@ -235,24 +165,6 @@ fn fronts(backend: &Backend, folder: &Path) -> anyhow::Result<Vec<Front>> {
 fn free_vsock_port() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(8000);
     NEXT.fetch_add(1, Relaxed)
-}
-
-fn free_port() -> anyhow::Result<SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr())?)
-}
-
-fn spawn(command: &[OsString], pin: bool, folder: &Path) -> anyhow::Result<Owned> {
-    let to_log = || fs::File::options().create(true).append(true).open(folder.join("log"));
-    let pinned = [OsString::from("taskset"), "-c".into(), "0".into()];
-    let mut words = pinned.iter().filter(|_| pin).chain(command);
-    let program = words.next().context("no program")?;
-    let mut command = Command::new(program);
-    command.args(words).stdin(Stdio::null()).stdout(to_log()?).stderr(to_log()?);
-    Ok(Owned(command.spawn().with_context(|| format!("starting {}", program.display()))?))
-}
-
-fn said(folder: &Path) -> String {
-    fs::read_to_string(folder.join("log")).unwrap_or_default()
 }
 
 fn nginx(fronts: &[Front], backend: &Backend, folder: &Path) -> anyhow::Result<Vec<OsString>> {
@@ -329,17 +241,4 @@ fn splice(fronts: &[Front], backend: &Backend) -> anyhow::Result<Vec<OsString>> 
         command.extend([Place(front.clone()), Place(to.clone())].map(|place| place.to_string().into()));
     }
     Ok(command)
-}
-
-fn publish(link: &Path, routes: Routes) -> anyhow::Result<ProxyReport> {
-    let mut stream = UnixStream::connect(link).context("connecting to the proxy's link")?;
-    let mut line = serde_json::to_vec(&LinkRequest::Publish { routes })?;
-    line.push(b'\n');
-    stream.write_all(&line)?;
-    let mut answer = String::new();
-    BufReader::new(stream).read_line(&mut answer)?;
-    match serde_json::from_str(&answer)? {
-        LinkReply::Report(report) => Ok(report),
-        LinkReply::Refused { reason } => bail!("the proxy refused the routes: {reason}"),
-    }
 }

@@ -288,12 +288,3 @@ pub(super) fn hold(contender: &Contender, count: usize) -> anyhow::Result<Vec<Cl
     });
     held.collect::<io::Result<Vec<_>>>().context("opening idle connections")
 }
-
-/// Both ends of every connection are this process's.
-pub(in crate::bench) fn raise_descriptor_limit() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    // Without it, fewer connections can be held, which then fails.
-    let _kept = setrlimit(Resource::Nofile, limit);
-}

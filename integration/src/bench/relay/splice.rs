@@ -41,7 +41,7 @@ impl std::fmt::Display for Place {
 
 /// Relays until it is killed.
 pub(in crate::bench) fn serve(pairs: &[(Place, Place)]) -> anyhow::Result<()> {
-    super::load::raise_descriptor_limit();
+    crate::bench::contender::raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut listening = tokio::task::JoinSet::new();
