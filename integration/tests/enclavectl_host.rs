@@ -16,7 +16,7 @@ fn enclavectl(tree: &HostTree, json: bool) -> String {
 fn configured(shape: &str, cpus: u32, memory: u64) -> HostTree {
     let tree = HostTree::unpack(shape).unwrap();
     let config = format!(
-        "[[enclave]]\nname = \"signer\"\nimage = \"file:///x\"\ncpus = {cpus}\nmemory_mib = {memory}\nupdate = \"recreate\"\n"
+        "[host]\nallocator = \"verify\"\n\n[[enclave]]\nname = \"signer\"\nimage = \"file:///x\"\ncpus = {cpus}\nmemory_mib = {memory}\nupdate = \"recreate\"\n"
     );
     tree.write("enclaved.toml", &config).unwrap();
     tree

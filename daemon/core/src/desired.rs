@@ -254,6 +254,7 @@ pub struct IngressSpec {
     /// HTTPS: paths by prefix.
     pub paths: Vec<PathRoute>,
     /// HTTPS: what is special about it.
+    #[serde(default)]
     pub site: SiteRules,
     /// Raw TCP.
     pub tcp: Vec<TcpPort>,

@@ -203,7 +203,21 @@ async fn supervise<S: Service>(keeper: Arc<Keeper<S>>) {
 impl<S: Service> Keeper<S> {
     async fn keep(&self) {
         while !self.stop.is_cancelled() {
-            match self.open().await {
+            if lock(&self.waiting).is_none() {
+                // What a panic left behind.
+                self.forget().await;
+            }
+            let prepared = tokio::select! {
+                // Cancel-safe: a token stays cancelled.
+                () = self.stop.cancelled() => break,
+                // Dropped only where the socket is wanted no more. What it waits for may be a disk that hangs.
+                prepared = self.service.prepare() => prepared,
+            };
+            let opened = match prepared {
+                Ok(()) => self.open().await,
+                Err(error) => Err(error),
+            };
+            match opened {
                 Ok((mut socket, kept)) => {
                     let address = socket.address();
                     tracing::info!(%address, "listening");
@@ -234,11 +248,6 @@ impl<S: Service> Keeper<S> {
 
     /// The socket that was kept, or a new one; and whether it is kept.
     async fn open(&self) -> Result<(S::Socket, bool), S::Error> {
-        if lock(&self.waiting).is_none() {
-            // What a panic left behind.
-            self.forget().await;
-        }
-        self.service.prepare().await?;
         let kept = lock(&self.waiting).take();
         if let Some(socket) = kept {
             let mark = lock(&self.stored).clone().unwrap_or_default();

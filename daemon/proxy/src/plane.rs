@@ -385,6 +385,7 @@ impl Plane {
             open.listening.retry_now();
             return !same_domains;
         }
+        self.https.expect_port(https.listen.port());
         let port = Arc::new(HttpsPort { listen: https.listen, https: self.https.clone() });
         let listening = Listening::start(port, self.shared.clone());
         state.slots.insert(slot, Open { listening, service: Service::Https });

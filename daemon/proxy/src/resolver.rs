@@ -184,7 +184,7 @@ impl Name {
             failed: AtomicU64::new(0),
             lines: Throttle::new(),
         });
-        let task = tokio::spawn(keep(hostname.to_owned(), shared.clone(), source));
+        let task = tokio::spawn(supervise(hostname.to_owned(), shared.clone(), source));
         Self { hostname: hostname.to_owned(), shared, task }
     }
 
@@ -203,6 +203,22 @@ impl Name {
             return Err(NameError::TimedOut);
         }
         shared.addresses().unwrap_or(Err(NameError::TimedOut))
+    }
+}
+
+/// Keeps a name, and begins again should that panic: what is known of it is served meanwhile.
+async fn supervise(hostname: String, shared: Arc<Kept>, source: Arc<dyn Source>) {
+    // Ends its task when this is dropped.
+    let mut tasks = tokio::task::JoinSet::new();
+    loop {
+        tasks.spawn(keep(hostname.clone(), shared.clone(), source.clone()));
+        match tasks.join_next().await {
+            Some(Err(error)) if error.is_panic() => {
+                tracing::error!(hostname, "keeping a name resolved ended by a defect of the proxy; beginning again");
+                tokio::time::sleep(TTL_MIN).await;
+            }
+            _ => return,
+        }
     }
 }
 

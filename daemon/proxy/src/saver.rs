@@ -113,7 +113,8 @@ impl Saver {
                 if trouble.is_none() {
                     state.saved = number;
                 }
-                let news = state.trouble != trouble || std::mem::take(&mut state.told);
+                let told = std::mem::take(&mut state.told);
+                let news = told || state.trouble != trouble;
                 state.trouble.clone_from(&trouble);
                 let ends = state.number == number;
                 state.writing = (!ends).then(Instant::now);

@@ -133,12 +133,12 @@ pub(super) struct HostIngressForm {
     /// there is removed.
     #[schemars(length(max = 256), example = ["10.0.0.0/8"])]
     pub trusted_proxies: Vec<String>,
-    /// Connections at a time, of all domains; more are closed at once.
+    /// Connections at a time, of all domains; more are closed at once. Left out: 8192.
     #[schemars(range(min = 1, max = 65536))]
-    pub max_connections: u32,
-    /// Connections of one IPv4 address, or of one IPv6 network of 64 bits, at a time; more are closed at once.
+    pub max_connections: Option<u32>,
+    /// Connections of one IPv4 address, or of one IPv6 network of 64 bits, at a time; more are closed at once. Left out: 1024.
     #[schemars(range(min = 1, max = 65536))]
-    pub max_connections_per_source: u32,
+    pub max_connections_per_source: Option<u32>,
 }
 
 impl Default for HostIngressForm {
@@ -147,8 +147,8 @@ impl Default for HostIngressForm {
             listen: "[::]:443".into(),
             redirect: None,
             trusted_proxies: Vec::new(),
-            max_connections: 8192,
-            max_connections_per_source: 1024,
+            max_connections: None,
+            max_connections_per_source: None,
         }
     }
 }

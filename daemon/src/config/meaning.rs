@@ -191,8 +191,8 @@ impl Judge<'_> {
         HttpsRules {
             redirect: form.redirect.as_ref().and_then(|text| self.socket_address(text, &at)),
             trusted_proxies: self.networks(&form.trusted_proxies, &path.key("trusted_proxies")),
-            max_connections: Some(form.max_connections),
-            max_connections_per_source: Some(form.max_connections_per_source),
+            max_connections: form.max_connections,
+            max_connections_per_source: form.max_connections_per_source,
         }
     }
 

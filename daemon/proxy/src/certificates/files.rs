@@ -13,7 +13,7 @@ use rustls::sign::CertifiedKey;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{File, Metadata};
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
@@ -27,8 +27,14 @@ const OTHERS: u32 = 0o006;
 pub(crate) struct FileCertificates {
     provider: Arc<CryptoProvider>,
     by_domain: Current<HashMap<String, Arc<CertifiedKey>>>,
+    /// Held while the disk is waited for.
     pairs: Mutex<BTreeMap<CertificateFiles, Pair>>,
+    /// What is told of them, for those who wait for no disk.
+    told: Current<BTreeMap<CertificateFiles, Told>>,
 }
+
+/// When a pair expires (seconds since 1970), and what is wrong with what is there now.
+type Told = (Option<i64>, Option<String>);
 
 /// A chain and its key.
 #[derive(Debug, Default)]
@@ -60,6 +66,8 @@ enum LoadError {
         #[source]
         source: io::Error,
     },
+    #[error("{} is no file", path.display())]
+    NoFile { path: PathBuf },
     #[error("{} has more than {FILE_BYTES} bytes", path.display())]
     TooLarge { path: PathBuf },
     #[error("{} may be read or written by everybody (mode {mode:o}): chmod o= it", path.display())]
@@ -83,7 +91,7 @@ enum LoadError {
 
 impl FileCertificates {
     pub(crate) fn new(provider: Arc<CryptoProvider>) -> Self {
-        Self { provider, by_domain: Current::default(), pairs: Mutex::default() }
+        Self { provider, by_domain: Current::default(), pairs: Mutex::default(), told: Current::default() }
     }
 
     fn load(&self, files: &CertificateFiles) -> Result<Good, LoadError> {
@@ -121,8 +129,24 @@ impl FileCertificates {
             }
             Err(error) => pair.error = Some(Arc::new(error)),
         }
-        // As it was before it was read: what changed meanwhile is read again.
-        pair.seen = seen;
+        // As it was before it was read: what changed meanwhile is read again. So is what could not be read: that may pass without
+        // a change of the file (descriptors, a network's disk).
+        pair.seen = seen.filter(|_| !matches!(pair.error.as_deref(), Some(LoadError::Read { .. })));
+    }
+
+    /// Serves the pairs as they are, and tells of them.
+    fn show(&self, pairs: &BTreeMap<CertificateFiles, Pair>, wanted: &[Wanted]) {
+        let of = |wanted: &Wanted| {
+            let Origin::Files(files) = &wanted.origin else { return None };
+            let good = pairs.get(files)?.good.as_ref()?;
+            Some((wanted.domain.clone(), good.certificate.clone()))
+        };
+        self.by_domain.set(wanted.iter().filter_map(of).collect());
+        let told = |(files, pair): (&CertificateFiles, &Pair)| {
+            let expires = pair.good.as_ref().and_then(|good| good.expires);
+            (files.clone(), (expires, pair.error.as_ref().map(|error| chain(error))))
+        };
+        self.told.set(pairs.iter().map(told).collect());
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<CertificateFiles, Pair>> {
@@ -141,18 +165,15 @@ impl CertificateSource for FileCertificates {
             Origin::Files(files) => Some(files.clone()),
             Origin::InternalCa => None,
         };
-        let mut before = std::mem::take(&mut *pairs);
         // Several domains may have one pair.
-        for files in wanted.iter().filter_map(files).collect::<BTreeSet<_>>() {
-            let mut pair = before.remove(&files).unwrap_or_default();
-            self.look(&files, &mut pair);
-            pairs.insert(files, pair);
+        let all: BTreeSet<_> = wanted.iter().filter_map(files).collect();
+        pairs.retain(|known, _| all.contains(known));
+        self.show(&pairs, wanted);
+        for files in all {
+            self.look(&files, pairs.entry(files.clone()).or_default());
+            // Each at once: the next one's disk may hang.
+            self.show(&pairs, wanted);
         }
-        let of = |wanted: &Wanted| {
-            let good = pairs.get(&files(wanted)?)?.good.as_ref()?;
-            Some((wanted.domain.clone(), good.certificate.clone()))
-        };
-        self.by_domain.set(wanted.iter().filter_map(of).collect());
         match pairs.values().find_map(|pair| pair.error.clone().map(|error| (pair.good.is_some(), error))) {
             None => Ok(()),
             Some((true, error)) => Err(CertificateError::new(
@@ -164,15 +185,11 @@ impl CertificateSource for FileCertificates {
     }
 
     fn report(&self, wanted: &[Wanted]) -> Vec<CertificateReport> {
-        let pairs = self.lock();
+        let told = self.told.get();
         let of = |wanted: &Wanted| {
             let Origin::Files(files) = &wanted.origin else { return None };
-            let pair = pairs.get(files)?;
-            Some(CertificateReport {
-                domain: wanted.domain.clone(),
-                expires: pair.good.as_ref().and_then(|good| good.expires),
-                error: pair.error.as_ref().map(|error| chain(error)),
-            })
+            let (expires, error) = told.get(files)?.clone();
+            Some(CertificateReport { domain: wanted.domain.clone(), expires, error })
         };
         wanted.iter().filter_map(of).collect()
     }
@@ -180,9 +197,14 @@ impl CertificateSource for FileCertificates {
 
 fn read(path: &Path) -> Result<(Vec<u8>, Metadata), LoadError> {
     let failed = |source| LoadError::Read { path: path.to_owned(), source };
-    let file = File::open(path).map_err(failed)?;
+    // A pipe is not waited for.
+    let flags = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
+    let file = File::options().read(true).custom_flags(flags).open(path).map_err(failed)?;
     // Of what is read, not of what has its name by then.
     let metadata = file.metadata().map_err(failed)?;
+    if !metadata.is_file() {
+        return Err(LoadError::NoFile { path: path.to_owned() });
+    }
     let mut bytes = Vec::new();
     file.take(FILE_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > FILE_BYTES {
@@ -289,6 +311,51 @@ mod tests {
         disk.look();
         disk.write("key", &other_key);
         assert_eq!(disk.look(), (Some(other_der), None));
+    }
+
+    #[test]
+    fn while_a_disk_hangs_others_are_served_and_reports_are_made() {
+        let disk = Arc::new(Disk::new());
+        let (chain, key, der) = pair();
+        disk.write("crt", &chain);
+        disk.write("key", &key);
+        disk.look();
+        // As whoever waits for a disk holds it.
+        let _hangs = disk.source.lock();
+        let (told, tell) = std::sync::mpsc::channel();
+        let asking = disk.clone();
+        let asked = std::thread::spawn(move || told.send(asking.source.report(&asking.wanted)));
+        let reports = tell.recv_timeout(std::time::Duration::from_secs(20)).unwrap();
+        asked.join().unwrap().unwrap();
+        assert!(reports[0].expires.is_some() && reports[0].error.is_none());
+        assert_eq!(disk.source.certificate("a.test").unwrap().cert[0].to_vec(), der);
+    }
+
+    #[test]
+    fn a_pipe_in_a_files_place_is_refused_and_a_passing_failure_is_tried_again() {
+        let disk = Disk::new();
+        let (chain, key, der) = pair();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            disk.dir.path().join("crt"),
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
+        disk.write("key", &key);
+        assert!(disk.look().1.unwrap().contains("is no file"));
+        std::fs::remove_file(disk.dir.path().join("crt")).unwrap();
+        disk.write("crt", &chain);
+        assert_eq!(disk.look(), (Some(der.clone()), None));
+        // The file as it was, and a reason that is none of its own.
+        let failed = io::Error::from_raw_os_error(rustix::io::Errno::NFILE.raw_os_error());
+        for pair in disk.source.lock().values_mut() {
+            pair.error =
+                Some(Arc::new(LoadError::Read { path: "crt".into(), source: io::Error::other(failed.to_string()) }));
+            pair.seen = None;
+        }
+        assert_eq!(disk.look(), (Some(der), None));
     }
 
     #[test]

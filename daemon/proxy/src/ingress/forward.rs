@@ -2,7 +2,7 @@
 
 use super::body::{ClientFault, Download, Upload};
 use super::headers::{self, Client};
-use super::https::Https;
+use super::https::{Admitted, Https};
 use super::sites::{Backend, host_of};
 use super::tcp::connect_failure;
 use super::upstream::SendError;
@@ -32,6 +32,8 @@ pub(crate) struct Connection {
     pub(crate) trusted: bool,
     /// The name in the TLS handshake.
     pub(crate) server_name: Option<String>,
+    /// Held for as long as the connection lives, also in another protocol.
+    pub(crate) admitted: Admitted,
 }
 
 /// An answer of the proxy's own.
@@ -186,6 +188,16 @@ fn find(connection: &Connection, request: &mut Request<Incoming>) -> Result<(Hea
         return Err(misdirected("this connection was made to another site"));
     }
     let backend = backend.clone();
+    // A load balancer may pass on what its own client wrote there, as AWS's does: it is believed only of this very site.
+    if connection.trusted {
+        let of_this_site = |host: &HeaderValue| {
+            let found = host.to_str().ok().and_then(host_of).and_then(|name| sites.find(name));
+            found.is_some_and(|found| Arc::ptr_eq(found, &backend))
+        };
+        if !request.headers().get_all(headers::X_FORWARDED_HOST).iter().all(of_this_site) {
+            request.headers_mut().remove(headers::X_FORWARDED_HOST);
+        }
+    }
     if request.uri().authority().is_some() {
         let target = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
         *request.uri_mut() = Uri::from(target);
@@ -250,7 +262,8 @@ async fn send(
         };
         let enclave_upgrade = hyper::upgrade::on(&mut response);
         headers::to_client(response.headers_mut(), upgrade);
-        https.spawn_upgraded(live, traffic, enclave_upgrade, client_upgrade, open);
+        let held = (open, connection.admitted.clone());
+        https.spawn_upgraded(live, traffic, enclave_upgrade, client_upgrade, held);
         return Ok(response.map(|_| Download::Text(None)));
     }
     headers::to_client(response.headers_mut(), None);
@@ -280,7 +293,14 @@ fn frame(mut request: Request<Incoming>, traffic: &Arc<Traffic>, patience: Durat
 
 impl Https {
     /// Carries the bytes of a connection that changed to another protocol (WebSocket), until it ends or its enclave does.
-    fn spawn_upgraded(&self, live: &Live, traffic: &Arc<Traffic>, enclave: OnUpgrade, client: OnUpgrade, open: Open) {
+    fn spawn_upgraded(
+        &self,
+        live: &Live,
+        traffic: &Arc<Traffic>,
+        enclave: OnUpgrade,
+        client: OnUpgrade,
+        held: (Open, Admitted),
+    ) {
         let (shared, traffic, cut) = (self.shared.clone(), traffic.clone(), live.cut.child_token());
         self.shared.spawn(async move {
             let carry = async {
@@ -300,7 +320,7 @@ impl Https {
             if let Err(failure) = carried {
                 traffic.fail(failure);
             }
-            drop(open);
+            drop(held);
         });
     }
 }

@@ -12,15 +12,22 @@ const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+pub(crate) const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 /// Names a request in log lines on both sides.
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
 /// Headers in which only a proxy tells about the client or its request; and all that begin with `x-forwarded-`.
-const FORWARDED: [&str; 9] = [
+const FORWARDED: [&str; 16] = [
+    "cf-connecting-ip",
+    "client-ip",
     "forwarded",
+    "forwarded-for",
+    "front-end-https",
+    "x-forwarded",
+    "x-scheme",
+    "x-url-scheme",
     "x-real-ip",
     "x-request-id",
     "x-client-ip",

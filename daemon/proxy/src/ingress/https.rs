@@ -27,6 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering::Relaxed};
 use std::time::SystemTime;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
 
 /// All of HTTPS but its socket: it outlives a change of address.
 #[derive(Debug)]
@@ -98,6 +99,13 @@ impl Https {
         self.port.load(Relaxed)
     }
 
+    /// The port that HTTPS will have, unless the kernel chooses it.
+    pub(crate) fn expect_port(&self, port: u16) {
+        if port != 0 {
+            self.port.store(port, Relaxed);
+        }
+    }
+
     /// The kernel may have chosen it.
     fn note_port(&self, listener: &TcpListener) {
         // A listener has an address; the port that was known before would do, too.
@@ -112,7 +120,7 @@ impl Https {
         HeaderValue::from_maybe_shared(Bytes::from(text)).unwrap_or(HeaderValue::from_static("none"))
     }
 
-    async fn serve_connection(self: Arc<Self>, client: TcpStream, source: SocketAddr) {
+    async fn serve_connection(self: Arc<Self>, client: TcpStream, source: SocketAddr, admitted: Admitted) {
         let closing = self.shared.closing.child_token();
         let begun = tokio::select! {
             // Cancel-safe: a token stays cancelled. No request can be in flight yet.
@@ -122,7 +130,7 @@ impl Https {
             begun = Box::pin(self.begin(client)) => begun,
         };
         match begun {
-            Ok(Begun::Here(stream)) => self.serve_http(*stream, source.ip()).await,
+            Ok(Begun::Here(stream)) => self.serve_http(*stream, source.ip(), admitted).await,
             Ok(Begun::There { client, said, backend, passthrough }) => {
                 self.pass_through(client, said, source, &backend, passthrough).await;
             }
@@ -135,7 +143,7 @@ impl Https {
     }
 
     /// Counts a connection, unless there are too many. Those of trusted proxies are many clients'.
-    pub(crate) fn admit(&self, source: IpAddr) -> Option<(Seat, Counted)> {
+    pub(crate) fn admit(&self, source: IpAddr) -> Option<Admitted> {
         let (rules, limits) = (self.rules.get(), &self.shared.limits);
         let limit = rules.max_connections.unwrap_or(limits.https_connections);
         let Some(seat) = self.connections.take(limit.into()) else {
@@ -155,9 +163,12 @@ impl Https {
             }
             return None;
         };
-        Some((seat, counted))
+        Some(Arc::new((seat, counted)))
     }
 }
+
+/// A connection that was counted, for as long as anything of it lives.
+pub(crate) type Admitted = Arc<(Seat, Counted)>;
 
 /// The HTTPS socket.
 #[derive(Debug)]
@@ -188,14 +199,17 @@ impl Service for HttpsPort {
     }
 
     async fn prepare(&self) -> Result<(), OpenError> {
-        let error = match self.https.maintain_certificates().await {
-            Ok(()) => return Ok(()),
-            Err(error) => error,
+        let limit = self.https.shared.limits.settle;
+        let error = match timeout(limit, self.https.maintain_certificates()).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error,
+            // It goes on by itself.
+            Err(late) => CertificateError::new("making or reading certificates takes long", late),
         };
-        // One certificate that cannot be read keeps no other site from being served.
+        // One certificate that cannot be read keeps no other site from being served, nor TLS that does not end here.
         let sites = self.https.sites.get();
         let served = |wanted: &Wanted| self.https.certificates.certificate(&wanted.domain).is_some();
-        if sites.domains().iter().any(served) { Ok(()) } else { Err(error.into()) }
+        if sites.domains().iter().any(served) || sites.any_passthrough() { Ok(()) } else { Err(error.into()) }
     }
 
     fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {
@@ -210,8 +224,7 @@ impl Service for HttpsPort {
         let Some(admitted) = self.https.admit(address.ip()) else { return };
         let https = self.https.clone();
         self.https.shared.spawn(async move {
-            https.serve_connection(client, address).await;
-            drop(admitted);
+            https.serve_connection(client, address, admitted).await;
         });
     }
 }

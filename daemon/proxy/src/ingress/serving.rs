@@ -4,7 +4,7 @@
 use super::body::Download;
 use super::client::ClientStream;
 use super::forward::{Connection, forward};
-use super::https::Https;
+use super::https::{Admitted, Https};
 use crate::shared::Shared;
 use bytes::Bytes;
 use http::HeaderValue;
@@ -35,7 +35,12 @@ const HTTP2_SEND_BUFFER: usize = 256 << 10;
 
 impl Https {
     /// Serves a connection to its end.
-    pub(crate) async fn serve_http(self: Arc<Self>, stream: TlsStream<ClientStream<TcpStream>>, address: IpAddr) {
+    pub(crate) async fn serve_http(
+        self: Arc<Self>,
+        stream: TlsStream<ClientStream<TcpStream>>,
+        address: IpAddr,
+        admitted: Admitted,
+    ) {
         let session = stream.get_ref().1;
         let http2 = session.alpn_protocol() == Some(b"h2");
         let client = HeaderValue::from_str(&address.to_canonical().to_string());
@@ -44,6 +49,7 @@ impl Https {
             client: client.unwrap_or(HeaderValue::from_static("unknown")),
             trusted: self.rules.get().trusts(address),
             server_name: session.server_name().map(str::to_owned),
+            admitted,
         });
         let limits = &self.shared.limits;
         let in_flight = InFlight::new();

@@ -88,6 +88,11 @@ impl Sites {
         all
     }
 
+    /// Whether there is TLS that does not end here.
+    pub(crate) fn any_passthrough(&self) -> bool {
+        self.by_domain.values().any(|backend| backend.passthrough.is_some())
+    }
+
     /// Every domain that needs a certificate.
     pub(crate) fn domains(&self) -> &[Wanted] {
         &self.domains
