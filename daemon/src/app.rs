@@ -543,8 +543,8 @@ fn booted_with_systemd() -> Outcome<()> {
     match sd_notify::booted() {
         Ok(true) => Ok(()),
         Ok(false) | Err(_) => Err(Failure::new(
-            "the configuration says supervisor = \"systemd\", and this host was not booted with systemd (there is no \
-             /run/systemd/system)",
+            "supervisor is \"systemd\", which it is unless the configuration says otherwise, and this host was not booted \
+             with systemd (there is no /run/systemd/system)",
         )
         .with_remedy("set supervisor = \"direct\" in [host]")),
     }

@@ -225,8 +225,10 @@ impl Launches {
         let notes = StopNotes::new(&settings.stopped_dir);
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700);
-        for folder in [&folder, notes.folder()] {
-            builder.create(folder).map_err(|error| fault(&FileError::io("make folder", folder)(error)))?;
+        builder.create(&folder).map_err(|error| fault(&FileError::io("make folder", &folder)(error)))?;
+        // Without it only a stop by hand while enclaved does not run is forgotten by a reboot.
+        if let Err(error) = builder.create(notes.folder()) {
+            tracing::warn!("{}", fault(&FileError::io("make folder", notes.folder())(error)));
         }
         let boot_id = procfs::boot_id()
             .map_err(|error| Failure::new(format!("could not find out which boot of the host this is: {error}")))?;

@@ -60,7 +60,10 @@ impl StockService for Systemd {
 
 /// Whether the service is changing the pool, or is about to.
 pub(crate) fn is_at_work(unit: Option<&UnitState>) -> bool {
-    let changes = |unit: &UnitState| matches!(unit.active.as_str(), "activating" | "deactivating" | "reloading");
+    // One that failed and is to be started again later rests until then, and may do so for ever.
+    let rests = |unit: &UnitState| unit.sub == "auto-restart";
+    let changes =
+        |unit: &UnitState| matches!(unit.active.as_str(), "activating" | "deactivating" | "reloading") && !rests(unit);
     unit.is_some_and(|unit| unit.job.is_some() || changes(unit))
 }
 
@@ -88,5 +91,7 @@ mod tests {
         ] {
             assert_eq!(is_at_work(Some(&unit(active, job))), expected, "{active} {job:?}");
         }
+        let waits = UnitState { sub: "auto-restart".to_owned(), ..unit("activating", None) };
+        assert!(!is_at_work(Some(&waits)));
     }
 }

@@ -75,7 +75,12 @@ fn load(path: &Path) -> Outcome<LoadedLedger> {
     let unusable = match atomic_file::read(path, MAX_FILE) {
         Ok(None) => return Ok(LoadedLedger::default()),
         Ok(Some(bytes)) => match parse(&bytes) {
-            Ok(ledger) => return Ok(LoadedLedger { ledger, problem: None }),
+            Ok(mut ledger) => {
+                // An earlier version did not write it.
+                let launched = ledger.generations().any(|(_, generation)| generation.holds_resources());
+                ledger.launched |= launched;
+                return Ok(LoadedLedger { ledger, problem: None });
+            }
             Err(why) => why,
         },
         Err(error) if error.is_about_contents() => error.to_string(),

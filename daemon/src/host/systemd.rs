@@ -204,8 +204,7 @@ impl Systemd {
 
     /// Has systemd stop the unit of a launch.
     ///
-    /// A job can wait for others: an enclave's unit ends after enclaved's own, so while systemd stops enclaved, which is to end
-    /// its enclaves first (`on_stop = "terminate"`), it would be in vain.
+    /// A job can wait for others, for as long as these take; so it is not waited for, and whether the unit begins to stop is seen.
     async fn ask_to_stop(&self, key: &EnclaveKey) -> Outcome<()> {
         let unit = unit_name(key);
         self.bus.enqueue(Verb::Stop, &unit).await.map_err(JobError::into_failure)?;

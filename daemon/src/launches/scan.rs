@@ -79,21 +79,19 @@ impl Scanner {
                 scan.instances.insert(key, instance);
             }
         }
-        self.noted(&mut scan);
+        self.noted(&mut scan)?;
         self.known_alive(&mut scan);
         Ok(scan)
     }
 
     /// Launches of which a reboot has left nothing but the note that they were stopped by hand.
-    fn noted(&self, scan: &mut Scan) {
-        let keys = self.notes.keys().unwrap_or_else(|error| {
-            tracing::warn!("what was stopped by hand before the boot is not known: {}", fault(&error));
-            Vec::new()
-        });
-        for key in keys {
+    /// Without them nothing is known: what is to stay stopped would be launched.
+    fn noted(&self, scan: &mut Scan) -> Outcome<()> {
+        for key in self.notes.keys().map_err(|error| fault(&error))? {
             let end = End { asked: Some(AskedBy::Stop), ..End::noticed(self.now) };
             scan.instances.entry(key).or_insert(Instance { generation: None, state: InstanceState::Ended(end) });
         }
+        Ok(())
     }
 
     /// What can be seen of that launch; `None` if it was forgotten since it was listed.
