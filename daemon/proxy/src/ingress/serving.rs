@@ -3,6 +3,7 @@
 
 use super::body::Download;
 use super::client::ClientStream;
+use super::client_ca::Checked;
 use super::forward::{Connection, forward};
 use super::https::Https;
 use crate::shared::Shared;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
 
 /// Most headers of one request.
 const REQUEST_HEADERS: usize = 100;
@@ -35,14 +37,21 @@ const HTTP2_SEND_BUFFER: usize = 256 << 10;
 
 impl Https {
     /// Serves a connection to its end.
-    pub(crate) async fn serve_http(self: Arc<Self>, stream: TlsStream<ClientStream<TcpStream>>, address: IpAddr) {
+    pub(crate) async fn serve_http(
+        self: Arc<Self>,
+        stream: TlsStream<ClientStream<TcpStream>>,
+        address: IpAddr,
+        checked: Option<Checked>,
+    ) {
         let session = stream.get_ref().1;
         let http2 = session.alpn_protocol() == Some(b"h2");
         let client = HeaderValue::from_str(&address.to_canonical().to_string());
+        let replaced = checked.as_ref().map(|checked| checked.replaced.child_token());
         let connection = Arc::new(Connection {
             https: self.clone(),
             client: client.unwrap_or(HeaderValue::from_static("unknown")),
             trusted: self.rules.get().trusts(address),
+            checked,
             server_name: session.server_name().map(str::to_owned),
         });
         let limits = &self.shared.limits;
@@ -68,7 +77,7 @@ impl Https {
                 .serve_connection(stream, service);
             // HTTP/2 has no timeout of its own for the next request.
             let idle = || in_flight.none_for(limits.request_head);
-            self.until_closing(served, |served| served.graceful_shutdown(), idle).await;
+            self.until_closing(served, |served| served.graceful_shutdown(), idle, replaced).await;
         } else {
             let served = http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -78,17 +87,29 @@ impl Https {
                 .max_buf_size(HTTP1_BUFFER)
                 .serve_connection(stream, service)
                 .with_upgrades();
-            self.until_closing(served, |served| served.graceful_shutdown(), std::future::pending::<()>).await;
+            self.until_closing(served, |served| served.graceful_shutdown(), std::future::pending::<()>, replaced).await;
         }
     }
 
-    /// Serves a connection to its end; once the proxy is closing, or it is idle, only requests in flight.
-    async fn until_closing<C, I>(&self, served: C, close: impl FnOnce(Pin<&mut C>), idle: impl Fn() -> I)
-    where
+    /// Serves a connection to its end; once the proxy is closing, it is idle, or what its client was let in by counts no more,
+    /// only requests in flight.
+    async fn until_closing<C, I>(
+        &self,
+        served: C,
+        close: impl FnOnce(Pin<&mut C>),
+        idle: impl Fn() -> I,
+        replaced: Option<CancellationToken>,
+    ) where
         C: Future<Output = hyper::Result<()>>,
         I: Future<Output = ()>,
     {
         let (closing, cut) = (self.shared.closing.child_token(), self.shared.cut.child_token());
+        let replaced = async {
+            match &replaced {
+                Some(token) => token.cancelled().await,
+                None => std::future::pending().await,
+            }
+        };
         let mut served = pin!(served);
         let done = |result: hyper::Result<()>| {
             if let Err(error) = result {
@@ -102,6 +123,8 @@ impl Https {
             () = cut.cancelled() => return,
             // Cancel-safe: a token stays cancelled.
             () = closing.cancelled() => {}
+            // Cancel-safe: a token stays cancelled.
+            () = replaced => {}
             // Cancel-safe: nothing is lost with it.
             () = idle() => {}
         }
