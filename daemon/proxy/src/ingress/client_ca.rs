@@ -10,9 +10,10 @@ use crate::current::Current;
 use crate::error_text::chain;
 use enclaved_core::routes::ClientAuthorityReport;
 use http::HeaderValue;
-use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -41,6 +42,16 @@ pub(crate) struct Check {
     /// Cancelled when other authorities count, or none.
     pub(crate) replaced: CancellationToken,
     authorities: Vec<CertificateDer<'static>>,
+    verifier: Arc<dyn ClientCertVerifier>,
+}
+
+impl Check {
+    /// Whether certificates that were good when a session began are so now: resuming asks for the keys alone, and a client may
+    /// resume for ever.
+    pub(crate) fn still_good(&self, chain: &[CertificateDer<'_>]) -> bool {
+        let Some((leaf, intermediates)) = chain.split_first() else { return false };
+        self.verifier.verify_client_cert(leaf, intermediates, UnixTime::now()).is_ok()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -147,8 +158,8 @@ impl ClientCas {
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), self.basis.provider.clone())
             .build()
             .map_err(|source| LoadError::Verifier { path: path.to_owned(), source })?;
-        let config = Arc::new(self.basis.config(verifier).map_err(unusable)?);
-        Ok(Check { config, replaced: CancellationToken::new(), authorities })
+        let config = Arc::new(self.basis.config(verifier.clone()).map_err(unusable)?);
+        Ok(Check { config, replaced: CancellationToken::new(), authorities, verifier })
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<Demand, AuthorityFile>> {

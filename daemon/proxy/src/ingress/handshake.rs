@@ -9,7 +9,7 @@ use crate::counters::Handshake;
 use crate::hello::{self, Hello, HelloError};
 use bytes::Bytes;
 use enclaved_core::routes::Passthrough;
-use rustls::AlertDescription;
+use rustls::{AlertDescription, HandshakeKind};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,8 +83,13 @@ impl Https {
             Ok(Ok(stream)) => {
                 let Some((demand, check)) = checks else { return Ok(Begun::Here(Box::new(stream), None)) };
                 // rustls has let nobody in without one.
-                let leaf = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
-                let certificate = ClientCertificate::new(leaf.ok_or(Handshake::NoClientCertificate)?);
+                let session = stream.get_ref().1;
+                let chain = session.peer_certificates().unwrap_or_default();
+                let leaf = chain.first().ok_or(Handshake::NoClientCertificate)?;
+                if session.handshake_kind() == Some(HandshakeKind::Resumed) && !check.still_good(chain) {
+                    return Err(Handshake::ClientCertificate);
+                }
+                let certificate = ClientCertificate::new(leaf);
                 let checked = Checked { demand, certificate, replaced: check.replaced.clone() };
                 Ok(Begun::Here(Box::new(stream), Some(checked)))
             }

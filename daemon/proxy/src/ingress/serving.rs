@@ -32,6 +32,10 @@ const HTTP1_BUFFER: usize = 64 << 10;
 /// HTTP/2: most that a client may send ahead, for one request and for all of a connection.
 const HTTP2_STREAM_WINDOW: u32 = 256 << 10;
 const HTTP2_CONNECTION_WINDOW: u32 = 1 << 20;
+/// HTTP/2: requests that the client took back before they were looked at; with more the connection ends (CVE-2023-44487).
+const HTTP2_TAKEN_BACK: usize = 20;
+/// HTTP/2: requests that were ended for the client's breach of the protocol; with more the connection ends.
+const HTTP2_BREACHES: usize = 1024;
 /// HTTP/2: most of a response that waits to be sent.
 const HTTP2_SEND_BUFFER: usize = 256 << 10;
 
@@ -70,6 +74,8 @@ impl Https {
                 .timer(TokioTimer::new())
                 .max_concurrent_streams(limits.http2_streams)
                 .max_header_list_size(u32::try_from(limits.request_head_bytes).unwrap_or(u32::MAX))
+                .max_pending_accept_reset_streams(HTTP2_TAKEN_BACK)
+                .max_local_error_reset_streams(HTTP2_BREACHES)
                 .initial_stream_window_size(HTTP2_STREAM_WINDOW)
                 .initial_connection_window_size(HTTP2_CONNECTION_WINDOW)
                 .max_send_buf_size(HTTP2_SEND_BUFFER)

@@ -42,13 +42,13 @@ impl Authority {
     }
 
     fn signs(&self, name: &str) -> Identity {
-        self.signs_until(name, 2100)
+        self.signs_until(name, rcgen::date_time_ymd(2100, 1, 1))
     }
 
-    fn signs_until(&self, name: &str, year: i32) -> Identity {
+    fn signs_until(&self, name: &str, until: time::OffsetDateTime) -> Identity {
         let (mut params, key) = (params(name), KeyPair::generate().unwrap());
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-        params.not_after = rcgen::date_time_ymd(year, 1, 1);
+        params.not_after = until;
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         (certificate.der().clone(), PrivateKeyDer::try_from(key.serialize_der()).unwrap())
     }
@@ -160,7 +160,7 @@ async fn a_certificate_is_demanded_for_its_site_alone_and_the_enclave_is_told_wh
         scene.refused(scene.client(version, None), "no_client_certificate").await;
         let stranger = Authority::new("first").signs("robot, the first");
         scene.refused(scene.client(version, Some(&stranger)), "client_certificate").await;
-        let expired = scene.authority.signs_until("robot, the first", 2020);
+        let expired = scene.authority.signs_until("robot, the first", rcgen::date_time_ymd(2020, 1, 1));
         scene.refused(scene.client(version, Some(&expired)), "client_certificate").await;
     }
 }
@@ -336,5 +336,25 @@ async fn a_session_is_resumed_at_its_own_site_under_the_authorities_that_it_bega
         assert!(full(kind(&scene, "a.test").await.0), "{version:?}: nor the other way");
         scene.until_replaced(&Authority::new("second")).await;
         scene.ask(&client, "a.test", "a.test").await.unwrap_err();
+    }
+}
+
+#[tokio::test]
+async fn a_session_is_not_resumed_once_its_certificate_has_expired() {
+    let scene = Scene::new().await;
+    for version in [TLS12, TLS13] {
+        let soon_over = time::OffsetDateTime::now_utc() + std::time::Duration::from_secs(3);
+        let client = Arc::new(scene.client(version, Some(&scene.authority.signs_until("brief", soon_over))));
+        let before = scene.host.report().await.handshake_failures.get("client_certificate").copied().unwrap_or(0);
+        let mut resumed = 0;
+        let expiring = async {
+            while let Ok((kind, _)) = scene.ask(&client, "a.test", "a.test").await {
+                resumed += usize::from(kind == HandshakeKind::Resumed);
+            }
+        };
+        soon("the end of the session", expiring).await;
+        assert!(resumed > 0, "{version:?}");
+        let report = scene.host.report().await;
+        assert!(report.handshake_failures["client_certificate"] > before, "{version:?}");
     }
 }
