@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed; helpers are tests, too")]
 
+mod abuse;
 mod client_certificates;
 mod continuity;
 mod corpus;
