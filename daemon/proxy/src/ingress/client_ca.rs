@@ -234,11 +234,11 @@ mod tests {
         let subject = |names: &[_]| told(names).subject.map(|subject| subject.to_str().unwrap().to_owned());
         let names = [(DnType::OrganizationName, "Example, Inc."), (DnType::CommonName, "robot")];
         assert_eq!(subject(&names).unwrap(), r"CN=robot,O=Example\, Inc.");
-        assert_eq!(subject(&[(DnType::CommonName, "a,O=admin")]).unwrap(), r"CN=a\,O\=admin".replace(r"O\=", "O="));
+        assert_eq!(subject(&[(DnType::CommonName, "a,O=admin")]).unwrap(), r"CN=a\,O=admin");
         assert_eq!(subject(&[(DnType::CommonName, "a\r\nx-evil: 1")]).unwrap(), r"CN=a\0d\0ax-evil: 1");
         assert_eq!(subject(&[(DnType::CommonName, "Jörg")]).unwrap(), r"CN=J\c3\b6rg");
         assert_eq!(subject(&[]).unwrap(), "");
-        assert_eq!(subject(&[(DnType::CommonName, &"x".repeat(SUBJECT_BYTES))]), None, "too long to be told");
+        assert_eq!(subject(&[(DnType::CommonName, "x".repeat(SUBJECT_BYTES).as_str())]), None, "too long to be told");
     }
 
     #[test]
