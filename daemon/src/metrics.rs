@@ -90,6 +90,7 @@ struct StateSeries {
     https_seconds: Latencies,
     https_certificate_expiry: IntGaugeVec,
     https_certificate_failed: IntGaugeVec,
+    https_client_ca_failed: IntGaugeVec,
 }
 
 /// A metric was defined twice or with a bad name: a bug that any start of the process shows.
@@ -276,6 +277,11 @@ impl Metrics {
                 "1 if there is a certificate for a domain that can't be served: see `enclavectl status`.",
                 &["domain"],
             )?,
+            https_client_ca_failed: gauges(
+                "enclaved_https_client_ca_failed",
+                "1 if an enclave's `client_ca` can't be used: see `enclavectl status`.",
+                enclave,
+            )?,
         };
         let info = gauges("enclaved_build_info", "The running version.", &["version"])?;
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
@@ -444,6 +450,7 @@ impl StateSeries {
             &self.name_addresses,
             &self.https_certificate_expiry,
             &self.https_certificate_failed,
+            &self.https_client_ca_failed,
         ];
         gauges.iter().for_each(|series| series.reset());
         self.enclave_since.reset();
@@ -537,6 +544,10 @@ impl StateSeries {
                 self.https_certificate_expiry.with_label_values(&labels).set(expires);
             }
             self.https_certificate_failed.with_label_values(&labels).set(i64::from(certificate.error.is_some()));
+        }
+        for authority in &report.client_authorities {
+            let failed = i64::from(authority.error.is_some());
+            self.https_client_ca_failed.with_label_values(&[authority.enclave.as_str()]).set(failed);
         }
     }
 

@@ -271,6 +271,20 @@ pub struct ProxyReport {
     pub names: Vec<NameReport>,
     /// The certificates of HTTPS, by domain.
     pub certificates: Vec<CertificateReport>,
+    /// The authorities of client certificates, by site.
+    pub client_authorities: Vec<ClientAuthorityReport>,
+}
+
+/// What the certificates of a site's clients are checked against.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClientAuthorityReport {
+    /// Whose site it is.
+    pub enclave: EnclaveName,
+    /// Whether there are authorities to check against: the site takes connections.
+    pub usable: bool,
+    /// Why what is on disk cannot be used, if so.
+    #[serde(default)]
+    pub error: Option<String>,
 }
 
 /// The certificate of one domain.

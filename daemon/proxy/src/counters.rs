@@ -114,6 +114,12 @@ reasons! {
         NoCertificate = "no_certificate",
         /// Client and proxy have no version, cipher, key exchange or application protocol in common.
         Incompatible = "incompatible",
+        /// The client showed no certificate where one is demanded.
+        NoClientCertificate = "no_client_certificate",
+        /// The client's certificate is of no authority that counts, has expired, or is not its own.
+        ClientCertificate = "client_certificate",
+        /// The site demands certificates of its clients, and there is nothing to check them against.
+        NoClientCa = "no_client_ca",
         /// The client does not accept the certificate.
         CertificateRefused = "certificate_refused",
         /// Anything else: what a client sent makes no sense.

@@ -3,6 +3,7 @@
 
 mod body;
 mod client;
+pub(crate) mod client_ca;
 mod forward;
 mod handshake;
 mod headers;

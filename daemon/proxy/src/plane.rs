@@ -12,7 +12,7 @@ use crate::egress::{EgressPort, Endpoint, Grant, Offer};
 use crate::error_text::chain;
 use crate::ingress::https::{Https, HttpsPort};
 use crate::ingress::redirect::RedirectPort;
-use crate::ingress::sites::{self, Sites};
+use crate::ingress::sites::{self, Demand, Sites};
 use crate::ingress::tcp::{self, TcpPort};
 use crate::listening::Listening;
 use crate::saver::Saver;
@@ -29,6 +29,7 @@ use http::HeaderValue;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use tokio::sync::Mutex;
@@ -200,6 +201,7 @@ impl Plane {
             panics: counters.panics.load(Relaxed),
             names: self.shared.resolver.report(),
             certificates: self.https.certificates.report(self.https.sites.get().domains()),
+            client_authorities: self.https.client_cas.report(),
         }
     }
 
@@ -364,10 +366,13 @@ impl Plane {
             let hsts = hsts.and_then(|text| HeaderValue::from_maybe_shared(Bytes::from(text)).ok());
             let origin = site.rules.certificate.clone().map_or(Origin::InternalCa, Origin::Files);
             backend.hsts = hsts;
+            let demand = |file: &PathBuf| Arc::new(Demand { enclave: site.enclave.clone(), file: file.clone() });
+            backend.client_ca = site.rules.client_ca.as_ref().map(demand);
             sites::Site { domains: site.domains.clone(), default: site.rules.default, origin, backend }
         }));
         self.https.rules.set(routes.https.as_ref().map(|https| https.rules.clone()).unwrap_or_default());
-        let same_domains = self.https.sites.get().domains() == sites.domains();
+        let before = self.https.sites.get();
+        let same_domains = before.domains() == sites.domains() && before.demands() == sites.demands();
         self.https.sites.set(sites);
         let Some(https) = &routes.https else { return false };
         if let Some(listen) = https.rules.redirect {

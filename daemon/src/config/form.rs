@@ -398,6 +398,11 @@ pub(super) struct IngressForm {
     /// For how long browsers that were here once are to come over HTTPS alone (`Strict-Transport-Security`); 0s to 2 years.
     /// It cannot be taken back before. Left out: they are not told.
     pub hsts: Option<DurationText>,
+    /// Authorities in PEM. Every client of these domains must show a certificate that one of them has signed; the enclave is told
+    /// which in `X-Client-Cert-Subject` and `X-Client-Cert-Sha256`. Read again when it changes; what can't be used replaces nothing.
+    /// `enclaved-proxy` must be able to read it: not in /etc/enclaved. Left out: clients show none.
+    #[schemars(example = "/etc/enclaved-proxy/clients.pem")]
+    pub client_ca: Option<PathBuf>,
     /// Takes requests for names that no enclave has, too, and clients that name none in their TLS handshake. One enclave at
     /// most; without one, unknown names are refused.
     pub default: bool,

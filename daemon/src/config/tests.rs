@@ -111,6 +111,7 @@ fn the_example_is_good_with_everything_switched_on() {
     assert_eq!(ledger.ingress.site, SiteRules { default: true, passthrough: Some(raw), ..SiteRules::default() });
     let site = &signer.ingress.site;
     assert_eq!(site.certificate.as_ref().unwrap().key, Path::new("/etc/enclaved-proxy/api.key"));
+    assert_eq!(site.client_ca.as_deref(), Some(Path::new("/etc/enclaved-proxy/clients.pem")));
     assert_eq!((site.hsts_seconds, signer.ingress.paths[1].upstream), (Some(31_536_000), UpstreamHttp::H2c));
     assert_eq!(ledger.health.as_ref().unwrap().probe, Probe::Connect { port: 9100 });
 }

@@ -130,6 +130,12 @@ impl Routes {
             {
                 refuse!("the certificate of {enclave} is at a path that is not absolute");
             }
+            if rules.client_ca.as_ref().is_some_and(|file| !file.is_absolute()) {
+                refuse!("the authorities of the clients of {enclave} are at a path that is not absolute");
+            }
+            if rules.client_ca.is_some() && rules.passthrough.is_some() {
+                refuse!("clients of {enclave} are to show certificates, and their TLS is not ended here");
+            }
             if paths.is_empty() != rules.passthrough.is_some() {
                 refuse!("the site of {enclave} has no paths, or both paths and TLS of its own");
             }
@@ -285,6 +291,11 @@ mod tests {
             }),
             ("not absolute", |r| {
                 r.sites[0].rules.certificate = Some(CertificateFiles { cert: "/crt".into(), key: "key".into() });
+            }),
+            ("not absolute", |r| r.sites[0].rules.client_ca = Some("clients.pem".into())),
+            ("not ended here", |r| {
+                r.sites[0].rules.client_ca = Some("/clients.pem".into());
+                r.sites[0].rules.passthrough = Some(raw(443));
             }),
             ("unknown names", |r| {
                 r.sites[0].rules.default = true;

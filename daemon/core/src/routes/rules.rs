@@ -136,6 +136,10 @@ pub struct SiteRules {
     /// For how many seconds browsers are to come over HTTPS alone (`Strict-Transport-Security`). Left out: they are not told.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hsts_seconds: Option<u64>,
+    /// The authorities, in PEM, one of which must have signed the certificate that every client of this site has to show. Left
+    /// out: clients show none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client_ca: Option<PathBuf>,
 }
 
 impl SiteRules {

@@ -136,6 +136,17 @@ impl Maker<'_> {
                     let served = if serves { "the last good one is served on" } else { "its clients get a TLS alert" };
                     add("proxy", Failure::new(format!("a certificate for {domain} can't be used: {error}; {served}")));
                 }
+                for authority in &report.client_authorities {
+                    let (Some(error), enclave) = (&authority.error, authority.enclave.as_str()) else { continue };
+                    let served =
+                        if authority.usable { "the last good ones count on" } else { "its clients get a TLS alert" };
+                    let text = format!("the authorities of its clients' certificates can't be used: {error}; {served}");
+                    add(
+                        enclave,
+                        Failure::new(text)
+                            .with_remedy("mend the file of ingress.client_ca: it is read again by itself"),
+                    );
+                }
             }
         }
         for (key, instance) in self.observed.instances.known().into_iter().flatten() {

@@ -55,11 +55,11 @@ struct Good {
 }
 
 /// What changes when a file does: device, inode, size, time of change.
-type Stamp = (u64, u64, u64, i64, i64);
+pub(crate) type Stamp = (u64, u64, u64, i64, i64);
 
-/// Why a pair cannot be served.
+/// Why what is on disk cannot be used.
 #[derive(Debug, thiserror::Error)]
-enum LoadError {
+pub(crate) enum LoadError {
     #[error("could not read {}", path.display())]
     Read {
         path: PathBuf,
@@ -77,6 +77,18 @@ enum LoadError {
         path: PathBuf,
         #[source]
         source: pem::Error,
+    },
+    #[error("{} holds a certificate that cannot be an authority's", path.display())]
+    Authority {
+        path: PathBuf,
+        #[source]
+        source: rustls::Error,
+    },
+    #[error("what is in {} cannot be used to check certificates", path.display())]
+    Verifier {
+        path: PathBuf,
+        #[source]
+        source: rustls::server::VerifierBuilderError,
     },
     #[error("{} holds no private key in PEM, or a broken one", path.display())]
     Key { path: PathBuf },
@@ -195,7 +207,7 @@ impl CertificateSource for FileCertificates {
     }
 }
 
-fn read(path: &Path) -> Result<(Vec<u8>, Metadata), LoadError> {
+pub(crate) fn read(path: &Path) -> Result<(Vec<u8>, Metadata), LoadError> {
     let failed = |source| LoadError::Read { path: path.to_owned(), source };
     // A pipe is not waited for.
     let flags = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
@@ -213,7 +225,7 @@ fn read(path: &Path) -> Result<(Vec<u8>, Metadata), LoadError> {
     Ok((bytes, metadata))
 }
 
-fn stamp(path: &Path) -> Option<Stamp> {
+pub(crate) fn stamp(path: &Path) -> Option<Stamp> {
     let metadata = std::fs::metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino(), metadata.size(), metadata.ctime(), metadata.ctime_nsec()))
 }

@@ -1,6 +1,7 @@
 //! One HTTP request: finds its site, sends it to the enclave, gives the answer back, or says why there is none.
 
 use super::body::{ClientFault, Download, Upload};
+use super::client_ca::Checked;
 use super::headers::{self, Client};
 use super::https::{Admitted, Https};
 use super::sites::{Backend, host_of};
@@ -30,6 +31,8 @@ pub(crate) struct Connection {
     pub(crate) client: HeaderValue,
     /// Whether it is a proxy whose word about a client is taken.
     pub(crate) trusted: bool,
+    /// What its certificate was checked against, where the site of its handshake demands that.
+    pub(crate) checked: Option<Checked>,
     /// The name in the TLS handshake.
     pub(crate) server_name: Option<String>,
     /// Held for as long as the connection lives, also in another protocol.
@@ -187,6 +190,14 @@ fn find(connection: &Connection, request: &mut Request<Incoming>) -> Result<(Hea
     {
         return Err(misdirected("this connection was made to another site"));
     }
+    // Nor does what was agreed with nobody (a client that named no site) or before the site demanded it.
+    if let Some(demand) = &backend.client_ca {
+        let begun = sites.for_client(connection.server_name.as_deref());
+        let here = begun.is_some_and(|(_, begun)| Arc::ptr_eq(begun, backend));
+        if !here || !connection.checked.as_ref().is_some_and(|checked| checked.demand == *demand) {
+            return Err(misdirected("this connection was made without the certificate that the site demands"));
+        }
+    }
     let backend = backend.clone();
     // A load balancer may pass on what its own client wrote there, as AWS's does: it is believed only of this very site.
     if connection.trusted {
@@ -234,8 +245,14 @@ async fn send(
     if http2 {
         *request.uri_mut() = whole(&host, request.uri()).ok_or(BAD_HOST)?;
     }
-    let client =
-        Client { address: &connection.client, trusted: connection.trusted, host, request_id: request_id.clone() };
+    let client = Client {
+        address: &connection.client,
+        trusted: connection.trusted,
+        // A client of another site may have shown one there.
+        certificate: connection.checked.as_ref().filter(|_| backend.client_ca.is_some()).map(|it| &it.certificate),
+        host,
+        request_id: request_id.clone(),
+    };
     headers::to_enclave(request.headers_mut(), client, upgrade.clone());
     if http2 {
         headers::to_http2(request.headers_mut());

@@ -2,13 +2,14 @@
 //! the enclave as it is. Every one that comes to nothing is counted by its cause.
 
 use super::client::ClientStream;
+use super::client_ca::{Checked, ClientCertificate};
 use super::https::Https;
 use super::sites::Backend;
 use crate::counters::Handshake;
 use crate::hello::{self, Hello, HelloError};
 use bytes::Bytes;
 use enclaved_core::routes::Passthrough;
-use rustls::AlertDescription;
+use rustls::{AlertDescription, HandshakeKind};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +25,7 @@ const ALERT: Duration = Duration::from_secs(1);
 /// A connection whose client is understood.
 pub(crate) enum Begun {
     /// Its TLS ends here.
-    Here(Box<TlsStream<ClientStream<TcpStream>>>),
+    Here(Box<TlsStream<ClientStream<TcpStream>>>, Option<Checked>),
     /// Its TLS is the enclave's.
     There {
         client: TcpStream,
@@ -62,12 +63,36 @@ impl Https {
             say(&mut client, &fatal(AlertDescription::InternalError)).await;
             return Err(Handshake::NoCertificate);
         }
+        // Chosen by the site as it is now, with tickets of its own. Should the site begin to demand certificates while the
+        // handshake goes on, its requests are refused by what was agreed here.
+        let (tls, checks) = match &backend.client_ca {
+            None => (self.tls.clone(), None),
+            Some(demand) => match self.client_cas.check(demand) {
+                Some(check) => (check.config.clone(), Some((demand.clone(), check))),
+                None => {
+                    say(&mut client, &fatal(AlertDescription::InternalError)).await;
+                    return Err(Handshake::NoClientCa);
+                }
+            },
+        };
         drop(sites);
         let ahead = Bytes::from(bytes).split_off(understood);
         let client = ClientStream::new(client, ahead, limits.client_stall);
-        let handshake = StartHandshake::from_parts(accepted, client).into_stream(self.tls.clone());
+        let handshake = StartHandshake::from_parts(accepted, client).into_stream(tls);
         match timeout_at(until, handshake).await {
-            Ok(Ok(stream)) => Ok(Begun::Here(Box::new(stream))),
+            Ok(Ok(stream)) => {
+                let Some((demand, check)) = checks else { return Ok(Begun::Here(Box::new(stream), None)) };
+                // rustls has let nobody in without one.
+                let session = stream.get_ref().1;
+                let chain = session.peer_certificates().unwrap_or_default();
+                let leaf = chain.first().ok_or(Handshake::NoClientCertificate)?;
+                if session.handshake_kind() == Some(HandshakeKind::Resumed) && !check.still_good(chain) {
+                    return Err(Handshake::ClientCertificate);
+                }
+                let certificate = ClientCertificate::new(leaf);
+                let checked = Checked { demand, certificate, replaced: check.replaced.clone() };
+                Ok(Begun::Here(Box::new(stream), Some(checked)))
+            }
             Ok(Err(error)) => Err(cause_of_io(&error)),
             Err(_) => Err(Handshake::Timeout),
         }
@@ -96,9 +121,14 @@ fn cause_of_io(error: &io::Error) -> Handshake {
 }
 
 fn cause(error: &rustls::Error, other: Handshake) -> Handshake {
-    use rustls::Error::{AlertReceived, NoApplicationProtocol, PeerIncompatible};
+    use rustls::Error::{
+        AlertReceived, InvalidCertificate, NoApplicationProtocol, NoCertificatesPresented, PeerIncompatible,
+    };
     match error {
         PeerIncompatible(_) | NoApplicationProtocol => Handshake::Incompatible,
+        NoCertificatesPresented => Handshake::NoClientCertificate,
+        // Only clients show some here.
+        InvalidCertificate(_) => Handshake::ClientCertificate,
         AlertReceived(
             AlertDescription::BadCertificate
             | AlertDescription::UnsupportedCertificate

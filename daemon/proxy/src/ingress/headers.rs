@@ -2,6 +2,7 @@
 //!
 //! What describes one connection stays on it; what says who the client is comes from here alone, never from the client.
 
+use super::client_ca::ClientCertificate;
 use super::sites::host_of;
 use http::header::{
     CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRANSFER_ENCODING,
@@ -13,13 +14,15 @@ const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection")
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub(crate) const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const X_CLIENT_CERT_SUBJECT: HeaderName = HeaderName::from_static("x-client-cert-subject");
+const X_CLIENT_CERT_SHA256: HeaderName = HeaderName::from_static("x-client-cert-sha256");
 /// Names a request in log lines on both sides.
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
 /// Headers in which only a proxy tells about the client or its request; and all that begin with `x-forwarded-`.
-const FORWARDED: [&str; 16] = [
+const FORWARDED: [&str; 18] = [
     "cf-connecting-ip",
     "client-ip",
     "forwarded",
@@ -28,6 +31,8 @@ const FORWARDED: [&str; 16] = [
     "x-forwarded",
     "x-scheme",
     "x-url-scheme",
+    "x-client-cert-sha256",
+    "x-client-cert-subject",
     "x-real-ip",
     "x-request-id",
     "x-client-ip",
@@ -59,6 +64,8 @@ pub(crate) struct Client<'a> {
     pub(crate) address: &'a HeaderValue,
     /// Whether it is a proxy whose word about its own client is taken.
     pub(crate) trusted: bool,
+    /// Its certificate, where the site demands one.
+    pub(crate) certificate: Option<&'a ClientCertificate>,
     /// The authority it asked for.
     pub(crate) host: HeaderValue,
     /// The request's name.
@@ -125,6 +132,12 @@ pub(crate) fn to_enclave(headers: &mut HeaderMap, client: Client<'_>, upgrade: O
     headers.insert(X_FORWARDED_HOST, forwarded.host.unwrap_or_else(|| client.host.clone()));
     headers.insert(HOST, client.host);
     headers.insert(X_REQUEST_ID, client.request_id);
+    if let Some(certificate) = client.certificate {
+        headers.insert(X_CLIENT_CERT_SHA256, certificate.sha256.clone());
+        if let Some(subject) = certificate.subject.clone() {
+            headers.insert(X_CLIENT_CERT_SUBJECT, subject);
+        }
+    }
 }
 
 /// What a proxy in front of this one says of its client.
@@ -245,6 +258,7 @@ mod tests {
         let client = Client {
             address: &HeaderValue::from_static("192.0.2.1"),
             trusted,
+            certificate: None,
             host: HeaderValue::from_static("a.test:8443"),
             request_id: HeaderValue::from_static("r-1"),
         };
@@ -275,6 +289,8 @@ mod tests {
             ("x-forwarded-prefix", "/admin"),
             ("x_forwarded_ssl", "on"),
             ("x-client-ip", "10.0.0.6"),
+            ("x-client-cert-subject", "CN=admin"),
+            ("x_client_cert_sha256", "00"),
             ("x-original-url", "/admin"),
             ("x-request-id", "forged"),
             ("connection", "x-forwarded-for, host, x-forwarded-proto"),

@@ -1,6 +1,7 @@
 //! The HTTPS port, and what its connections share: sites, certificates, connections into enclaves, limits. What becomes of a
 //! connection is in `handshake`, then in `serving` or `passthrough`.
 
+use super::client_ca::ClientCas;
 use super::handshake::Begun;
 use super::sites::Sites;
 use super::sources::{Counted, Sources};
@@ -21,6 +22,7 @@ use enclaved_core::routes::HttpsRules;
 use http::HeaderValue;
 use rustix::fd::OwnedFd;
 use rustls::crypto::CryptoProvider;
+use rustls::server::WebPkiClientVerifier;
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -38,7 +40,10 @@ pub(crate) struct Https {
     pub(crate) certificates: Arc<dyn CertificateSource>,
     pub(crate) failures: Throttle,
     pub(crate) rules: Current<HttpsRules>,
+    /// For sites whose clients show no certificate.
     pub(crate) tls: Arc<rustls::ServerConfig>,
+    /// For the others.
+    pub(crate) client_cas: Arc<ClientCas>,
     port: AtomicU16,
     connections: Seats,
     sources: Arc<Sources>,
@@ -58,7 +63,8 @@ impl Https {
         upstreams: Arc<Upstreams>,
     ) -> Result<Self, rustls::Error> {
         let sites = Arc::new(Current::default());
-        let tls = tls::config(provider, certificates.clone(), sites.clone())?;
+        let basis = tls::Basis { provider, certificates: certificates.clone(), sites: sites.clone() };
+        let tls = basis.config(WebPkiClientVerifier::no_client_auth())?;
         Ok(Self {
             rules: Current::default(),
             port: AtomicU16::new(443),
@@ -70,6 +76,7 @@ impl Https {
             certificates,
             failures: Throttle::new(),
             tls: Arc::new(tls),
+            client_cas: Arc::new(ClientCas::new(basis)),
             making: Arc::default(),
             limit_reached: Throttle::new(),
             seed: u32::try_from(RandomState::new().hash_one(0) >> 32).unwrap_or(0),
@@ -80,10 +87,12 @@ impl Https {
     /// Has certificates for the sites, on a thread that may block: one at a time, however many give up waiting for it.
     pub(crate) async fn maintain_certificates(&self) -> Result<(), CertificateError> {
         let making = self.making.clone().lock_owned().await;
-        let (sites, certificates) = (self.sites.get(), self.certificates.clone());
+        let (sites, certificates, client_cas) = (self.sites.get(), self.certificates.clone(), self.client_cas.clone());
         let maintain = move || {
             let _making = making;
-            certificates.maintain(sites.domains(), SystemTime::now())
+            // Trouble with one keeps nobody from the other.
+            let clients = client_cas.maintain(sites.demands());
+            certificates.maintain(sites.domains(), SystemTime::now()).and(clients)
         };
         let result = tokio::task::spawn_blocking(maintain).await;
         result.unwrap_or_else(|error| Err(CertificateError::new("making certificates ended by a defect", error)))
@@ -130,7 +139,7 @@ impl Https {
             begun = Box::pin(self.begin(client)) => begun,
         };
         match begun {
-            Ok(Begun::Here(stream)) => self.serve_http(*stream, source.ip(), admitted).await,
+            Ok(Begun::Here(stream, checked)) => self.serve_http(*stream, source.ip(), (checked, admitted)).await,
             Ok(Begun::There { client, said, backend, passthrough }) => {
                 self.pass_through(client, said, source, &backend, passthrough).await;
             }

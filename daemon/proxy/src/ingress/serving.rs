@@ -3,6 +3,7 @@
 
 use super::body::Download;
 use super::client::ClientStream;
+use super::client_ca::Checked;
 use super::forward::{Connection, forward};
 use super::https::{Admitted, Https};
 use crate::shared::Shared;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
 
 /// Most headers of one request.
 const REQUEST_HEADERS: usize = 100;
@@ -30,6 +32,10 @@ const HTTP1_BUFFER: usize = 64 << 10;
 /// HTTP/2: most that a client may send ahead, for one request and for all of a connection.
 const HTTP2_STREAM_WINDOW: u32 = 256 << 10;
 const HTTP2_CONNECTION_WINDOW: u32 = 1 << 20;
+/// HTTP/2: requests that the client took back before they were looked at; with more the connection ends (CVE-2023-44487).
+const HTTP2_TAKEN_BACK: usize = 20;
+/// HTTP/2: requests that were ended for the client's breach of the protocol; with more the connection ends.
+const HTTP2_BREACHES: usize = 1024;
 /// HTTP/2: most of a response that waits to be sent.
 const HTTP2_SEND_BUFFER: usize = 256 << 10;
 
@@ -39,15 +45,17 @@ impl Https {
         self: Arc<Self>,
         stream: TlsStream<ClientStream<TcpStream>>,
         address: IpAddr,
-        admitted: Admitted,
+        (checked, admitted): (Option<Checked>, Admitted),
     ) {
         let session = stream.get_ref().1;
         let http2 = session.alpn_protocol() == Some(b"h2");
         let client = HeaderValue::from_str(&address.to_canonical().to_string());
+        let replaced = checked.as_ref().map(|checked| checked.replaced.child_token());
         let connection = Arc::new(Connection {
             https: self.clone(),
             client: client.unwrap_or(HeaderValue::from_static("unknown")),
             trusted: self.rules.get().trusts(address),
+            checked,
             server_name: session.server_name().map(str::to_owned),
             admitted,
         });
@@ -67,6 +75,8 @@ impl Https {
                 .timer(TokioTimer::new())
                 .max_concurrent_streams(limits.http2_streams)
                 .max_header_list_size(u32::try_from(limits.request_head_bytes).unwrap_or(u32::MAX))
+                .max_pending_accept_reset_streams(HTTP2_TAKEN_BACK)
+                .max_local_error_reset_streams(HTTP2_BREACHES)
                 .initial_stream_window_size(HTTP2_STREAM_WINDOW)
                 .initial_connection_window_size(HTTP2_CONNECTION_WINDOW)
                 .max_send_buf_size(HTTP2_SEND_BUFFER)
@@ -74,7 +84,7 @@ impl Https {
                 .serve_connection(stream, service);
             // HTTP/2 has no timeout of its own for the next request.
             let idle = || in_flight.none_for(limits.request_head);
-            self.until_closing(served, |served| served.graceful_shutdown(), idle).await;
+            self.until_closing(served, |served| served.graceful_shutdown(), idle, replaced).await;
         } else {
             let served = http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -84,17 +94,29 @@ impl Https {
                 .max_buf_size(HTTP1_BUFFER)
                 .serve_connection(stream, service)
                 .with_upgrades();
-            self.until_closing(served, |served| served.graceful_shutdown(), std::future::pending::<()>).await;
+            self.until_closing(served, |served| served.graceful_shutdown(), std::future::pending::<()>, replaced).await;
         }
     }
 
-    /// Serves a connection to its end; once the proxy is closing, or it is idle, only requests in flight.
-    async fn until_closing<C, I>(&self, served: C, close: impl FnOnce(Pin<&mut C>), idle: impl Fn() -> I)
-    where
+    /// Serves a connection to its end; once the proxy is closing, it is idle, or what its client was let in by counts no more,
+    /// only requests in flight.
+    async fn until_closing<C, I>(
+        &self,
+        served: C,
+        close: impl FnOnce(Pin<&mut C>),
+        idle: impl Fn() -> I,
+        replaced: Option<CancellationToken>,
+    ) where
         C: Future<Output = hyper::Result<()>>,
         I: Future<Output = ()>,
     {
         let (closing, cut) = (self.shared.closing.child_token(), self.shared.cut.child_token());
+        let replaced = async {
+            match &replaced {
+                Some(token) => token.cancelled().await,
+                None => std::future::pending().await,
+            }
+        };
         let mut served = pin!(served);
         let done = |result: hyper::Result<()>| {
             if let Err(error) = result {
@@ -108,6 +130,8 @@ impl Https {
             () = cut.cancelled() => return,
             // Cancel-safe: a token stays cancelled.
             () = closing.cancelled() => {}
+            // Cancel-safe: a token stays cancelled.
+            () = replaced => {}
             // Cancel-safe: nothing is lost with it.
             () = idle() => {}
         }

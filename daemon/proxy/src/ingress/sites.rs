@@ -2,12 +2,23 @@
 
 use crate::certificates::{Origin, Wanted};
 use crate::counters::{Live, Traffic};
+use enclaved_core::id::EnclaveName;
 use enclaved_core::routes::{Passthrough, PathRoute};
 use http::HeaderValue;
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
+use std::path::PathBuf;
 use std::sync::Arc;
+
+/// That the clients of a site have to show certificates.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Demand {
+    /// Whose site it is. Two that trust the same authorities are two for their clients, too.
+    pub(crate) enclave: EnclaveName,
+    /// The authorities, in PEM.
+    pub(crate) file: PathBuf,
+}
 
 /// The domains of one enclave.
 #[derive(Debug)]
@@ -16,6 +27,8 @@ pub(crate) struct Backend {
     paths: Vec<PathRoute>,
     /// Where its TLS connections go as they are, if they are not ended here.
     pub(crate) passthrough: Option<Passthrough>,
+    /// What its clients' certificates are checked against, if they have to show any.
+    pub(crate) client_ca: Option<Arc<Demand>>,
     /// What its answers tell browsers in `Strict-Transport-Security`, if anything.
     pub(crate) hsts: Option<HeaderValue>,
     /// The generation that takes new requests, if one does.
@@ -30,12 +43,12 @@ impl Backend {
             path.prefix.truncate(path.prefix.trim_end_matches('/').len());
         }
         paths.sort_by_key(|path| std::cmp::Reverse(path.prefix.len()));
-        Self { paths, passthrough: None, hsts: None, target, traffic }
+        Self { paths, passthrough: None, client_ca: None, hsts: None, target, traffic }
     }
 
     /// One whose TLS is the enclave's.
     pub(crate) fn raw(passthrough: Passthrough, target: Option<Arc<Live>>, traffic: Arc<Traffic>) -> Self {
-        Self { paths: Vec::new(), passthrough: Some(passthrough), hsts: None, target, traffic }
+        Self { paths: Vec::new(), passthrough: Some(passthrough), client_ca: None, hsts: None, target, traffic }
     }
 
     /// What answers this path.
@@ -56,6 +69,8 @@ pub(crate) struct Sites {
     by_domain: HashMap<String, Arc<Backend>>,
     /// Of the sites whose TLS is ended here, in the order of the routes.
     domains: Vec<Wanted>,
+    /// What clients have to show.
+    demands: BTreeSet<Demand>,
     /// The site for names that are no site's, and the domain whose certificate it shows then.
     default: Option<(String, Arc<Backend>)>,
 }
@@ -75,6 +90,7 @@ impl Sites {
     pub(crate) fn new(sites: impl IntoIterator<Item = Site>) -> Self {
         let mut all = Self::default();
         for Site { domains, default, origin, backend } in sites {
+            all.demands.extend(backend.client_ca.as_deref().cloned());
             let backend = Arc::new(backend);
             all.by_domain.extend(domains.iter().map(|domain| (domain.clone(), backend.clone())));
             if default {
@@ -96,6 +112,11 @@ impl Sites {
     /// Every domain that needs a certificate.
     pub(crate) fn domains(&self) -> &[Wanted] {
         &self.domains
+    }
+
+    /// Every check of clients' certificates that is wanted.
+    pub(crate) fn demands(&self) -> &BTreeSet<Demand> {
+        &self.demands
     }
 
     /// The site for a client by what it says in its handshake, and the domain whose certificate it is shown.

@@ -6,7 +6,8 @@ use crate::certificates::CertificateSource;
 use crate::current::Current;
 use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use std::sync::Arc;
 
@@ -20,19 +21,28 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider { kx_groups: vec![X25519, SECP256R1, SECP384R1], ..aws_lc_rs::default_provider() })
 }
 
-/// TLS 1.2 and 1.3 with tickets (whose keys rotate) in place of a session store.
-pub(crate) fn config(
-    provider: Arc<CryptoProvider>,
-    certificates: Arc<dyn CertificateSource>,
-    sites: Arc<Current<Sites>>,
-) -> Result<ServerConfig, rustls::Error> {
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
-        .with_no_client_auth()
-        .with_cert_resolver(Arc::new(Resolver { certificates, sites }));
-    config.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
-    config.ticketer = aws_lc_rs::Ticketer::new()?;
-    Ok(config)
+/// What all sites have in common.
+#[derive(Debug, Clone)]
+pub(crate) struct Basis {
+    pub(crate) provider: Arc<CryptoProvider>,
+    pub(crate) certificates: Arc<dyn CertificateSource>,
+    pub(crate) sites: Arc<Current<Sites>>,
+}
+
+impl Basis {
+    /// TLS 1.2 and 1.3. Sessions are resumed by tickets alone, whose keys are made here, change every six hours, and are good for
+    /// the last six: what one of these settings has agreed with a client no other resumes.
+    pub(crate) fn config(&self, clients: Arc<dyn ClientCertVerifier>) -> Result<ServerConfig, rustls::Error> {
+        let resolver = Resolver { certificates: self.certificates.clone(), sites: self.sites.clone() };
+        let mut config = ServerConfig::builder_with_provider(self.provider.clone())
+            .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
+            .with_client_cert_verifier(clients)
+            .with_cert_resolver(Arc::new(resolver));
+        config.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.ticketer = aws_lc_rs::Ticketer::new()?;
+        Ok(config)
+    }
 }
 
 #[derive(Debug)]

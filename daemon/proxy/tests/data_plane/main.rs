@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed; helpers are tests, too")]
 
+mod abuse;
+mod client_certificates;
 mod continuity;
 mod corpus;
 mod egress;

@@ -341,6 +341,7 @@ impl Judge<'_> {
                 ("e2e", form.e2e),
                 ("certificate", form.certificate.is_some()),
                 ("hsts", form.hsts.is_some()),
+                ("client_ca", form.client_ca.is_some()),
             ];
             for (key, _) in given.into_iter().filter(|(_, given)| *given) {
                 let message = "cannot be with passthrough: what is not decrypted has neither paths, headers nor a certificate here; remove one of the two";
@@ -356,6 +357,9 @@ impl Judge<'_> {
             self.absolute(&files.cert, &path.key("certificate").key("cert"));
             self.absolute(&files.key, &path.key("certificate").key("key"));
         }
+        if let Some(file) = &form.client_ca {
+            self.absolute(file, &path.key("client_ca"));
+        }
         let years = Duration::ZERO..=Duration::from_secs(2 * 366 * 24 * 3600);
         let hsts = form.hsts.as_ref().and_then(|text| self.duration(text, years, &path.key("hsts")));
         let (vsock_port, proxy_protocol) = (form.tls_port.unwrap_or(TLS_PORT), form.proxy_protocol);
@@ -367,6 +371,7 @@ impl Judge<'_> {
                 .as_ref()
                 .map(|files| CertificateFiles { cert: files.cert.clone(), key: files.key.clone() }),
             hsts_seconds: hsts.map(|hsts| hsts.as_secs()),
+            client_ca: form.client_ca.clone(),
         }
     }
 
@@ -421,6 +426,7 @@ impl Judge<'_> {
                 ("passthrough", form.passthrough),
                 ("certificate", form.certificate.is_some()),
                 ("hsts", form.hsts.is_some()),
+                ("client_ca", form.client_ca.is_some()),
             ];
             for (key, _) in given.into_iter().filter(|(_, given)| *given) {
                 self.refuse(&path.key(key), "is of use with domains only: add domains = [\"...\"], or remove it");

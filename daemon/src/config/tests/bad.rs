@@ -740,9 +740,11 @@ routes = [{ path = "/x", vsock_port = 81, upstream = "http2" }]"#,
 domains = ["a.b"]
 http_port = 80
 certificate = { cert = "crt", key = "/key" }
+client_ca = "clients.pem"
 hsts = "3y""#,
             r#"t.toml:9:24: [[enclave]] "signer" ingress.certificate.cert: is "crt"; allowed: an absolute path
-t.toml:10:8: [[enclave]] "signer" ingress.hsts: is "3y"; allowed: a time with its unit, from 0s to 2years 1day 12h"#,
+t.toml:10:13: [[enclave]] "signer" ingress.client_ca: is "clients.pem"; allowed: an absolute path
+t.toml:11:8: [[enclave]] "signer" ingress.hsts: is "3y"; allowed: a time with its unit, from 0s to 2years 1day 12h"#,
         ),
         (
             r#"[enclave.ingress]
