@@ -31,6 +31,8 @@ pub(crate) fn config(
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(Resolver { certificates, sites }));
     config.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
+    // One order for all clients, the provider's: whoever is in between cannot choose by changing what a client offers first.
+    config.ignore_client_order = true;
     config.ticketer = aws_lc_rs::Ticketer::new()?;
     Ok(config)
 }
