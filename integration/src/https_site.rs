@@ -269,9 +269,10 @@ impl Program {
         let mut stdout = BufReader::new(running.0.stdout.take().context("no output")?);
         let mut line = String::new();
         stdout.read_line(&mut line)?;
-        let port = line.trim().parse().with_context(|| {
-            format!("{line:?} in place of a port; is Debian's {} installed?", self.package)
-        })?;
+        let port = line
+            .trim()
+            .parse()
+            .with_context(|| format!("{line:?} in place of a port; is Debian's {} installed?", self.package))?;
         Ok(ForeignServer { port, _running: running, _stdin: stdin, _stdout: stdout })
     }
 

@@ -110,6 +110,14 @@ def frames(port, name, trust):
     browser.h2.send_headers(stream, [("x-end", "1")], end_stream=True)
     [(head, body)] = browser.wait([stream])
     same(json.loads(body)["sha256"], hashlib.sha256(b"a" * 5000 + b"b" * 5000).hexdigest())
+    # All of a body's length is there, so the answer comes; that the body ends is said afterwards, and is no fault.
+    stream = browser.ask("/mirror", [("content-length", "5")], method="POST", end=False)
+    browser.h2.send_data(stream, b"hello")
+    [(head, body)] = browser.wait([stream])
+    same((head[":status"], json.loads(body)["bytes"]), ("200", 5))
+    browser.wait([browser.ask("/file")])
+    browser.h2.end_stream(stream)
+    browser.wait([browser.ask("/file")])
     browser.h2.ping(b"12345678")
     # Headers that take several frames, within the bound.
     [(head, body)] = browser.wait([browser.ask("/mirror", [("x-large", "l" * 30_000)])])

@@ -80,7 +80,11 @@ fn curl_uploads_after_100_continue_and_without_it_and_in_chunks() {
     let (path, digest) = setting.upload();
     for (option, version) in VERSIONS {
         let arrived = |told: &Value| {
-            assert_eq!((&told["bytes"], &told["sha256"]), (&UPLOAD.into(), &digest.as_str().into()), "{version}: {told}");
+            assert_eq!(
+                (&told["bytes"], &told["sha256"]),
+                (&UPLOAD.into(), &digest.as_str().into()),
+                "{version}: {told}"
+            );
             assert_eq!(told["expect"], Value::Null, "{version}");
         };
         let curl = setting.curl().arg(option).args(["--verbose", "--header", "Expect: 100-continue"]);
@@ -107,13 +111,15 @@ fn curl_gets_ranges_and_heads_over_a_connection_that_is_kept() {
     let setting = Setting::new();
     let part = setting.sites.folder().join("part");
     for (option, version) in VERSIONS {
-        let curl = setting.curl().arg(option).args(["--range", "100-1099", "--write-out", "%{response_code}", "--output"]);
+        let curl =
+            setting.curl().arg(option).args(["--range", "100-1099", "--write-out", "%{response_code}", "--output"]);
         let said = curl.arg(&part).arg(setting.url("/file")).run().unwrap().ok();
         assert_eq!(said.stdout, "206", "{version}");
         assert_eq!(fs::read(&part).unwrap(), origin::file()[100..1100], "{version}");
         let curl = setting.curl().arg(option).args(["--head", "--output", "/dev/null", "--output", "/dev/null"]);
         let what = "%{response_code} %{num_connects} %{size_download} %header{content-length}\n";
-        let said = curl.args(["--write-out", what]).args([setting.url("/file"), setting.url("/file")]).run().unwrap().ok();
+        let said =
+            curl.args(["--write-out", what]).args([setting.url("/file"), setting.url("/file")]).run().unwrap().ok();
         assert_eq!(said.stdout, "200 1 0 100000\n200 0 0 100000\n", "{version}");
     }
 }

@@ -5,7 +5,9 @@ use bytes::Bytes;
 use enclaved_integration::http::{Body, BreakOff, Server, full};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
-use hyper::header::{ACCEPT_RANGES, CONTENT_RANGE, COOKIE, RANGE};
+use hyper::header::{
+    ACCEPT_RANGES, CONTENT_RANGE, CONTENT_SECURITY_POLICY, COOKIE, RANGE, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
+};
 use hyper::{Method, Request, Response, StatusCode};
 use sha2::{Digest as _, Sha256};
 
@@ -28,6 +30,11 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Body>, BreakOff> 
     match request.uri().path() {
         "/file" => part(&request),
         "/mirror" => mirror(request).await,
+        "/" => Response::builder()
+            .header(CONTENT_SECURITY_POLICY, "default-src 'none'")
+            .header(X_CONTENT_TYPE_OPTIONS, "nosniff")
+            .header(X_FRAME_OPTIONS, "DENY")
+            .body(full("welcome\n")),
         _ => Response::builder().status(StatusCode::NOT_FOUND).body(full("nothing here\n")),
     }
     .map_err(|_| BreakOff)
@@ -58,7 +65,8 @@ async fn mirror(request: Request<Incoming>) -> http::Result<Response<Body>> {
         return Response::builder().status(StatusCode::BAD_REQUEST).body(full(""));
     };
     let body = body.to_bytes();
-    let header = |name: &str| head.headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+    let header =
+        |name: &str| head.headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let told = serde_json::json!({
         "method": head.method.as_str(),
         "target": head.uri.to_string(),

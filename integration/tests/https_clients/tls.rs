@@ -27,7 +27,7 @@ fn s_client(sites: &HttpsSites, name: &str, options: &[&str]) -> Program {
 fn request(sites: &HttpsSites, options: &[&str]) -> Said {
     let path = sites.folder().join("request");
     fs::write(&path, REQUEST).unwrap();
-    let client = s_client(sites, DOMAIN, options).args(["-ign_eof", "-crlf"]);
+    let client = s_client(sites, DOMAIN, options).arg("-ign_eof");
     client.stdin(File::open(path).unwrap()).run().unwrap().ok()
 }
 
@@ -64,8 +64,9 @@ fn openssl_is_refused_old_versions_weak_ciphers_and_unknown_names() {
         assert_ne!(said.code, Some(0), "{said}");
         has(&said, alert);
     };
+    // handshake_failure: what so old a client says has none of the signatures that are known here.
     for old in ["-tls1_1", "-tls1"] {
-        refused(DOMAIN, &[old, "-cipher", "ALL:@SECLEVEL=0"], "alert protocol version");
+        refused(DOMAIN, &[old, "-cipher", "ALL:@SECLEVEL=0"], "SSL alert number 40");
     }
     // No forward secrecy; no authenticated encryption.
     for weak in ["AES128-GCM-SHA256", "ECDHE-ECDSA-AES128-SHA"] {
@@ -127,7 +128,7 @@ fn openssl_can_not_negotiate_anew() {
 #[test]
 fn h2load_has_every_one_of_many_streams_over_few_connections_answered() {
     let (sites, _origin) = setting();
-    for (path, count, streams) in [("/mirror", 6000, "100"), ("/file", 300, "20"), ("/mirror", 1000, "1")] {
+    for (path, count, streams) in [("/mirror", 2000, "100"), ("/file", 60, "20"), ("/mirror", 100, "1")] {
         let load = Program::new("h2load", "nghttp2-client").args(["-n", &count.to_string(), "-c", "3", "-m", streams]);
         let load = load.arg(format!("--connect-to={}", sites.https));
         let said = load.arg(sites.url(DOMAIN) + path).run().unwrap().ok();

@@ -22,8 +22,11 @@ async def echo(socket, path):
         return
     # What the proxy says of the client is there.
     assert socket.request_headers["X-Forwarded-Proto"] == "https"
-    async for message in socket:
-        await socket.send(message)
+    try:
+        async for message in socket:
+            await socket.send(message)
+    except websockets.ConnectionClosedError as closed:
+        assert closed.rcvd.code == 4000, closed
 
 
 async def serve():
