@@ -32,7 +32,7 @@
 //!
 //! A program that is missing is installed by `integration/tool`, outside the tree.
 
-mod contender;
+pub(crate) mod contender;
 mod death;
 mod https;
 mod images;

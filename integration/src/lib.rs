@@ -14,6 +14,7 @@ pub mod file_server;
 pub mod host;
 pub mod host_tree;
 pub mod http;
+pub mod https_site;
 pub mod imds;
 pub mod machine;
 pub mod nitro_cli;

@@ -18,7 +18,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Started together, measured as one.
 #[derive(Debug)]
-pub(super) struct Processes {
+pub(crate) struct Processes {
     name: &'static str,
     owned: Vec<Owned>,
     log: PathBuf,
@@ -26,7 +26,7 @@ pub(super) struct Processes {
 
 impl Processes {
     /// Starts them, pinned to the first processor if asked; what they print is kept in the folder.
-    pub(super) fn start(
+    pub(crate) fn start(
         name: &'static str,
         commands: &[Vec<OsString>],
         pin: bool,
@@ -38,7 +38,7 @@ impl Processes {
     }
 
     /// Starts `enclaved proxy`, with these arguments and its state in `state` of the folder, and has it serve these routes.
-    pub(super) fn proxy(
+    pub(crate) fn proxy(
         enclaved: &Path,
         arguments: &[OsString],
         routes: Routes,
@@ -60,7 +60,7 @@ impl Processes {
     }
 
     /// What they printed.
-    pub(super) fn said(&self) -> String {
+    pub(crate) fn said(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
@@ -77,7 +77,7 @@ impl Processes {
     }
 
     /// CPU seconds of them and of all they started, user and system, also of those that ended.
-    pub(super) fn cpu_s(&self) -> anyhow::Result<f64> {
+    pub(crate) fn cpu_s(&self) -> anyhow::Result<f64> {
         let mut ticks = 0_u32;
         for pid in self.pids() {
             // One that ended meanwhile is in its parent's sum.
@@ -100,7 +100,7 @@ impl Processes {
     }
 
     /// The proportional set of them and of all they started.
-    pub(super) fn pss_mib(&self) -> anyhow::Result<f64> {
+    pub(crate) fn pss_mib(&self) -> anyhow::Result<f64> {
         let mut kib = 0_u32;
         for pid in self.pids() {
             let Ok(rollup) = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")) else { continue };
@@ -139,7 +139,7 @@ pub(super) fn pin_the_load() -> anyhow::Result<()> {
 }
 
 /// An address of this machine that nobody has.
-pub(super) fn free_port() -> anyhow::Result<SocketAddr> {
+pub(crate) fn free_port() -> anyhow::Result<SocketAddr> {
     Ok(TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr())?)
 }
 

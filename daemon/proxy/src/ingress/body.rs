@@ -3,15 +3,20 @@
 use super::headers;
 use super::upstream::Lease;
 use crate::counters::{Open, Traffic};
+use crate::shared::Shared;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::time::{Sleep, sleep};
+use tokio::runtime::Handle;
+use tokio::time::{Sleep, sleep, timeout};
+
+/// How long a client may take to say that a body has ended, all of which is there.
+const END: Duration = Duration::from_secs(5);
 
 /// A request's body.
 #[derive(Debug)]
@@ -25,11 +30,11 @@ pub(crate) enum Upload {
 /// A body that comes from the client.
 #[derive(Debug)]
 pub(crate) struct FromClient {
-    inner: Incoming,
+    /// Until this is dropped.
+    inner: Option<Incoming>,
+    shared: Arc<Shared>,
     traffic: Arc<Traffic>,
     progress: Arc<Progress>,
-    /// How long the client may say nothing.
-    patience: Duration,
     /// Runs while the client is waited for.
     timer: Option<Pin<Box<Sleep>>>,
 }
@@ -62,8 +67,9 @@ impl Progress {
 }
 
 impl Upload {
-    pub(crate) fn stream(inner: Incoming, traffic: Arc<Traffic>, patience: Duration) -> Self {
-        Self::Stream(Box::new(FromClient { inner, traffic, progress: Arc::default(), patience, timer: None }))
+    pub(crate) fn stream(inner: Incoming, traffic: Arc<Traffic>, shared: Arc<Shared>) -> Self {
+        let inner = Some(inner);
+        Self::Stream(Box::new(FromClient { inner, shared, traffic, progress: Arc::default(), timer: None }))
     }
 
     /// `None` where there is no body.
@@ -81,8 +87,9 @@ impl FromClient {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, ClientFault>>> {
-        let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
-            let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(self.patience)));
+        let Some(inner) = &mut self.inner else { return Poll::Ready(None) };
+        let Poll::Ready(frame) = Pin::new(inner).poll_frame(cx) else {
+            let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(self.shared.limits.request_body)));
             ready!(timer.as_mut().poll(cx));
             return self.fail(ClientFault::Slow);
         };
@@ -117,14 +124,34 @@ impl Body for Upload {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Empty => true,
-            Self::Stream(body) => body.inner.is_end_stream(),
+            Self::Stream(body) => body.inner.as_ref().is_none_or(Body::is_end_stream),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Empty => SizeHint::with_exact(0),
-            Self::Stream(body) => body.inner.size_hint(),
+            Self::Stream(body) => body.inner.as_ref().map_or(SizeHint::with_exact(0), Body::size_hint),
+        }
+    }
+}
+
+/// In HTTP/2 the end of a body of known length may come after all of it, in a frame of its own, and after the answer. A body that
+/// is dropped before its end has the client told to send no more (RFC 9113, 8.1), which some take for a failed request: this one
+/// waits for it.
+impl Drop for FromClient {
+    fn drop(&mut self) {
+        let all_there = |inner: &Incoming| inner.size_hint().exact() == Some(0) && !inner.is_end_stream();
+        // Without a runtime nothing is answered any more.
+        if let Some(mut inner) = self.inner.take().filter(all_there)
+            && Handle::try_current().is_ok()
+        {
+            let cut = self.shared.cut.child_token();
+            self.shared.spawn(async move {
+                let end = async { while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut inner).poll_frame(cx)).await {} };
+                // Either way the body is dropped, and with it the wait.
+                drop(timeout(END, cut.run_until_cancelled(end)).await);
+            });
         }
     }
 }

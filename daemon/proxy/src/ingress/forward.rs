@@ -10,6 +10,7 @@ use super::upstream::SendError;
 use crate::counters::{Failure, Live, Open, Refused, Traffic};
 use crate::error_text::chain;
 use crate::relay::relay;
+use crate::shared::Shared;
 use bytes::Bytes;
 use enclaved_core::routes::{PathRoute, UpstreamHttp};
 use http::header::{
@@ -21,7 +22,7 @@ use hyper::body::{Body, Incoming};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// What is known of the connection that a request came over.
 #[derive(Debug)]
@@ -258,7 +259,7 @@ async fn send(
         headers::to_http2(request.headers_mut());
     }
     *request.version_mut() = if http2 { Version::HTTP_2 } else { Version::HTTP_11 };
-    let request = frame(request, traffic, https.shared.limits.request_body);
+    let request = frame(request, traffic, &https.shared);
 
     let (mut response, lease) = https.upstreams.send(live, (port, upstream), request).await.map_err(|error| {
         if !matches!(error, SendError::Client(_))
@@ -294,7 +295,7 @@ fn whole(host: &HeaderValue, target: &Uri) -> Option<Uri> {
 }
 
 /// Says how long the body is, if there is one. Its length, where it is known, is told by its type.
-fn frame(mut request: Request<Incoming>, traffic: &Arc<Traffic>, patience: Duration) -> Request<Upload> {
+fn frame(mut request: Request<Incoming>, traffic: &Arc<Traffic>, shared: &Arc<Shared>) -> Request<Upload> {
     if request.body().is_end_stream() {
         // Servers may insist on a length where a body is usual (RFC 9110, 8.6).
         if matches!(*request.method(), Method::POST | Method::PUT | Method::PATCH) {
@@ -305,7 +306,7 @@ fn frame(mut request: Request<Incoming>, traffic: &Arc<Traffic>, patience: Durat
     if request.body().size_hint().exact().is_none() && request.version() == Version::HTTP_11 {
         request.headers_mut().insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
-    request.map(|inner| Upload::stream(inner, traffic.clone(), patience))
+    request.map(|inner| Upload::stream(inner, traffic.clone(), shared.clone()))
 }
 
 impl Https {

@@ -39,6 +39,8 @@ impl Basis {
             .with_client_cert_verifier(clients)
             .with_cert_resolver(Arc::new(resolver));
         config.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
+        // One order for all clients, the provider's: whoever is in between cannot choose by changing what a client offers first.
+        config.ignore_client_order = true;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.ticketer = aws_lc_rs::Ticketer::new()?;
         Ok(config)
