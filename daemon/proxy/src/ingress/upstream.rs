@@ -18,9 +18,13 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
 
 /// How long a connection may take to be ready for the next request once a response has ended.
 const SETTLE: Duration = Duration::from_secs(1);
+
+/// How long a connection whose request failed may take to be found at its end.
+const ENDING: Duration = Duration::from_millis(200);
 
 /// Why an enclave gave no answer.
 #[derive(Debug, thiserror::Error)]
@@ -52,28 +56,45 @@ enum Sender {
     /// For one request at a time.
     Http1(http1::SendRequest<Upload>),
     /// For as many as the enclave takes.
-    Http2(http2::SendRequest<Upload>),
+    Http2(Http2),
+}
+
+/// A connection that requests share.
+#[derive(Debug, Clone)]
+struct Http2 {
+    sender: http2::SendRequest<Upload>,
+    /// Cancelled when the connection has ended.
+    ended: CancellationToken,
 }
 
 impl Sender {
     fn is_ready(&self) -> bool {
         match self {
             Self::Http1(sender) => sender.is_ready(),
-            Self::Http2(sender) => sender.is_ready(),
+            Self::Http2(shared) => shared.sender.is_ready(),
         }
     }
 
     fn is_closed(&self) -> bool {
         match self {
             Self::Http1(sender) => sender.is_closed(),
-            Self::Http2(sender) => sender.is_closed(),
+            Self::Http2(shared) => shared.sender.is_closed(),
         }
     }
 
     async fn send(&mut self, request: Request<Upload>) -> Result<Response<Incoming>, TrySendError<Request<Upload>>> {
         match self {
             Self::Http1(sender) => sender.try_send_request(request).await,
-            Self::Http2(sender) => sender.try_send_request(request).await,
+            Self::Http2(shared) => shared.sender.try_send_request(request).await,
+        }
+    }
+
+    /// Whether a request failed because its connection ended, rather than by itself.
+    async fn has_ended(&self) -> bool {
+        match self {
+            Self::Http1(_) => true,
+            // Its own task may have yet to find out.
+            Self::Http2(shared) => timeout(ENDING, shared.ended.cancelled()).await.is_ok(),
         }
     }
 }
@@ -144,7 +165,8 @@ impl Upstreams {
     /// Sends a request and waits for the head of its response.
     ///
     /// A kept connection may have been closed by the enclave just now. A request that was not sent for that reason is sent
-    /// over another; one that may have been is, if repeating it does no harm and it has no body.
+    /// over a new one; one that may have been is, if repeating it does no harm and it has no body. Once: what an enclave
+    /// hangs up on every time is not to be run as often as there are connections.
     pub(crate) async fn send(
         self: &Arc<Self>,
         live: &Arc<Live>,
@@ -154,8 +176,10 @@ impl Upstreams {
         let cut = live.cut.child_token();
         let key = (live.cid, port, speaks);
         let progress = request.body().progress();
+        let mut again = false;
         loop {
-            let (mut sender, reused) = match self.take(key) {
+            let kept = if again { None } else { self.take(key) };
+            let (mut sender, reused) = match kept {
                 Some(sender) => (sender, true),
                 None => tokio::select! {
                     // Cancel-safe: a token stays cancelled.
@@ -180,9 +204,10 @@ impl Upstreams {
             }
             request = match (error.take_message(), spare) {
                 (Some(unsent), _) if reused => unsent,
-                (None, Some(spare)) => spare,
+                (None, Some(spare)) if sender.has_ended().await => spare,
                 _ => return Err(SendError::Http(error.into_error())),
             };
+            again = true;
         }
     }
 
@@ -237,6 +262,8 @@ impl Upstreams {
             .handshake(stream);
         let (sender, connection) = handshake.await.map_err(SendError::Http)?;
         let cut = live.cut.child_token();
+        let ended = CancellationToken::new();
+        let end = ended.clone().drop_guard();
         self.shared.spawn(async move {
             tokio::select! {
                 // Cancel-safe: a token stays cancelled.
@@ -244,10 +271,12 @@ impl Upstreams {
                 // Dropping it closes the connection, which is what cutting means. Its errors reach whoever sent a request.
                 result = connection => drop(result),
             }
+            drop(end);
         });
         // All that come from now on share it, until it is closed.
-        self.put(key, Sender::Http2(sender.clone()));
-        Ok(Sender::Http2(sender))
+        let shared = Http2 { sender, ended };
+        self.put(key, Sender::Http2(shared.clone()));
+        Ok(Sender::Http2(shared))
     }
 
     fn take(&self, key: Key) -> Option<Sender> {
@@ -257,8 +286,8 @@ impl Upstreams {
             idle.retain(|idle| !idle.sender.is_closed());
             let idle = idle.last_mut()?;
             idle.since = Instant::now();
-            let Sender::Http2(sender) = &idle.sender else { return None };
-            return Some(Sender::Http2(sender.clone()));
+            let Sender::Http2(shared) = &idle.sender else { return None };
+            return Some(Sender::Http2(shared.clone()));
         }
         let usable = |idle: &Idle| idle.sender.is_ready() && idle.since.elapsed() < self.shared.limits.pool_idle;
         std::iter::from_fn(|| idle.pop()).find(usable).map(|idle| idle.sender)

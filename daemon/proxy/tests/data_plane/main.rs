@@ -13,5 +13,6 @@ mod link;
 mod names;
 mod routes;
 mod rules;
+mod sharing;
 mod support;
 mod tcp;
