@@ -7,11 +7,11 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 
 /// A request's body.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ pub(crate) struct FromClient {
     inner: Incoming,
     traffic: Arc<Traffic>,
     progress: Arc<Progress>,
-    /// How long the client may say nothing.
+    /// How long the client may say nothing while no answer is on its way.
     patience: Duration,
     /// Runs while the client is waited for.
     timer: Option<Pin<Box<Sleep>>>,
@@ -39,7 +39,30 @@ pub(crate) struct FromClient {
 pub(crate) struct Progress {
     /// Bytes that the enclave has taken: the sign that it is alive while it does not answer yet.
     taken: AtomicU64,
+    /// Whether the answer is on its way, which both ends may let go on for as long as they like (gRPC streams).
+    answering: AtomicBool,
     fault: OnceLock<ClientFault>,
+}
+
+/// The answer to a request is on its way for as long as this exists.
+#[derive(Debug)]
+pub(crate) struct Answering(Option<Arc<Progress>>);
+
+impl Answering {
+    pub(crate) fn new(progress: Option<Arc<Progress>>) -> Self {
+        if let Some(progress) = &progress {
+            progress.answering.store(true, Relaxed);
+        }
+        Self(progress)
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        if let Some(progress) = &self.0 {
+            progress.answering.store(false, Relaxed);
+        }
+    }
 }
 
 /// Why the rest of a request's body will not come. The client's doing, not the enclave's.
@@ -83,8 +106,14 @@ impl FromClient {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, ClientFault>>> {
         let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(cx) else {
             let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(self.patience)));
-            ready!(timer.as_mut().poll(cx));
-            return self.fail(ClientFault::Slow);
+            loop {
+                ready!(timer.as_mut().poll(cx));
+                if !self.progress.answering.load(Relaxed) {
+                    return self.fail(ClientFault::Slow);
+                }
+                // Looked at again later: once the answer has ended, silence counts as before.
+                timer.as_mut().reset(Instant::now() + self.patience);
+            }
         };
         self.timer = None;
         let mut frame = match frame {

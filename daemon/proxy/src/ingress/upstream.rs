@@ -1,6 +1,6 @@
 //! HTTP connections into enclaves: made when needed, kept while idle, forgotten when their enclave takes no new requests.
 
-use super::body::{ClientFault, Progress, Upload};
+use super::body::{Answering, ClientFault, Progress, Upload};
 use super::serving::Spawner;
 use crate::counters::Live;
 use crate::current::Current;
@@ -125,6 +125,7 @@ pub(crate) struct Lease {
     upstreams: Arc<Upstreams>,
     key: Key,
     sender: Sender,
+    _answering: Answering,
 }
 
 impl Upstreams {
@@ -196,7 +197,10 @@ impl Upstreams {
                 answer = self.patient(sender.send(request), progress.as_deref()) => answer?,
             };
             let mut error = match answer {
-                Ok(response) => return Ok((response, Lease { upstreams: self.clone(), key, sender })),
+                Ok(response) => {
+                    let lease = Lease { upstreams: self.clone(), key, sender, _answering: Answering::new(progress) };
+                    return Ok((response, lease));
+                }
                 Err(error) => error,
             };
             if let Some(fault) = progress.as_ref().and_then(|progress| progress.fault()) {
