@@ -107,3 +107,51 @@ async fn a_request_that_makes_its_enclave_hang_up_is_run_twice_at_most_however_m
     assert_eq!(client.get("/hangs-up").await.unwrap().status(), 502);
     assert_eq!(runs.load(Ordering::SeqCst), 2);
 }
+
+#[tokio::test]
+async fn a_client_that_reads_none_of_its_many_answers_holds_up_nobody_elses() {
+    const UNREAD: usize = 110;
+    let host = Host::new().await;
+    let (_enclave, _) = h2c_enclave(&host, 1000, |_| async { Ok(Response::new(body(vec![b'x'; 600 << 10]))) });
+    let address = https_address(&host.publish(&h2c_site(&host)).await);
+    let tls = host.tls(address, "a.test", b"h2").await.unwrap();
+    let mut builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+    let handshake = builder.initial_stream_window_size(0).handshake::<_, Body>(TokioIo::new(tls));
+    let (mut greedy, connection) = handshake.await.unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(async move { drop(connection.await) });
+    let mut unread = Vec::new();
+    for _ in 0..UNREAD {
+        let request = Request::get("https://a.test/").body(body("")).unwrap();
+        unread.push(soon("a head", greedy.send_request(request)).await.unwrap());
+    }
+    for mut client in [host.http1(address, "a.test").await, host.http2(address, "a.test").await] {
+        let (status, text) = client.get_text("/").await;
+        assert_eq!((status, text.len()), (200, 600 << 10));
+    }
+    assert!(unread.iter().all(|response| response.status() == 200));
+}
+
+#[tokio::test]
+async fn a_request_for_which_an_enclave_has_no_room_on_one_connection_goes_over_another() {
+    let host = Host::new().await;
+    let (_enclave, connections) = h2c_enclave(&host, 2, |request| async move {
+        if request.uri().path() == "/long" {
+            std::future::pending::<()>().await;
+        }
+        Ok(Response::new(body("well")))
+    });
+    let address = https_address(&host.publish(&h2c_site(&host)).await);
+    let mut client = host.http2(address, "a.test").await;
+    assert_eq!(client.get_text("/").await.0, 200);
+    let mut long = tokio::task::JoinSet::new();
+    for _ in 0..2 {
+        let mut client = host.http2(address, "a.test").await;
+        long.spawn(async move { client.get("/long").await.map(|response| response.status()) });
+    }
+    host.until("both are on their way", |report| report.ingress_open.get(&cid(16)) == Some(&2)).await;
+    for _ in 0..3 {
+        assert_eq!(client.get_text("/").await.0, 200);
+    }
+    assert_eq!(connections.load(Ordering::SeqCst), 2);
+}
