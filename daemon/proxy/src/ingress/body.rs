@@ -8,12 +8,12 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::runtime::Handle;
-use tokio::time::{Sleep, sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep, timeout};
 
 /// How long a client may take to say that a body has ended, all of which is there.
 const END: Duration = Duration::from_secs(5);
@@ -44,7 +44,30 @@ pub(crate) struct FromClient {
 pub(crate) struct Progress {
     /// Bytes that the enclave has taken: the sign that it is alive while it does not answer yet.
     taken: AtomicU64,
+    /// Whether the answer is on its way, which both ends may let go on for as long as they like (gRPC streams).
+    answering: AtomicBool,
     fault: OnceLock<ClientFault>,
+}
+
+/// The answer to a request is on its way for as long as this exists.
+#[derive(Debug)]
+pub(crate) struct Answering(Option<Arc<Progress>>);
+
+impl Answering {
+    pub(crate) fn new(progress: Option<Arc<Progress>>) -> Self {
+        if let Some(progress) = &progress {
+            progress.answering.store(true, Relaxed);
+        }
+        Self(progress)
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        if let Some(progress) = &self.0 {
+            progress.answering.store(false, Relaxed);
+        }
+    }
 }
 
 /// Why the rest of a request's body will not come. The client's doing, not the enclave's.
@@ -89,9 +112,17 @@ impl FromClient {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, ClientFault>>> {
         let Some(inner) = &mut self.inner else { return Poll::Ready(None) };
         let Poll::Ready(frame) = Pin::new(inner).poll_frame(cx) else {
-            let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(self.shared.limits.request_body)));
-            ready!(timer.as_mut().poll(cx));
-            return self.fail(ClientFault::Slow);
+            // How long the client may say nothing while no answer is on its way.
+            let patience = self.shared.limits.request_body;
+            let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(patience)));
+            loop {
+                ready!(timer.as_mut().poll(cx));
+                if !self.progress.answering.load(Relaxed) {
+                    return self.fail(ClientFault::Slow);
+                }
+                // Looked at again later: once the answer has ended, silence counts as before.
+                timer.as_mut().reset(Instant::now() + patience);
+            }
         };
         self.timer = None;
         let mut frame = match frame {

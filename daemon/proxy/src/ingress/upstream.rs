@@ -1,9 +1,10 @@
 //! HTTP connections into enclaves: made when needed, kept while idle, forgotten when their enclave takes no new requests.
 
-use super::body::{ClientFault, Progress, Upload};
+use super::body::{Answering, ClientFault, Progress, Upload};
 use super::serving::Spawner;
 use crate::counters::Live;
 use crate::current::Current;
+use crate::egress::seats::{Seat, Seats};
 use crate::shared::Shared;
 use crate::vsock::{ConnectError, Stream, Transport};
 use enclaved_core::id::Cid;
@@ -14,13 +15,17 @@ use hyper::client::conn::{TrySendError, http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
-use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
 
 /// How long a connection may take to be ready for the next request once a response has ended.
 const SETTLE: Duration = Duration::from_secs(1);
+
+/// How long a connection whose request failed may take to be found at its end.
+const ENDING: Duration = Duration::from_millis(200);
 
 /// Why an enclave gave no answer.
 #[derive(Debug, thiserror::Error)]
@@ -39,9 +44,12 @@ pub(crate) enum SendError {
 
 /// Silence of an HTTP/2 connection with requests in flight after which the enclave is asked whether it is there.
 const PING: Duration = Duration::from_secs(30);
-/// Most that an enclave may send ahead over HTTP/2, for one answer and for all of a connection.
-const STREAM_WINDOW: u32 = 256 << 10;
-const CONNECTION_WINDOW: u32 = 1 << 20;
+/// Requests that share an HTTP/2 connection, at most.
+const STREAMS: u32 = 100;
+/// Most that an enclave may send ahead over HTTP/2, for one answer and for all of a connection: a client that does not read
+/// its answers takes nothing from those of others.
+const STREAM_WINDOW: u32 = 64 << 10;
+const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW;
 
 /// A port of an enclave, and what it speaks.
 type Key = (Cid, u32, UpstreamHttp);
@@ -52,28 +60,65 @@ enum Sender {
     /// For one request at a time.
     Http1(http1::SendRequest<Upload>),
     /// For as many as the enclave takes.
-    Http2(http2::SendRequest<Upload>),
+    Http2 { shared: Http2, _seat: Option<Seat> },
+}
+
+type Http2Connection = http2::Connection<TokioIo<Stream>, Upload, Spawner>;
+
+/// A connection that requests share.
+#[derive(Debug, Clone)]
+struct Http2 {
+    sender: http2::SendRequest<Upload>,
+    /// The requests that have it.
+    seats: Seats,
+    /// Asked how many the enclave allows. Its own task owns it.
+    connection: Weak<Mutex<Http2Connection>>,
+    /// Cancelled when the connection has ended.
+    ended: CancellationToken,
+}
+
+impl Http2 {
+    /// How many requests may have it at a time. Until the enclave has said how many it allows, it is one.
+    fn room(&self) -> u64 {
+        let connection = self.connection.upgrade();
+        let allowed = connection.map_or(1, |connection| lock(&connection).current_max_send_streams());
+        u64::try_from(allowed).unwrap_or(u64::MAX).clamp(1, STREAMS.into())
+    }
+
+    fn lease(&self, room: u64) -> Option<Sender> {
+        let seat = self.seats.take(room)?;
+        Some(Sender::Http2 { shared: self.clone(), _seat: Some(seat) })
+    }
 }
 
 impl Sender {
     fn is_ready(&self) -> bool {
         match self {
             Self::Http1(sender) => sender.is_ready(),
-            Self::Http2(sender) => sender.is_ready(),
+            Self::Http2 { shared, .. } => shared.sender.is_ready(),
         }
     }
 
     fn is_closed(&self) -> bool {
         match self {
             Self::Http1(sender) => sender.is_closed(),
-            Self::Http2(sender) => sender.is_closed(),
+            Self::Http2 { shared, .. } => shared.sender.is_closed(),
         }
     }
 
     async fn send(&mut self, request: Request<Upload>) -> Result<Response<Incoming>, TrySendError<Request<Upload>>> {
         match self {
             Self::Http1(sender) => sender.try_send_request(request).await,
-            Self::Http2(sender) => sender.try_send_request(request).await,
+            Self::Http2 { shared, .. } => shared.sender.try_send_request(request).await,
+        }
+    }
+
+    /// Whether a request failed because its connection ended, rather than by itself.
+    async fn has_ended(&self) -> bool {
+        match self {
+            Self::Http1(_) => true,
+            // Its own task may have yet to find out.
+            Self::Http2 { shared, .. } => timeout(ENDING, shared.ended.cancelled()).await.is_ok(),
         }
     }
 }
@@ -104,6 +149,7 @@ pub(crate) struct Lease {
     upstreams: Arc<Upstreams>,
     key: Key,
     sender: Sender,
+    _answering: Answering,
 }
 
 impl Upstreams {
@@ -136,7 +182,14 @@ impl Upstreams {
     pub(crate) fn reap(&self) {
         let keep = self.shared.limits.pool_idle;
         self.lock().idle.retain(|_, idle| {
-            idle.retain(|idle| idle.since.elapsed() < keep && !idle.sender.is_closed());
+            idle.retain_mut(|idle| {
+                if let Sender::Http2 { shared, .. } = &idle.sender
+                    && shared.seats.taken() > 0
+                {
+                    idle.since = Instant::now();
+                }
+                idle.since.elapsed() < keep && !idle.sender.is_closed()
+            });
             !idle.is_empty()
         });
     }
@@ -144,7 +197,8 @@ impl Upstreams {
     /// Sends a request and waits for the head of its response.
     ///
     /// A kept connection may have been closed by the enclave just now. A request that was not sent for that reason is sent
-    /// over another; one that may have been is, if repeating it does no harm and it has no body.
+    /// over a new one; one that may have been is, if repeating it does no harm and it has no body. Once: what an enclave
+    /// hangs up on every time is not to be run as often as there are connections.
     pub(crate) async fn send(
         self: &Arc<Self>,
         live: &Arc<Live>,
@@ -154,8 +208,10 @@ impl Upstreams {
         let cut = live.cut.child_token();
         let key = (live.cid, port, speaks);
         let progress = request.body().progress();
+        let mut again = false;
         loop {
-            let (mut sender, reused) = match self.take(key) {
+            let kept = if again { None } else { self.take(key) };
+            let (mut sender, reused) = match kept {
                 Some(sender) => (sender, true),
                 None => tokio::select! {
                     // Cancel-safe: a token stays cancelled.
@@ -172,7 +228,10 @@ impl Upstreams {
                 answer = self.patient(sender.send(request), progress.as_deref()) => answer?,
             };
             let mut error = match answer {
-                Ok(response) => return Ok((response, Lease { upstreams: self.clone(), key, sender })),
+                Ok(response) => {
+                    let lease = Lease { upstreams: self.clone(), key, sender, _answering: Answering::new(progress) };
+                    return Ok((response, lease));
+                }
                 Err(error) => error,
             };
             if let Some(fault) = progress.as_ref().and_then(|progress| progress.fault()) {
@@ -180,9 +239,10 @@ impl Upstreams {
             }
             request = match (error.take_message(), spare) {
                 (Some(unsent), _) if reused => unsent,
-                (None, Some(spare)) => spare,
+                (None, Some(spare)) if sender.has_ended().await => spare,
                 _ => return Err(SendError::Http(error.into_error())),
             };
+            again = true;
         }
     }
 
@@ -233,21 +293,29 @@ impl Upstreams {
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_header_list_size(u32::try_from(head_bytes).unwrap_or(u32::MAX))
+            .initial_max_send_streams(1)
             .keep_alive_interval(PING)
             .handshake(stream);
         let (sender, connection) = handshake.await.map_err(SendError::Http)?;
         let cut = live.cut.child_token();
+        let ended = CancellationToken::new();
+        let end = ended.clone().drop_guard();
+        let connection = Arc::new(Mutex::new(connection));
+        let shared = Http2 { sender, seats: Seats::default(), connection: Arc::downgrade(&connection), ended };
         self.shared.spawn(async move {
+            let connection = std::future::poll_fn(move |cx| Pin::new(&mut *lock(&connection)).poll(cx));
             tokio::select! {
                 // Cancel-safe: a token stays cancelled.
                 () = cut.cancelled() => {}
                 // Dropping it closes the connection, which is what cutting means. Its errors reach whoever sent a request.
                 result = connection => drop(result),
             }
+            drop(end);
         });
-        // All that come from now on share it, until it is closed.
-        self.put(key, Sender::Http2(sender.clone()));
-        Ok(Sender::Http2(sender))
+        let seat = shared.seats.take(u64::MAX);
+        // Those that come from now on share it, as many as there is room for, until it is closed.
+        self.put(key, Sender::Http2 { shared: shared.clone(), _seat: None });
+        Ok(Sender::Http2 { shared, _seat: seat })
     }
 
     fn take(&self, key: Key) -> Option<Sender> {
@@ -255,10 +323,24 @@ impl Upstreams {
         let idle = pool.idle.get_mut(&key)?;
         if key.2 == UpstreamHttp::H2c {
             idle.retain(|idle| !idle.sender.is_closed());
-            let idle = idle.last_mut()?;
-            idle.since = Instant::now();
-            let Sender::Http2(sender) = &idle.sender else { return None };
-            return Some(Sender::Http2(sender.clone()));
+            // The first that has room, so that the others become idle.
+            for idle in idle.iter_mut() {
+                if let Sender::Http2 { shared, .. } = &idle.sender
+                    && let Some(sender) = shared.lease(shared.room())
+                {
+                    idle.since = Instant::now();
+                    return Some(sender);
+                }
+            }
+            if idle.len() < self.shared.limits.pool_connections {
+                return None;
+            }
+            // There are as many as there may be: it has to wait for one.
+            let shared = idle.iter().filter_map(|idle| match &idle.sender {
+                Sender::Http2 { shared, .. } => Some(shared),
+                Sender::Http1(_) => None,
+            });
+            return shared.min_by_key(|shared| shared.seats.taken())?.lease(u64::MAX);
         }
         let usable = |idle: &Idle| idle.sender.is_ready() && idle.since.elapsed() < self.shared.limits.pool_idle;
         std::iter::from_fn(|| idle.pop()).find(usable).map(|idle| idle.sender)
@@ -275,8 +357,12 @@ impl Upstreams {
     }
 
     fn lock(&self) -> MutexGuard<'_, Pool> {
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pool)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Lease {

@@ -337,3 +337,28 @@ async fn a_client_that_is_silent_within_its_body_is_told_so_and_is_not_the_encla
     let failed = &traffic(&report, Direction::Https).failed;
     assert_eq!((failed["client_body"], failed.len()), (2, 1));
 }
+
+#[tokio::test]
+async fn a_client_may_be_silent_within_its_body_for_as_long_as_the_answer_is_on_its_way() {
+    let patience = std::time::Duration::from_millis(200);
+    let host = Host::with_limits(|limits| limits.request_body = patience).await;
+    let (_enclave, _) = grpc_enclave(&host);
+    let mut routes = host.site(&["a.test"], Some(16));
+    routes.sites[0].paths = vec![PathRoute { prefix: "/".into(), vsock_port: 50051, upstream: UpstreamHttp::H2c }];
+    let mut client = host.http2(https_address(&host.publish(&routes).await), "a.test").await;
+    let (sender, asked) = frames();
+    let mut response = client.send(Request::post("/").body(asked).unwrap()).await.unwrap();
+    for message in ["one", "two"] {
+        // The silence is what is tested.
+        tokio::time::sleep(patience * 3).await;
+        sender.send(Frame::data(message.into())).unwrap();
+        let frame = soon("a message", response.frame()).await.unwrap().unwrap();
+        assert_eq!(frame.data_ref().unwrap(), message);
+    }
+    sender.send(trailers("x-sum", "2")).unwrap();
+    let last = soon("the trailers", response.frame()).await.unwrap().unwrap();
+    assert_eq!(last.trailers_ref().unwrap()["grpc-status"], "2");
+    drop(response);
+    let report = host.until("it is over", |report| traffic(report, Direction::Https).open == 0).await;
+    assert_eq!(traffic(&report, Direction::Https).failed.len(), 0);
+}

@@ -15,5 +15,6 @@ mod link;
 mod names;
 mod routes;
 mod rules;
+mod sharing;
 mod support;
 mod tcp;
