@@ -195,7 +195,7 @@ fn find(connection: &Connection, request: &mut Request<Incoming>) -> Result<(Hea
     if let Some(demand) = &backend.client_ca {
         let begun = sites.for_client(connection.server_name.as_deref());
         let here = begun.is_some_and(|(_, begun)| Arc::ptr_eq(begun, backend));
-        if !here || !connection.checked.as_ref().is_some_and(|checked| checked.demand == *demand) {
+        if !here || connection.checked.as_ref().is_none_or(|checked| checked.demand != *demand) {
             return Err(misdirected("this connection was made without the certificate that the site demands"));
         }
     }
