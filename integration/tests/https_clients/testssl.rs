@@ -1,5 +1,7 @@
 //! testssl.sh, which takes minutes: what it finds wrong with HTTPS as it is without any settings.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
 mod origin;
 
 use enclaved_core::routes::UpstreamHttp;
