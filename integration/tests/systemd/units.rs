@@ -61,6 +61,7 @@ fn users_and_folders_are_there_after_installing_and_after_a_reboot() {
         for (folder, owner) in [
             ("/etc/enclaved", "750 root:enclaved"),
             ("/etc/enclaved/conf.d", "750 root:enclaved"),
+            ("/etc/enclaved-proxy", "750 root:enclaved-proxy"),
             ("/var/lib/enclaved", "700 enclaved:enclaved"),
             ("/var/lib/enclaved/stopped", "700 enclaved:enclaved"),
             ("/var/lib/enclaved-proxy", "700 enclaved-proxy:enclaved-proxy"),
