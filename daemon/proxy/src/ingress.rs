@@ -8,6 +8,7 @@ mod forward;
 mod handshake;
 mod headers;
 pub(crate) mod https;
+mod in_flight;
 mod passthrough;
 mod proxy_protocol;
 pub(crate) mod redirect;

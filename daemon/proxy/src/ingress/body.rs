@@ -2,7 +2,7 @@
 
 use super::headers;
 use super::upstream::Lease;
-use crate::counters::{Open, Traffic};
+use crate::counters::{Failure, Open, Traffic};
 use crate::shared::Shared;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -211,6 +211,13 @@ pub(crate) struct Stream {
 impl Download {
     pub(crate) fn stream(inner: Incoming, traffic: Arc<Traffic>, lease: Lease, open: Open) -> Self {
         Self::Stream(Box::new(Stream { inner, ended: false, traffic, lease: Some(lease), _open: open }))
+    }
+
+    /// Ends it: its client takes no more of it.
+    pub(crate) fn not_taken(self) {
+        if let Self::Stream(stream) = self {
+            stream.traffic.fail(Failure::Idle);
+        }
     }
 }
 

@@ -1,15 +1,13 @@
 //! HTTP on a connection whose TLS ends here: HTTP/1.1 or HTTP/2 as agreed in the handshake, until the client goes, is idle for
 //! too long, or the proxy ends. Where a request goes is decided in `forward`.
 
-use super::body::Download;
 use super::client::ClientStream;
 use super::client_ca::Checked;
 use super::forward::{Connection, forward};
 use super::https::{Admitted, Https};
+use super::in_flight::{InFlight, Tracked};
 use crate::shared::Shared;
-use bytes::Bytes;
 use http::HeaderValue;
-use hyper::body::{Body, Frame, SizeHint};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -17,11 +15,9 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::net::IpAddr;
 use std::pin::{Pin, pin};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
-use std::time::Duration;
+use std::sync::Arc;
 use tokio::net::TcpStream;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::sleep;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
@@ -66,7 +62,8 @@ impl Https {
             let (connection, guard) = (connection.clone(), requests.begin());
             async move {
                 let response = forward(&connection, request).await;
-                Ok::<_, Infallible>(response.map(|body| Tracked { body, _guard: guard }))
+                let tracked = if http2 { Tracked::watched } else { Tracked::plain };
+                Ok::<_, Infallible>(response.map(|body| tracked(body, guard)))
             }
         });
         let stream = TokioIo::new(stream);
@@ -84,7 +81,12 @@ impl Https {
                 .serve_connection(stream, service);
             // HTTP/2 has no timeout of its own for the next request.
             let idle = || in_flight.none_for(limits.request_head);
-            self.until_closing(served, |served| served.graceful_shutdown(), idle, replaced).await;
+            tokio::select! {
+                // Dropped only where the other has ended, which it does not.
+                () = self.until_closing(served, |served| served.graceful_shutdown(), idle, replaced) => {}
+                // Cancel-safe, as it says.
+                () = in_flight.end_stalled(limits.client_stall) => {}
+            }
         } else {
             let served = http1::Builder::new()
                 .timer(TokioTimer::new())
@@ -145,81 +147,6 @@ impl Https {
             // begun to speak HTTP/2) is left alone.
             () = async { sleep(self.shared.limits.handshake).await; idle().await } => {}
         }
-    }
-}
-
-/// The requests of one connection that are in flight.
-#[derive(Debug, Clone)]
-struct InFlight(Arc<Mutex<Flights>>);
-
-#[derive(Debug)]
-struct Flights {
-    count: usize,
-    last: Instant,
-}
-
-impl InFlight {
-    fn new() -> Self {
-        Self(Arc::new(Mutex::new(Flights { count: 0, last: Instant::now() })))
-    }
-
-    fn begin(&self) -> InFlightGuard {
-        self.change(|count| count + 1);
-        InFlightGuard(self.clone())
-    }
-
-    fn change(&self, change: impl FnOnce(usize) -> usize) {
-        let mut flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        flights.count = change(flights.count);
-        flights.last = Instant::now();
-    }
-
-    /// Returns when there has been none for so long. Cancel-safe.
-    async fn none_for(&self, limit: Duration) {
-        loop {
-            let due = {
-                let flights = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-                match flights.count {
-                    0 if flights.last.elapsed() >= limit => return,
-                    0 => flights.last + limit,
-                    _ => Instant::now() + limit,
-                }
-            };
-            sleep_until(due).await;
-        }
-    }
-}
-
-#[derive(Debug)]
-struct InFlightGuard(InFlight);
-
-impl Drop for InFlightGuard {
-    fn drop(&mut self) {
-        self.0.change(|count| count.saturating_sub(1));
-    }
-}
-
-/// A response's body that keeps its request in flight.
-#[derive(Debug)]
-struct Tracked {
-    body: Download,
-    _guard: InFlightGuard,
-}
-
-impl Body for Tracked {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }
 

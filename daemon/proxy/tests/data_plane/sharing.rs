@@ -8,6 +8,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 /// A request that its enclave refuses to answer.
 #[derive(Debug, thiserror::Error)]
@@ -154,4 +155,31 @@ async fn a_request_for_which_an_enclave_has_no_room_on_one_connection_goes_over_
         assert_eq!(client.get_text("/").await.0, 200);
     }
     assert_eq!(connections.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn an_answer_that_a_client_does_not_take_is_over_in_time_though_its_connection_lives() {
+    let host = Host::with_limits(|limits| limits.client_stall = Duration::from_millis(500)).await;
+    let (_enclave, _) = h2c_enclave(&host, 1000, |_| async { Ok(Response::new(body(vec![b'x'; 600 << 10]))) });
+    let address = https_address(&host.publish(&h2c_site(&host)).await);
+    let tls = host.tls(address, "a.test", b"h2").await.unwrap();
+    let mut builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+    let handshake = builder.initial_stream_window_size(0).handshake::<_, Body>(TokioIo::new(tls));
+    let (mut deaf, connection) = handshake.await.unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(async move { drop(connection.await) });
+    let mut unread = Vec::new();
+    for _ in 0..3 {
+        let request = Request::get("https://a.test/").body(body("")).unwrap();
+        unread.push(soon("a head", deaf.send_request(request)).await.unwrap());
+    }
+    host.until("they hold no place any more", |report| {
+        let idle = report.traffic.iter().map(|traffic| traffic.failed.get("idle").copied().unwrap_or(0)).sum::<u64>();
+        idle == 3 && !report.ingress_open.contains_key(&cid(16))
+    })
+    .await;
+    assert!(!deaf.is_closed(), "the connection is not at fault");
+    // One that reads gets all of it, however many pieces that takes.
+    let (status, text) = host.http2(address, "a.test").await.get_text("/").await;
+    assert_eq!((status, text.len()), (200, 600 << 10));
 }

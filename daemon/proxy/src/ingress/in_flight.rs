@@ -1,0 +1,222 @@
+//! The requests of one connection that are in flight, each until its answer was taken; and the answers that a client of HTTP/2 takes
+//! no more. It may open no window for a stream and be well otherwise, so the connection does not tell, as it does over HTTP/1.1
+//! (`client`); and what it does not take holds a place among its enclave's requests.
+
+use super::body::Download;
+use bytes::Bytes;
+use hyper::body::{Body, Frame, SizeHint};
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::time::{Instant, sleep_until};
+
+/// Most of an answer that is handed over at once: whoever takes that much in time is slow, and not gone.
+const PIECE: usize = 16 << 10;
+
+/// The requests of one connection that are in flight.
+#[derive(Debug, Clone)]
+pub(super) struct InFlight(Arc<Mutex<Flights>>);
+
+#[derive(Debug)]
+struct Flights {
+    count: usize,
+    last: Instant,
+    /// Answers whose taking is watched.
+    answers: BTreeMap<u64, Arc<Mutex<Option<Held>>>>,
+    next: u64,
+}
+
+/// An answer on its way.
+#[derive(Debug)]
+struct Held {
+    body: Download,
+    /// Of a frame that was too large to be handed over at once.
+    rest: Option<Bytes>,
+    /// Since when the client has not asked for more; `None`: it waits for the enclave.
+    since: Option<Instant>,
+    _guard: Guard,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl InFlight {
+    pub(super) fn new() -> Self {
+        let flights = Flights { count: 0, last: Instant::now(), answers: BTreeMap::new(), next: 0 };
+        Self(Arc::new(Mutex::new(flights)))
+    }
+
+    pub(super) fn begin(&self) -> Guard {
+        self.change(|count| count + 1);
+        Guard(self.clone())
+    }
+
+    fn change(&self, change: impl FnOnce(usize) -> usize) {
+        let mut flights = lock(&self.0);
+        flights.count = change(flights.count);
+        flights.last = Instant::now();
+    }
+
+    /// Returns when there has been none for so long. Cancel-safe.
+    pub(super) async fn none_for(&self, limit: Duration) {
+        loop {
+            let due = {
+                let flights = lock(&self.0);
+                match flights.count {
+                    0 if flights.last.elapsed() >= limit => return,
+                    0 => flights.last + limit,
+                    _ => Instant::now() + limit,
+                }
+            };
+            sleep_until(due).await;
+        }
+    }
+
+    /// Ends answers of which nothing was taken for so long; goes on for ever. Their requests are over then, and their streams when the
+    /// client asks for more or the connection ends. Cancel-safe.
+    pub(super) async fn end_stalled(&self, limit: Duration) {
+        loop {
+            let answers: Vec<_> = lock(&self.0).answers.values().cloned().collect();
+            let now = Instant::now();
+            let mut due = now + limit;
+            for answer in answers {
+                let mut held = lock(&answer);
+                let Some(since) = held.as_ref().and_then(|held| held.since) else { continue };
+                if since + limit > now {
+                    due = due.min(since + limit);
+                    continue;
+                }
+                let ended = held.take();
+                // It ends its request, which is counted under another lock.
+                drop(held);
+                if let Some(ended) = ended {
+                    ended.body.not_taken();
+                }
+            }
+            sleep_until(due).await;
+        }
+    }
+}
+
+/// A request in flight, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Guard(InFlight);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.0.change(|count| count.saturating_sub(1));
+    }
+}
+
+/// Why an answer breaks off.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum AnswerError {
+    #[error("the enclave's answer broke off")]
+    Enclave(#[source] hyper::Error),
+    #[error("the client did not take the answer in time")]
+    NotTaken,
+}
+
+/// An answer's body, which keeps its request in flight.
+#[derive(Debug)]
+pub(super) enum Tracked {
+    Plain { body: Download, _guard: Guard },
+    Watched(Watched),
+}
+
+/// One whose taking is watched.
+#[derive(Debug)]
+pub(super) struct Watched {
+    number: u64,
+    of: InFlight,
+    held: Arc<Mutex<Option<Held>>>,
+}
+
+impl Tracked {
+    pub(super) fn plain(body: Download, guard: Guard) -> Self {
+        Self::Plain { body, _guard: guard }
+    }
+
+    /// One that [`InFlight::end_stalled`] ends.
+    pub(super) fn watched(body: Download, guard: Guard) -> Self {
+        let of = guard.0.clone();
+        let held = Held { body, rest: None, since: Some(Instant::now()), _guard: guard };
+        let held = Arc::new(Mutex::new(Some(held)));
+        let mut flights = lock(&of.0);
+        let number = flights.next;
+        flights.next += 1;
+        flights.answers.insert(number, held.clone());
+        drop(flights);
+        Self::Watched(Watched { number, of, held })
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        let forgotten = lock(&self.of.0).answers.remove(&self.number);
+        // Under no lock: the request's end is counted under the same.
+        drop(forgotten);
+    }
+}
+
+impl Held {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, AnswerError>>> {
+        self.since = None;
+        let mut data = match self.rest.take() {
+            Some(rest) => rest,
+            None => match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => data,
+                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                },
+                Some(Err(error)) => return Poll::Ready(Some(Err(AnswerError::Enclave(error)))),
+                None => return Poll::Ready(None),
+            },
+        };
+        if data.len() > PIECE {
+            self.rest = Some(data.split_off(PIECE));
+        }
+        self.since = Some(Instant::now());
+        Poll::Ready(Some(Ok(Frame::data(data))))
+    }
+}
+
+impl Body for Tracked {
+    type Data = Bytes;
+    type Error = AnswerError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, AnswerError>>> {
+        match self.get_mut() {
+            Self::Plain { body, .. } => {
+                Pin::new(body).poll_frame(cx).map(|frame| frame.map(|frame| frame.map_err(AnswerError::Enclave)))
+            }
+            Self::Watched(watched) => match lock(&watched.held).as_mut() {
+                Some(held) => held.poll(cx),
+                None => Poll::Ready(Some(Err(AnswerError::NotTaken))),
+            },
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Plain { body, .. } => body.is_end_stream(),
+            Self::Watched(watched) => {
+                lock(&watched.held).as_ref().is_some_and(|held| held.rest.is_none() && held.body.is_end_stream())
+            }
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Plain { body, .. } => body.size_hint(),
+            Self::Watched(watched) => match lock(&watched.held).as_ref() {
+                Some(Held { body, rest: None, .. }) => body.size_hint(),
+                // Asked for before the first frame alone.
+                Some(_) | None => SizeHint::default(),
+            },
+        }
+    }
+}
