@@ -74,6 +74,26 @@ pub fn signal(pid: u32, signal: Signal) -> std::io::Result<()> {
     Ok(pidfd_send_signal(pidfd_open(pid, PidfdFlags::empty())?, signal)?)
 }
 
+/// These and all that they started, and what those did. By the parents that processes name: not every kernel lists children.
+pub fn with_descendants(mut pids: Vec<u32>) -> Vec<u32> {
+    let parents: Vec<(u32, u32)> = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            // Behind the name, which may hold anything: state, parent.
+            Some((pid, stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(1)?.parse().ok()?))
+        })
+        .collect();
+    let mut next = 0;
+    while let Some(&pid) = pids.get(next) {
+        pids.extend(parents.iter().filter(|(_, parent)| *parent == pid).map(|(child, _)| child));
+        next += 1;
+    }
+    pids
+}
+
 /// Whether a process is there and has not ended with all its threads; one that has, and that nobody has waited for yet,
 /// is not.
 pub fn is_alive(pid: u32) -> bool {
@@ -87,6 +107,25 @@ pub fn is_alive(pid: u32) -> bool {
 mod tests {
     use super::*;
     use std::process::{Command, Stdio};
+
+    #[test]
+    fn descendants_are_children_and_theirs() {
+        let mut shell = Command::new("sh").args(["-c", "(sleep 600 & wait) & wait"]).spawn().unwrap();
+        let began = Instant::now();
+        let all = loop {
+            let all = with_descendants(vec![shell.id()]);
+            if all.len() >= 3 || began.elapsed() > DEADLINE {
+                break all;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        for pid in all.iter().rev() {
+            signal(*pid, Signal::KILL).unwrap();
+        }
+        shell.wait().unwrap();
+        assert!(all.len() == 3 && all[0] == shell.id(), "{all:?}");
+        assert!(!with_descendants(vec![std::process::id()]).contains(&shell.id()));
+    }
 
     #[test]
     fn a_process_is_found_by_its_environment_and_by_its_arguments_and_ended() {

@@ -66,14 +66,7 @@ impl Processes {
 
     /// They, and what they started.
     fn pids(&self) -> Vec<u32> {
-        let mut pids: Vec<u32> = self.owned.iter().map(|process| process.0.id()).collect();
-        let mut next = 0;
-        while let Some(pid) = pids.get(next) {
-            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-            pids.extend(children.split_ascii_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
-            next += 1;
-        }
-        pids
+        processes::with_descendants(self.owned.iter().map(|process| process.0.id()).collect())
     }
 
     /// CPU seconds of them and of all they started, user and system, also of those that ended.

@@ -67,9 +67,9 @@ impl Backend {
             let enclave = listen_unix(&vsock.join(format!("{}.sock", Cid::FIRST)))?;
             let socket = tokio::net::TcpSocket::new_v4()?;
             socket.bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
-            let vsocks = match far {
-                Far::Unix => None,
-                Far::Vsock => {
+            let vsocks = match (far, way) {
+                (Far::Unix, _) | (_, Way::Egress) => None,
+                (Far::Vsock, Way::Ingress) => {
                     let address = tokio_vsock::VsockAddr::new(VMADDR_CID_LOCAL, ENCLAVES_PORT);
                     Some(tokio_vsock::VsockListener::bind(address)?)
                 }
