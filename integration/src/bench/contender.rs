@@ -4,6 +4,7 @@ use crate::processes::{self, Owned};
 use anyhow::{Context as _, bail, ensure};
 use enclaved_core::routes::{LinkReply, LinkRequest, ProxyReport, Routes};
 use rustix::process::Signal;
+use serde::Serialize;
 use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -15,6 +16,62 @@ use std::time::{Duration, Instant};
 
 /// How long a proxy may take to open its link.
 const DEADLINE: Duration = Duration::from_secs(10);
+
+/// What comparisons of long-running contenders have in common.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Setting {
+    /// An `enclaved` to measure in place of the one that was built with this program.
+    #[arg(long)]
+    enclaved: Option<PathBuf>,
+    /// Gives the contenders one processor, and clients and backend another.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    pub(crate) pin: bool,
+    /// A file for the figures of every round.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+impl Setting {
+    /// Has this process ready for the load, and gives the `enclaved` that is measured.
+    pub(crate) fn prepare(&self) -> anyhow::Result<PathBuf> {
+        let enclaved = match &self.enclaved {
+            Some(path) => path.clone(),
+            None => {
+                crate::demo::build_beside("enclaved")?;
+                crate::binaries::find("enclaved")?
+            }
+        };
+        raise_descriptor_limit();
+        if self.pin {
+            pin_the_load()?;
+        }
+        Ok(enclaved)
+    }
+
+    /// Writes the figures to the file that was asked for, if one was.
+    pub(crate) fn keep(&self, figures: &impl Serialize) -> anyhow::Result<()> {
+        let Some(path) = &self.json else { return Ok(()) };
+        fs::write(path, serde_json::to_vec_pretty(figures)?).with_context(|| format!("writing {}", path.display()))
+    }
+}
+
+/// Both ends of every connection are this process's.
+pub(super) fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Without it, fewer connections can be held, which then fails.
+    let _kept = setrlimit(Resource::Nofile, limit);
+}
+
+/// Has this program, and what it starts unless that is told its own, on the second processor.
+fn pin_the_load() -> anyhow::Result<()> {
+    let mut pinning = Command::new("taskset");
+    pinning.args(["-a", "-p", "-c", "1"]).arg(std::process::id().to_string()).stdout(Stdio::null());
+    let done = pinning.status().context("pinning the load with taskset")?;
+    ensure!(done.success(), "taskset failed: --pin false where there is one processor");
+    Ok(())
+}
 
 /// Started together, measured as one.
 #[derive(Debug)]
@@ -111,24 +168,6 @@ impl Drop for Processes {
             let _ended_already = processes::signal(pid, Signal::KILL);
         }
     }
-}
-
-/// Both ends of every connection are this process's.
-pub(super) fn raise_descriptor_limit() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    // Without it, fewer connections can be held, which then fails.
-    let _kept = setrlimit(Resource::Nofile, limit);
-}
-
-/// Has this program, and what it starts unless that is told its own, on the second processor.
-pub(super) fn pin_the_load() -> anyhow::Result<()> {
-    let mut pinning = Command::new("taskset");
-    pinning.args(["-a", "-p", "-c", "1"]).arg(std::process::id().to_string()).stdout(Stdio::null());
-    let done = pinning.status().context("pinning the load with taskset")?;
-    ensure!(done.success(), "taskset failed: --pin false where there is one processor");
-    Ok(())
 }
 
 /// An address of this machine that nobody has.

@@ -8,14 +8,13 @@
 mod contenders;
 mod load;
 
-use super::contender::{pin_the_load, raise_descriptor_limit};
+use super::contender::Setting;
 use anyhow::Context as _;
 use contenders::{Contender, Kind};
 use load::{Backend, Load};
 use serde::Serialize;
 use std::fmt;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Options {
@@ -35,15 +34,8 @@ pub(super) struct Options {
     /// Contenders to leave out.
     #[arg(long, value_enum, value_delimiter = ',')]
     without: Vec<Kind>,
-    /// An `enclaved` to measure in place of the one that was built with this program.
-    #[arg(long)]
-    enclaved: Option<PathBuf>,
-    /// Gives the contenders one processor, and clients and backend another.
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
-    pin: bool,
-    /// A file for the figures of every round.
-    #[arg(long)]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    setting: Setting,
 }
 
 /// What is done, in this order.
@@ -120,23 +112,10 @@ struct Table {
 
 /// `bench https`.
 pub(super) fn compare(options: &Options) -> anyhow::Result<()> {
-    let enclaved = match &options.enclaved {
-        Some(path) => path.clone(),
-        None => {
-            crate::demo::build_beside("enclaved")?;
-            crate::binaries::find("enclaved")?
-        }
-    };
-    raise_descriptor_limit();
-    if options.pin {
-        pin_the_load()?;
-    }
+    let enclaved = options.setting.prepare()?;
     let table = measure(options, &enclaved)?;
     println!("{table}");
-    if let Some(path) = &options.json {
-        fs::write(path, serde_json::to_vec_pretty(&table)?).with_context(|| format!("writing {}", path.display()))?;
-    }
-    Ok(())
+    options.setting.keep(&table)
 }
 
 fn measure(options: &Options, enclaved: &Path) -> anyhow::Result<Table> {
@@ -146,7 +125,7 @@ fn measure(options: &Options, enclaved: &Path) -> anyhow::Result<Table> {
     let kinds = [Kind::Enclaved, Kind::Nginx, Kind::Haproxy, Kind::Caddy];
     let kinds: Vec<Kind> = kinds.into_iter().filter(|kind| !options.without.contains(kind)).collect();
     let mut rounds: Vec<Vec<Round>> = kinds.iter().map(|_| Vec::new()).collect();
-    let start = |kind: Kind| Contender::start(kind, &backend, folder.path(), enclaved, options.pin);
+    let start = |kind: Kind| Contender::start(kind, &backend, folder.path(), enclaved, options.setting.pin);
     for number in 0..options.rounds {
         let mut order: Vec<_> = kinds.iter().zip(&mut rounds).collect();
         if number % 2 == 1 {

@@ -11,7 +11,7 @@ mod contenders;
 mod load;
 mod splice;
 
-use super::contender::{pin_the_load, raise_descriptor_limit};
+use super::contender::Setting;
 use anyhow::Context as _;
 use contenders::{Contender, Kind};
 use load::{Backend, Far, Way};
@@ -19,7 +19,7 @@ use serde::Serialize;
 pub(super) use splice::{Place, serve as splice};
 use std::fmt;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// What 8,000 idle connections may take, in MiB.
 const IDLE_MIB: f64 = 70.0;
@@ -62,15 +62,8 @@ pub(super) struct Options {
     /// Contenders to leave out.
     #[arg(long, value_enum, value_delimiter = ',')]
     without: Vec<Kind>,
-    /// An `enclaved` to measure in place of the one that was built with this program.
-    #[arg(long)]
-    enclaved: Option<PathBuf>,
-    /// Gives the contenders one processor, and clients and backend another.
-    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
-    pin: bool,
-    /// A file for the figures of every round.
-    #[arg(long)]
-    json: Option<PathBuf>,
+    #[command(flatten)]
+    setting: Setting,
 }
 
 /// What one round of one contender came to.
@@ -109,17 +102,7 @@ struct Table {
 
 /// `bench relay`.
 pub(super) fn compare(options: &Options) -> anyhow::Result<()> {
-    let enclaved = match &options.enclaved {
-        Some(path) => path.clone(),
-        None => {
-            crate::demo::build_beside("enclaved")?;
-            crate::binaries::find("enclaved")?
-        }
-    };
-    raise_descriptor_limit();
-    if options.pin {
-        pin_the_load()?;
-    }
+    let enclaved = options.setting.prepare()?;
     let mut tables = Vec::new();
     for way in [Way::Ingress, Way::Egress] {
         if options.only.is_none_or(|only| only == way) {
@@ -128,10 +111,7 @@ pub(super) fn compare(options: &Options) -> anyhow::Result<()> {
             tables.push(table);
         }
     }
-    if let Some(path) = &options.json {
-        fs::write(path, serde_json::to_vec_pretty(&tables)?).with_context(|| format!("writing {}", path.display()))?;
-    }
-    Ok(())
+    options.setting.keep(&tables)
 }
 
 fn direction(options: &Options, enclaved: &Path, way: Way) -> anyhow::Result<Table> {
@@ -155,7 +135,7 @@ fn direction(options: &Options, enclaved: &Path, way: Way) -> anyhow::Result<Tab
             order.reverse();
         }
         for ((kind, buffer), rounds) in order {
-            let contender = Contender::start(*kind, *buffer, &backend, folder.path(), enclaved, options.pin)?;
+            let contender = Contender::start(*kind, *buffer, &backend, folder.path(), enclaved, options.setting.pin)?;
             rounds.push(round(options, &contender).with_context(|| kind.name())?);
         }
     }
@@ -164,11 +144,11 @@ fn direction(options: &Options, enclaved: &Path, way: Way) -> anyhow::Result<Tab
         let mut idle = Vec::new();
         for &connections in &options.idle {
             let connections = if kind == Kind::Socat { connections.min(SOCAT_IDLE) } else { connections };
-            let contender = Contender::start(kind, buffer, &backend, folder.path(), enclaved, options.pin)?;
+            let contender = Contender::start(kind, buffer, &backend, folder.path(), enclaved, options.setting.pin)?;
             idle.push(idle_memory(&contender, connections).with_context(|| kind.name())?);
         }
         if kind == Kind::Enclaved && options.endure > 0 {
-            let contender = Contender::start(kind, buffer, &backend, folder.path(), enclaved, options.pin)?;
+            let contender = Contender::start(kind, buffer, &backend, folder.path(), enclaved, options.setting.pin)?;
             endure(&contender, options.endure)?;
         }
         let what = buffer.map_or_else(|| kind.name().to_owned(), |kib| format!("{} {kib} KiB", kind.name()));
