@@ -197,7 +197,7 @@ fn who_ends_an_enclave_is_told_apart_where_nothing_of_it_can_be_noted_in_its_tra
     };
     full(1);
     let good = parent.read("/etc/enclaved/enclaved.toml").unwrap();
-    let unhealthy = good.replace("\"/health\" }", "\"/nowhere\" }, on_failure = \"restart\", failures = 1");
+    let unhealthy = good.replace("\"/health\" }", "\"/stream\" }, on_failure = \"restart\", failures = 1");
     assert_ne!(unhealthy, good);
     parent.write("/etc/enclaved/enclaved.toml", unhealthy).unwrap();
     parent.run_ok(&["systemctl", "reload", "enclaved"]).unwrap();
