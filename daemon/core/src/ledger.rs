@@ -15,6 +15,11 @@ use std::fmt;
 use std::time::Duration;
 
 /// The [`Ledger::format`] that this version writes. It reads this one and all before it.
+///
+/// An earlier version, after a rollback, reads what a later one wrote in the same format: fields that it does not know are ignored, and
+/// lost with its next save. So whoever adds a field that must not be ignored, or a phase, raises the number. What an enclave
+/// may reach and what an image must measure are read strictly all the same ([`EgressSpec`], [`ImageRequest`], [`Measurements`]): to
+/// ignore a part of these would allow more than was asked for. The same holds for the traces of a launch.
 pub const LEDGER_FORMAT: u32 = 1;
 
 /// An enclave that was ready for this long before it died starts its next series of failures from the beginning.
@@ -22,7 +27,6 @@ pub const STABLE_AFTER: Duration = Duration::from_secs(600);
 
 /// Everything that is remembered.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Ledger {
     /// Version of this format.
     pub format: u32,
@@ -47,7 +51,6 @@ const ROW: Duration = Duration::from_secs(3600);
 
 /// The allocator's tries for one pool, in this boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct PoolTried {
     /// What it was asked for.
     pub wish: Reservation,
@@ -88,7 +91,6 @@ impl Default for Ledger {
 
 /// One enclave over all its generations.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct EnclaveRecord {
     /// Since when an operator keeps it stopped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -121,7 +123,6 @@ pub struct EnclaveRecord {
 /// What nitro-cli's description of a running enclave says beside what was launched. It is asked once for each launch: asking loads
 /// every enclave's process, and the first answer can take as long as hashing the image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Verdict {
     /// When it was asked.
     pub at: Timestamp,
@@ -155,7 +156,6 @@ impl fmt::Display for HeldBy {
 
 /// An end that nobody asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct EndRecord {
     /// Which generation ended.
     pub generation: Generation,
@@ -171,7 +171,6 @@ pub struct EndRecord {
 
 /// What makes two generations the same: a change of any of these needs a new launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Identity {
     /// The image.
     pub image: EifDigest,
@@ -185,7 +184,6 @@ pub struct Identity {
 
 /// One generation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct GenerationRecord {
     /// Its vsock CID.
     pub cid: Cid,
@@ -212,7 +210,7 @@ pub struct GenerationRecord {
 /// | Stopping | open | no | perhaps | its end being seen |
 /// | Ended | only until its successor is planned | no | none | its traces removed |
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "phase", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(tag = "phase", rename_all = "snake_case")]
 pub enum Phase {
     /// It has a number and a CID; the proxy can listen for it.
     Planned {
@@ -270,7 +268,6 @@ pub enum Phase {
 
 /// A process, so that a reused PID is not mistaken for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ProcessIdentity {
     /// Process id.
     pub pid: u32,
@@ -280,7 +277,6 @@ pub struct ProcessIdentity {
 
 /// What a launch came to, from nitro-cli's JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct LaunchRecord {
     /// nitro-cli's id (`i-…-enc…`).
     pub enclave_id: String,
@@ -296,7 +292,7 @@ pub struct LaunchRecord {
 
 /// Why a generation is ended on purpose.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "why", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(tag = "why", rename_all = "snake_case")]
 pub enum StopReason {
     /// An operator holds it stopped.
     Held,
