@@ -109,7 +109,8 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         if let (Err(_), Some(least), false) = (&kept, fallback, self.still_at_work)
             && self.try_to_have(&least, &capacity).await?
         {
-            self.report.failure = Some(shortage.failure);
+            self.give_back(&left).await;
+            self.report.failure = self.report.failure.take().or(Some(shortage.failure));
             return Ok(Did::Reserved(least));
         }
         if shortage.of_memory {
