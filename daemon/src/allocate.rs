@@ -5,12 +5,12 @@
 
 mod change;
 mod file;
-mod lock;
+pub(crate) mod lock;
 mod report;
 mod request;
 pub mod service;
 
-pub use lock::at_work_file;
+pub use lock::is_at_work;
 pub use report::{Did, Pool, Report};
 pub use request::{FORMAT, Request};
 
@@ -59,7 +59,7 @@ pub async fn run(config: &Path, request: Option<PathBuf>, report: PathBuf) -> Re
     // It must be known beforehand that the report can be written.
     only_ours_for_the_report(&report)?;
     let _alone = lock::alone(&report)?;
-    let _at_work = lock::show_at_work(&report).await?;
+    let _at_work = lock::show_at_work(&report)?;
     let now = SystemTime::now().into();
     let Allowed { reserve, roots, run_dir } = match allowed(config) {
         Ok(allowed) => allowed,

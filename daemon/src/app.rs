@@ -6,12 +6,13 @@ use crate::config::{self, Config, OnStop, SupervisorKind};
 use crate::control_plane::Reporter;
 use crate::events::{Event, Events};
 use crate::host::allocator::managed::{ManagedAllocator, ManagedSettings, SystemdUnit};
+use crate::host::allocator::stock::VerifiedAllocator;
 use crate::host::allocator::{ExternalAllocator, SysfsAllocator};
 use crate::host::direct::{Direct, HelperCommand};
 use crate::host::image_store::Store;
 use crate::host::inventory::{Roots, Survey};
 use crate::host::ledger_file::LedgerFile;
-use crate::host::proxy_link::{Link, LinkSettings, ProxyStart};
+use crate::host::proxy_link::{Link, LinkSettings, ProxyStart, left_behind};
 use crate::host::systemd::Systemd;
 use crate::host::vsock_prober::VsockProber;
 use crate::host::{Allocator, Clock, Host, NotReserved, Outcome, Supervisor, instance_metadata};
@@ -112,6 +113,10 @@ pub async fn run(arguments: Arguments) -> Result<(), StartError> {
     tasks.spawn(admin::serve_socket(socket, source.clone(), stop.clone()));
     tasks.spawn(doctor::watch(checked, facts.clone(), events.clone(), stop.clone()));
     tasks.spawn(serve_metrics(config.metrics.listen, source, facts.clone(), stop.clone()));
+    if let Some(socket) = former_proxy(&config) {
+        let facts = facts.clone();
+        tasks.spawn(left_behind::watch(socket, move |seen| problem(&facts, "former proxy", seen), stop.clone()));
+    }
     tasks.spawn(identify(config.clone(), facts, reports.clone(), events.clone(), stop.clone()));
     tasks.spawn(service_manager::feed_watchdog(reports.clone(), stop.clone()));
     tasks.spawn(service_manager::tell(reports.clone(), stop.clone()));
@@ -345,6 +350,14 @@ async fn report(
     }
 }
 
+/// In place of what was said of that before.
+fn problem(facts: &watch::Sender<Facts>, about: &str, failure: Option<Failure>) {
+    facts.send_modify(|facts| {
+        facts.problems.retain(|problem| problem.about != about);
+        facts.problems.extend(failure.map(|failure| Problem { about: about.to_owned(), failure }));
+    });
+}
+
 /// Reads configurations when asked to, and keeps the last good one.
 struct Keeper {
     arguments: Arguments,
@@ -458,10 +471,7 @@ impl Keeper {
     }
 
     fn problem(&self, about: &str, failure: Option<Failure>) {
-        self.facts.send_modify(|facts| {
-            facts.problems.retain(|problem| problem.about != about);
-            facts.problems.extend(failure.map(|failure| Problem { about: about.to_owned(), failure }));
-        });
+        problem(&self.facts, about, failure);
     }
 }
 
@@ -512,7 +522,14 @@ impl RealHost {
                 let unit = SystemdUnit(SystemdBus::new());
                 (AnyAllocator::Managed(ManagedAllocator::new(settings, unit)), surveyor)
             }
-            AllocatorMode::Verify => (AnyAllocator::Sysfs(SysfsAllocator::new(&host.sysfs)), surveyor),
+            AllocatorMode::Verify => {
+                let sysfs = SysfsAllocator::new(&host.sysfs);
+                let allocator = match host.supervisor {
+                    SupervisorKind::Direct => AnyAllocator::Sysfs(sysfs),
+                    SupervisorKind::Systemd => AnyAllocator::Verified(VerifiedAllocator::new(sysfs, SystemdBus::new())),
+                };
+                (allocator, surveyor)
+            }
             AllocatorMode::External => (AnyAllocator::External(ExternalAllocator), Survey::blind()),
         };
         Ok(Self {
@@ -536,6 +553,12 @@ fn own_program() -> Outcome<PathBuf> {
     // After an upgrade, Linux shows the path of a running executable with this mark; the new one is at the path itself.
     let text = program.to_string_lossy();
     Ok(text.strip_suffix(" (deleted)").map_or_else(|| program.clone(), |path| Path::new(path).to_owned()))
+}
+
+/// Where a proxy could be that was started before systemd came to supervise this host.
+fn former_proxy(config: &Config) -> Option<PathBuf> {
+    let socket = config.host.run_dir.join(config::DIRECT_PROXY_SOCKET);
+    (config.host.supervisor == SupervisorKind::Systemd && socket != config.host.proxy_socket).then_some(socket)
 }
 
 /// A bus that is away for a moment is waited for while everything else goes on; a host without systemd is a mistake.
@@ -601,6 +624,7 @@ impl Supervisor for AnySupervisor {
 
 enum AnyAllocator {
     Managed(ManagedAllocator<SystemdUnit>),
+    Verified(VerifiedAllocator<SystemdBus>),
     Sysfs(SysfsAllocator),
     External(ExternalAllocator),
 }
@@ -609,6 +633,7 @@ impl Allocator for AnyAllocator {
     async fn observe(&self) -> Outcome<Pool> {
         match self {
             Self::Managed(allocator) => allocator.observe().await,
+            Self::Verified(allocator) => allocator.observe().await,
             Self::Sysfs(allocator) => allocator.observe().await,
             Self::External(allocator) => allocator.observe().await,
         }
@@ -617,6 +642,7 @@ impl Allocator for AnyAllocator {
     async fn reserve(&self, wish: &Reservation, least: Option<&Reservation>) -> Result<(), NotReserved> {
         match self {
             Self::Managed(allocator) => allocator.reserve(wish, least).await,
+            Self::Verified(allocator) => allocator.reserve(wish, least).await,
             Self::Sysfs(allocator) => allocator.reserve(wish, least).await,
             Self::External(allocator) => allocator.reserve(wish, least).await,
         }

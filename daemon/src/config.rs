@@ -31,6 +31,8 @@ use std::time::Duration;
 pub const DEFAULT_PATH: &str = "/etc/enclaved/enclaved.toml";
 /// Where the sockets are, unless the configuration says something else.
 pub const DEFAULT_RUN_DIR: &str = "/run/enclaved";
+/// Where a proxy has it that this process starts, below `run_dir`.
+pub const DIRECT_PROXY_SOCKET: &str = "proxy.sock";
 /// Where `enclaved-proxy.service` has the proxy's socket.
 pub const UNIT_PROXY_SOCKET: &str = "/run/enclaved-proxy/link.sock";
 /// The largest file that is read, in bytes.

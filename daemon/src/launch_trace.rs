@@ -31,7 +31,8 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The [`LaunchSpec::format`] that this version writes and reads.
+/// The [`LaunchSpec::format`] that this version writes and reads. Fields that another version added are ignored in all files here, as in
+/// the ledger ([`enclaved_core::ledger::LEDGER_FORMAT`]).
 pub const FORMAT: u32 = 1;
 /// The supervisor's note that it asks the enclave to end.
 pub const STOP_FILE: &str = "stop.json";
@@ -40,7 +41,6 @@ const MAX_FILE: u64 = 1 << 20;
 
 /// `launch.json`: what is to be launched, and with what.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct LaunchSpec {
     /// Version of this format.
     pub format: u32,
@@ -74,7 +74,6 @@ impl LaunchSpec {
 
 /// `record.json`: it runs, or ran.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Recorded {
     /// The boot of the host in which it was launched: a PID means nothing in another.
     pub boot_id: BootId,
@@ -84,7 +83,6 @@ pub struct Recorded {
 
 /// `failure.json`, `resolve.json`: what failed and when.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Failed {
     /// When (the last time).
     pub at: Timestamp,
@@ -96,7 +94,6 @@ pub struct Failed {
 
 /// `attempt.json`, `end.json`: when something was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Moment {
     /// When.
     pub at: Timestamp,
@@ -104,7 +101,6 @@ pub struct Moment {
 
 /// `asked.json`: somebody who is not enclaved had the service manager end it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Asked {
     /// The boot of the host in which that was: in the next one it means nothing.
     pub boot_id: BootId,
@@ -116,7 +112,6 @@ pub struct Asked {
 
 /// `exit.json`: how the unit of a launch ended, as the service manager says it (systemd.exec(5), `$SERVICE_RESULT`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Exit {
     /// When that was noted.
     pub at: Timestamp,

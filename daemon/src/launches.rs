@@ -197,6 +197,8 @@ pub(crate) struct Stopping {
     pid: u32,
     /// Whether it is to be asked to end now.
     pub(crate) ask: bool,
+    /// Whether the traces say that enclaved asks. If not, a stop job of systemd's would be taken for one by hand.
+    pub(crate) noted: bool,
 }
 
 impl Stopping {
@@ -368,12 +370,13 @@ impl Launches {
             (step, next, written)
         });
         let (step, next, written) = noting.await?;
-        if let Err(error) = written {
+        if let Err(error) = &written {
             // A full disk must not keep an enclave from being ended: only after a restart it is asked from the beginning.
-            tracing::warn!("{key}: that it is asked to end can't be noted: {}", fault(&error));
+            tracing::warn!("{key}: that it is asked to end can't be noted: {}", fault(error));
         }
         self.shared.state().stops.insert(key.clone(), next);
-        let stopping = Stopping { key: key.clone(), process, pid: launch.process.pid, ask: step == StopStep::Ask };
+        let (pid, ask, noted) = (launch.process.pid, step == StopStep::Ask, written.is_ok());
+        let stopping = Stopping { key: key.clone(), process, pid, ask, noted };
         match step {
             StopStep::Wait | StopStep::Ask => {}
             StopStep::Terminate => {

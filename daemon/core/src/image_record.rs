@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 
 /// What an image request came to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ImageRecord {
     /// What was asked for.
     pub request: ImageRequest,
@@ -19,7 +18,7 @@ pub struct ImageRecord {
 
 /// What an image request came to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "outcome", rename_all = "snake_case", deny_unknown_fields)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum ImageOutcome {
     /// It was fetched and verified.
     Verified {
@@ -46,7 +45,6 @@ pub enum ImageOutcome {
 
 /// What decides whether an image can be launched, beside being the right one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ImageFacts {
     /// The file's size, in bytes.
     pub size: u64,
@@ -57,7 +55,6 @@ pub struct ImageFacts {
 
 /// When a certificate is valid, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ValidityPeriod {
     /// Not before this.
     pub not_before: Timestamp,

@@ -108,6 +108,13 @@ pub struct AllocatorService {
     pub enabled: bool,
 }
 
+impl Hugepages {
+    /// Those that were asked for: all but surplus ones.
+    pub fn reserved(&self) -> u64 {
+        self.total.saturating_sub(self.surplus)
+    }
+}
+
 impl Inventory {
     /// Hugepages of all sizes on that node, without surplus ones: all, and free.
     ///
@@ -118,7 +125,7 @@ impl Inventory {
         let node = nodes.get(&node).ok_or_else(|| Failure::new(format!("there is no memory node {node}")))?;
         let (mut all, mut free) = (0_u64, 0_u64);
         for (size, pages) in known(&node.hugepages)? {
-            all = all.saturating_add(pages.total.saturating_sub(pages.surplus).saturating_mul(*size));
+            all = all.saturating_add(pages.reserved().saturating_mul(*size));
             free = free.saturating_add(pages.free.saturating_mul(*size));
         }
         Ok((MemoryMib(all / 1024), MemoryMib(free.min(all) / 1024)))
@@ -156,8 +163,11 @@ impl Inventory {
     }
 }
 
-/// The value, or why it is not known.
-pub(crate) fn known<T>(observation: &Observation<T>) -> Result<&T, Failure> {
+/// The value.
+///
+/// # Errors
+/// Why it is not known.
+pub fn known<T>(observation: &Observation<T>) -> Result<&T, Failure> {
     match observation {
         Observation::Known(value) => Ok(value),
         Observation::Unknown(failure) => Err(failure.clone()),

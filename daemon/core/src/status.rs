@@ -108,7 +108,7 @@ pub struct PoolStatus {
     pub wanted_memory_mib: Option<MemoryMib>,
     /// The pool is what is wanted, or near enough to it.
     pub settled: bool,
-    /// Why it is not.
+    /// Why it is not; or why nothing is wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waiting_for: Option<String>,
 }

@@ -9,10 +9,11 @@ use crate::host::inventory::{ALLOCATOR_UNIT, InventorySource};
 use crate::systemd_bus::JobError;
 use enclaved_core::allocator_file::{CpuRequest, Reservation};
 use enclaved_core::failure::Failure;
-use enclaved_core::inventory::Inventory;
+use enclaved_core::inventory::{Hugepages, Inventory, known};
 use enclaved_core::observed::Observation;
 use enclaved_core::sizing::pool::{PoolNow, in_use, kernel_arguments, left_behind, node_of, within};
 use enclaved_core::sizing::{Capacity, Reserve};
+use std::cmp::Ordering;
 use std::path::Path;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
@@ -89,7 +90,12 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         nothing_runs(&seen, &wish)?;
         let _no_launch = no_launch?;
         self.service.can_run().await.map_err(did_not_run)?;
-        let shortage = match self.try_all(&wish, least, &capacity, &seen).await {
+        // Less than there was is no way out as long as that can be had again.
+        let (less, fallback) = match least.filter(|least| *least != wish) {
+            Some(least) if before.has(&least) => (None, Some(least)),
+            other => (other, None),
+        };
+        let shortage = match self.try_all(&wish, less, &capacity, &seen).await {
             Ok(had) => {
                 self.give_back(&left).await;
                 return Ok(Did::Reserved(had));
@@ -99,7 +105,14 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         if self.report.restarts == 0 || self.still_at_work {
             return Err(shortage.failure);
         }
-        let kept = self.keep_former(&before, &capacity).await;
+        let kept = self.keep_former(&before, &seen, &capacity).await;
+        if let (Err(_), Some(least), false) = (&kept, fallback, self.still_at_work)
+            && self.try_to_have(&least, &capacity).await?
+        {
+            self.give_back(&left).await;
+            self.report.failure = self.report.failure.take().or(Some(shortage.failure));
+            return Ok(Did::Reserved(least));
+        }
         if shortage.of_memory {
             // So that the next boot, which is the remedy, reserves all of it.
             self.write(&wish)?;
@@ -132,7 +145,7 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         if self.try_to_have(wish, capacity).await? {
             return Ok(wish.clone());
         }
-        if let Some(least) = least.filter(|least| least != wish)
+        if let Some(least) = least
             && self.try_to_have(&least, capacity).await?
         {
             return Ok(least);
@@ -141,9 +154,17 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
     }
 
     /// The pool that was there before, again if need be, wherever it lies: a growth that failed must not cost what ran. `None`: there
-    /// was none.
-    async fn keep_former(&mut self, before: &PoolNow, capacity: &Capacity) -> Result<Option<Reservation>, Failure> {
+    /// was none, but for hugepages perhaps that the kernel's command line reserved, which the stock service has given back.
+    async fn keep_former(
+        &mut self,
+        before: &PoolNow,
+        seen: &Inventory,
+        capacity: &Capacity,
+    ) -> Result<Option<Reservation>, Failure> {
         if before.cpus.is_empty() {
+            if before.memory.0 > 0 {
+                self.reserve_pages_again(seen).await?;
+            }
             return Ok(None);
         }
         let former = Reservation { cpus: CpuRequest::Pool(before.cpus.clone()), memory_mib: before.memory };
@@ -159,6 +180,7 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         if patience.is_zero() {
             return Err(Failure::new(format!("there is no time left to try {reservation}")));
         }
+        let file = file::former(&self.places.allocator_file)?;
         self.write(reservation)?;
         self.report.after = None;
         let restarted = self.service.restart(patience).await;
@@ -169,7 +191,15 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         self.report.service_failure.clone_from(&failure);
         match (restarted, failure) {
             // Neither more free memory nor another file helps where it does not run.
-            (Err(JobError::NotRun(_)), Some(failure)) => return Err(did_not_run(failure)),
+            (Err(JobError::NotRun(_)), Some(failure)) => {
+                if self.report.restarts == 0
+                    && let Err(failure) = file::put_back(&self.places.allocator_file, file.as_deref())
+                {
+                    // It is asked for again, or written with the next change.
+                    tracing::warn!("the allocator's file names what was not reserved: {failure}");
+                }
+                return Err(did_not_run(failure));
+            }
             // What is done on top of one that still runs makes it worse; and while it runs, this is at work.
             (Err(JobError::Unknown(_)), Some(failure)) if !self.is_over().await => {
                 self.still_at_work = true;
@@ -210,6 +240,43 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
                 self.report.failure = Some(failure);
             }
         }
+    }
+
+    /// Has the hugepages of all nodes as they were. What is more than that goes first, as its memory may be what the rest needs; then
+    /// large ones come before small ones, which find memory in more places.
+    async fn reserve_pages_again(&mut self, seen: &Inventory) -> Result<(), Failure> {
+        let now = self.inventory.read().await;
+        let mut more = Vec::new();
+        for (node, of_node) in known(&seen.nodes)? {
+            for (kib, former) in known(&of_node.hugepages)?.iter().rev() {
+                let now = known(&now.nodes)?.get(node).and_then(|of| of.hugepages.known()?.get(kib));
+                let (former, now) = (former.reserved(), now.map_or(0, Hugepages::reserved));
+                match now.cmp(&former) {
+                    Ordering::Greater => self.set_pages(*node, *kib, former)?,
+                    Ordering::Less => more.push((*node, *kib, former)),
+                    Ordering::Equal => {}
+                }
+            }
+        }
+        for (node, kib, pages) in more {
+            self.set_pages(node, kib, pages)?;
+        }
+        let now = self.inventory.read().await;
+        self.report.after = Some(pool(&PoolNow::of(&now)?));
+        for node in known(&seen.nodes)?.keys() {
+            let (former, there) = (seen.hugepages_on(*node)?.0, now.hugepages_on(*node)?.0);
+            if there < former {
+                return Err(Failure::new(format!("of {former} in hugepages on memory node {node} {there} are left")));
+            }
+        }
+        Ok(())
+    }
+
+    fn set_pages(&self, node: u32, kib: u64, pages: u64) -> Result<(), Failure> {
+        let path = format!("devices/system/node/node{node}/hugepages/hugepages-{kib}kB/nr_hugepages");
+        let path = self.places.sysfs.join(path);
+        std::fs::write(&path, format!("{pages}\n"))
+            .map_err(|error| Failure::new(format!("writing {pages} to {}: {error}", path.display())))
     }
 
     async fn free_pages(&self, node: u32) -> Result<(), Failure> {

@@ -1,6 +1,6 @@
 //! The stock allocator's file on disk: replaced as a whole, and never at the cost of one that somebody else wrote.
 
-use crate::atomic_file;
+use crate::atomic_file::{self, FileError};
 use enclaved_core::allocator_file::{self, Reservation};
 use enclaved_core::failure::Failure;
 use std::fs;
@@ -38,6 +38,23 @@ pub(super) fn write(path: &Path, reservation: &Reservation) -> Result<Option<Pat
     // The stock allocator and nitro-cli's users read it.
     atomic_file::write_with_mode(path, wanted.as_bytes(), 0o644).map_err(|error| Failure::from_error(&error))?;
     Ok(backup)
+}
+
+/// The file as it is, to be put back; `None`: there is none.
+pub(super) fn former(path: &Path) -> Result<Option<Vec<u8>>, Failure> {
+    atomic_file::read(path, allocator_file::MAX_FILE).map_err(|error| Failure::from_error(&error))
+}
+
+/// Puts back what was there, or that nothing was.
+pub(super) fn put_back(path: &Path, former: Option<&[u8]>) -> Result<(), Failure> {
+    let put = match former {
+        Some(bytes) => atomic_file::write_with_mode(path, bytes, 0o644),
+        None => match fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(FileError::io("remove", path)(error)),
+            _ => Ok(()),
+        },
+    };
+    put.map_err(|error| Failure::from_error(&error))
 }
 
 /// Copies it beside itself, under a name that no other content has.

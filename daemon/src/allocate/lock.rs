@@ -1,9 +1,12 @@
 //! One run at a time, and a sign for the daemon that one is at work. The sign is a lock, so that it goes away with the process, however
-//! that ends; and one of its own, as whoever may read a file may hold a lock on it.
+//! that ends. It is one that only root can hold: whoever may read a file may hold a lock of flock(2) on it, or a shared one of
+//! fcntl(2), but an exclusive one of fcntl(2) takes a descriptor that can write.
 
 use enclaved_core::failure::Failure;
-use std::fs::{File, OpenOptions, TryLockError};
-use std::os::unix::fs::OpenOptionsExt;
+use rustix::fs::{FlockOperation, fcntl_lock};
+use rustix::process::{Flock, FlockType, fcntl_getlk};
+use std::fs::{File, OpenOptions, Permissions, TryLockError};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,8 +15,15 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// On which file a run that writes its report there holds a lock while it is at work.
-pub fn at_work_file(report: &Path) -> PathBuf {
+fn at_work_file(report: &Path) -> PathBuf {
     report.with_file_name("at-work")
+}
+
+/// Whether a run that writes its report there is at work, whoever started it. Without evidence it is not.
+pub fn is_at_work(report: &Path) -> bool {
+    let Ok(file) = File::open(at_work_file(report)) else { return false };
+    // What is in the way of a shared lock is an exclusive one. Nothing is locked by asking.
+    matches!(fcntl_getlk(&file, &Flock::from(FlockType::ReadLock)), Ok(Some(_)))
 }
 
 /// Held for as long as the command runs.
@@ -29,22 +39,22 @@ pub(super) fn alone(report: &Path) -> Result<File, Failure> {
     }
 }
 
-/// Shows that this run is at work, for as long as the file is held. Somebody else's lock on it is no reason not to work.
-pub(super) async fn show_at_work(report: &Path) -> Result<File, Failure> {
+/// Shows that this run is at work, for as long as the file is held and this process opens it nowhere else. The file is a new one each
+/// time, locked before others can open it: so no lock of theirs is in the way.
+pub(super) fn show_at_work(report: &Path) -> Result<File, Failure> {
     let path = at_work_file(report);
-    let file = open(&path, 0o644)?;
-    let until = tokio::time::Instant::now() + PATIENCE;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(TryLockError::WouldBlock) if tokio::time::Instant::now() < until => tokio::time::sleep(PAUSE).await,
-            Err(TryLockError::WouldBlock) => {
-                tracing::warn!("somebody holds a lock on {}: the daemon does not see that this runs", path.display());
-                return Ok(file);
-            }
-            Err(TryLockError::Error(error)) => return Err(failed("locking", &path, &error)),
-        }
+    let new = path.with_file_name(".at-work.new");
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed("removing", &new, &error)),
+        _ => {}
     }
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new);
+    let file = file.map_err(|error| failed("making", &new, &error))?;
+    fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| failed("locking", &new, &error.into()))?;
+    let shown = file.set_permissions(Permissions::from_mode(0o644)).and_then(|()| std::fs::rename(&new, &path));
+    shown.map_err(|error| failed("making", &path, &error))?;
+    Ok(file)
 }
 
 /// Keeps every launch of enclaved from beginning for as long as the file is held. `None`: nobody has ever launched.
@@ -92,27 +102,99 @@ fn failed(doing: &str, path: &Path, error: &std::io::Error) -> Failure {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use std::io::{Read as _, Write as _};
+    use std::process::{Child, ChildStdout, Command, Stdio};
 
-    #[tokio::test(start_paused = true)]
-    async fn one_run_at_a_time_and_its_sign_goes_with_it_but_a_stranger_holds_none_up() {
+    /// A lock on a file that another process holds: this one's own are not in its way.
+    pub(crate) struct Elsewhere(Child, ChildStdout);
+
+    const HOLD: &str = "ENCLAVED_TEST_HOLDS";
+
+    impl Elsewhere {
+        /// The sign of a run that writes its report there (`show`), or a lock such as those who may only read can have.
+        pub(crate) fn hold(report: &Path, how: &str) -> Self {
+            let mut child = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "--nocapture", "allocate::lock::tests::only_root_can_show_that_it_is_at_work"])
+                .env(HOLD, format!("{how} {}", report.display()))
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut stdout = child.stdout.take().unwrap();
+            let mut said = String::new();
+            while !said.contains("held\n") {
+                let mut byte = [0];
+                assert_eq!(stdout.read(&mut byte).unwrap(), 1, "it ended: {said}");
+                said.push(char::from(byte[0]));
+            }
+            Self(child, stdout)
+        }
+    }
+
+    impl Drop for Elsewhere {
+        fn drop(&mut self) {
+            drop(self.0.stdin.take());
+            let _said = self.1.read_to_end(&mut Vec::new());
+            let _status = self.0.wait();
+        }
+    }
+
+    /// What the other process does: it holds the lock until its input ends.
+    fn hold(what: &str) {
+        let (how, report) = what.split_once(' ').unwrap();
+        let report = Path::new(report);
+        let reading = || File::open(at_work_file(report)).unwrap();
+        let _held = match how {
+            "show" => show_at_work(report).unwrap(),
+            "flock" => {
+                let file = reading();
+                file.lock().unwrap();
+                file
+            }
+            "shared" => {
+                let file = reading();
+                fcntl_lock(&file, FlockOperation::LockExclusive).unwrap_err();
+                fcntl_lock(&file, FlockOperation::LockShared).unwrap();
+                file
+            }
+            other => panic!("{other}"),
+        };
+        std::io::stdout().write_all(b"held\n").unwrap();
+        std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+    }
+
+    #[test]
+    fn only_root_can_show_that_it_is_at_work() {
+        if let Ok(what) = std::env::var(HOLD) {
+            return hold(&what);
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let report = folder.path().join("report.json");
+        assert!(!is_at_work(&report), "there is no file yet");
+        let sign = Elsewhere::hold(&report, "show");
+        assert!(is_at_work(&report));
+        drop(sign);
+        assert!(!is_at_work(&report), "it goes with its process");
+        // Those who may only read the file show nothing, and are in nobody's way.
+        for how in ["flock", "shared"] {
+            let _stranger = Elsewhere::hold(&report, how);
+            assert!(!is_at_work(&report), "{how}");
+            let sign = Elsewhere::hold(&report, "show");
+            assert!(is_at_work(&report), "{how}");
+            drop(sign);
+        }
+    }
+
+    #[test]
+    fn one_run_at_a_time() {
         let folder = tempfile::tempdir().unwrap();
         let report = folder.path().join("report.json");
         let first = alone(&report).unwrap();
         assert!(alone(&report).unwrap_err().message.contains("another `enclaved allocate` is at work"));
         drop(first);
-        let _again = alone(&report).unwrap();
-
-        let seen = || File::open(at_work_file(&report)).unwrap().try_lock_shared().is_err();
-        let sign = show_at_work(&report).await.unwrap();
-        assert!(seen());
-        drop(sign);
-        assert!(!seen());
-        // Nobody outside the daemon's group can get at it.
-        let stranger = File::open(at_work_file(&report)).unwrap();
-        stranger.lock_shared().unwrap();
-        show_at_work(&report).await.unwrap();
+        alone(&report).unwrap();
     }
 
     #[tokio::test(start_paused = true)]

@@ -5,8 +5,8 @@ use super::error::Problems;
 use super::form::{ControlPlaneForm, DurationText, FileForm, HostForm, HostIngressForm, SocketAddrText};
 use super::source::{Path, Tree, quoted};
 use super::{
-    Config, ControlPlaneSettings, DEFAULT_RUN_DIR, HostSettings, MetricsSettings, SourceFile, SupervisorKind,
-    UNIT_PROXY_SOCKET,
+    Config, ControlPlaneSettings, DEFAULT_RUN_DIR, DIRECT_PROXY_SOCKET, HostSettings, MetricsSettings, SourceFile,
+    SupervisorKind, UNIT_PROXY_SOCKET,
 };
 use enclaved_core::desired::{AllocatorMode, Desired, EnclaveSpec, HostPolicy};
 use enclaved_core::id::{EnclaveName, MemoryMib};
@@ -129,7 +129,7 @@ impl Judge<'_> {
                 self.refuse(&path.key("proxy_socket"), format!("is longer than {MAX_SOCKET} bytes"));
             }
         }
-        let default_socket = || if units { UNIT_PROXY_SOCKET.into() } else { form.run_dir.join("proxy.sock") };
+        let default_socket = || if units { UNIT_PROXY_SOCKET.into() } else { form.run_dir.join(DIRECT_PROXY_SOCKET) };
         let proxy_socket = form.proxy_socket.clone().unwrap_or_else(default_socket);
         let HostForm { supervisor, on_stop, state_dir, run_dir, proxy_state_dir, sysfs, .. } = form;
         let settings = HostSettings { supervisor, on_stop, state_dir, run_dir, proxy_state_dir, proxy_socket, sysfs };

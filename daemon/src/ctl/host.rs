@@ -149,9 +149,12 @@ fn about_the_pool(inventory: &Inventory, mode: AllocatorMode, verdict: &Verdict,
             format!("the configured enclaves need {least}, which is not reserved; {all} ")
         }
         Some(_) => format!("{all} "),
-        None => format!("nothing is configured; {all} "),
+        None => format!("no enclave that fits is configured; {all} "),
     };
     advice.push(match mode {
+        AllocatorMode::Manage if to.least.is_none() => {
+            format!("no enclave that fits is configured; with the first one enclaved has {} reserved{why}", to.wish)
+        }
         AllocatorMode::Manage => format!("{what}is {}, and enclaved has it reserved{why}", to.wish),
         AllocatorMode::Verify | AllocatorMode::External => format!(
             "{what}would be {} in {}, and `systemctl restart nitro-enclaves-allocator`{why}",

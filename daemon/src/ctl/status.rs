@@ -170,6 +170,7 @@ fn pool(pool: &PoolStatus) -> String {
     };
     let state = match &pool.waiting_for {
         None if pool.settled => "reserved".to_owned(),
+        Some(why) if pool.settled => why.clone(),
         None => "not reserved yet".to_owned(),
         Some(why) => format!("NOT RESERVED: {why}"),
     };
@@ -344,7 +345,10 @@ ledger    -  held   -             -     2  1024 MiB  -             -            
         for (pool, line) in [
             (pool(true, None), "\n    pool: managed, \"all\"; 6 CPUs, 28672 MiB wanted, reserved\n"),
             (pool(false, Some("1 enclave runs")), "wanted, NOT RESERVED: 1 enclave runs\n"),
-            (PoolStatus { settled: true, ..PoolStatus::default() }, "\"all\"; nothing wanted, reserved\n"),
+            (
+                PoolStatus { settled: true, waiting_for: Some("no enclave".to_owned()), ..PoolStatus::default() },
+                "\"all\"; nothing wanted, no enclave\n",
+            ),
         ] {
             status.host.pool = Some(pool);
             let text = overview(&status, false);

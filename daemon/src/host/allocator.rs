@@ -1,7 +1,8 @@
 //! The host's enclave resources, as the driver and the kernel show them in sysfs. Reads only; who may have them changed asks for it
-//! in `managed`.
+//! in `managed`; whether the stock service changes them just now is asked in `stock`.
 
 pub mod managed;
+pub mod stock;
 
 use super::{Allocator, NotReserved, Outcome};
 use crate::atomic_file;

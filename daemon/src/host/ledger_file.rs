@@ -75,12 +75,7 @@ fn load(path: &Path) -> Outcome<LoadedLedger> {
     let unusable = match atomic_file::read(path, MAX_FILE) {
         Ok(None) => return Ok(LoadedLedger::default()),
         Ok(Some(bytes)) => match parse(&bytes) {
-            Ok(mut ledger) => {
-                // An earlier version did not write it.
-                let launched = ledger.generations().any(|(_, generation)| generation.holds_resources());
-                ledger.launched |= launched;
-                return Ok(LoadedLedger { ledger, problem: None });
-            }
+            Ok(ledger) => return Ok(LoadedLedger { ledger: marked(ledger), problem: None }),
             Err(why) => why,
         },
         Err(error) if error.is_about_contents() => error.to_string(),
@@ -97,6 +92,13 @@ fn load(path: &Path) -> Outcome<LoadedLedger> {
     );
     let remedy = "enclaves that were held stopped are no longer held; `enclavectl stop` holds them again";
     Ok(LoadedLedger { ledger: Ledger::default(), problem: Some(Failure::new(message).with_remedy(remedy)) })
+}
+
+/// With the mark that something was launched, which an earlier version did not write.
+fn marked(mut ledger: Ledger) -> Ledger {
+    let launched = ledger.generations().any(|(_, generation)| generation.holds_resources());
+    ledger.launched |= launched;
+    ledger
 }
 
 fn parse(bytes: &[u8]) -> Result<Ledger, String> {
@@ -187,6 +189,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_a_later_version_added_in_the_same_format_is_ignored_and_nothing_else_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, later) = (dir.path().join("ledger.json"), include_str!("ledger_file/written-by-a-later-one.json"));
+        assert!(later.matches("added_later").count() > 10);
+        fs::write(&path, later).unwrap();
+        let loaded = LedgerFile::new(&path).load().await.unwrap();
+        assert_eq!(loaded.problem, None);
+        assert_eq!(loaded.ledger, parse(include_bytes!("ledger_file/written-by-0.1.json")).map(marked).unwrap());
+        // But nothing is taken for less strict than it was meant to be.
+        let allowed = later.replace("\"allow_addresses\": []", "\"allow_addresses\": [], \"only_on_sundays\": true");
+        assert_ne!(allowed, later);
+        fs::write(&path, allowed).unwrap();
+        let loaded = LedgerFile::new(&path).load().await.unwrap();
+        assert!(loaded.problem.unwrap().message.contains("unknown field `only_on_sundays`"));
+    }
+
+    #[tokio::test]
     async fn a_torn_or_foreign_ledger_is_put_aside_untouched_and_the_reason_is_told() {
         let folder = tempfile::tempdir().unwrap();
         let file = LedgerFile::new(folder.path().join("ledger.json"));
@@ -194,7 +213,7 @@ mod tests {
             ("{\"format\":1,\"boot", "EOF while parsing"),
             ("", "EOF while parsing"),
             ("\u{0}\u{0}\u{0}", "expected value"),
-            ("{\"format\":1,\"other\":true}", "unknown field `other`"),
+            ("{\"format\":1,\"other\":true}", "missing field `next_cid`"),
             ("{\"format\":2,\"whatever\":[]}", "a later version of enclaved wrote it, in format 2"),
         ]
         .into_iter()

@@ -4,6 +4,8 @@
 //! Every call has a connection of its own: there is nothing to keep in step, and a proxy that was restarted is the same to
 //! the next call.
 
+pub mod left_behind;
+
 use super::{Outcome, ProxyLink};
 use crate::child_environment;
 use crate::systemd_bus::{JobError, SystemdBus, Verb};
@@ -117,14 +119,8 @@ impl Link {
         }
     }
 
-    async fn connect(&self) -> Result<Connection, LinkError> {
-        let stream = UnixStream::connect(&self.settings.socket).await.map_err(LinkError::Connect)?;
-        Ok(Connection { stream: BufReader::new(stream) })
-    }
-
     async fn ask(&self, request: &LinkRequest, patience: Duration) -> Result<ProxyReport, LinkError> {
-        let asking = async { self.connect().await?.ask(request).await };
-        timeout(patience, asking).await.unwrap_or(Err(LinkError::Late(patience)))
+        ask(&self.settings.socket, request, patience).await
     }
 
     /// Starts a proxy and gives what it exits with, should it exit. It is not a child to be ended with this process: it
@@ -185,7 +181,8 @@ impl Link {
 
     /// Returns when a report differs from what was seen, or no report is to be had.
     async fn differs(&self, seen: (u32, u64)) -> Result<(), LinkError> {
-        let mut connection = timeout(REPORT, self.connect()).await.unwrap_or(Err(LinkError::Late(REPORT)))?;
+        let mut connection =
+            timeout(REPORT, Connection::open(&self.settings.socket)).await.unwrap_or(Err(LinkError::Late(REPORT)))?;
         // A proxy that was restarted meanwhile may have come to the same number: the first look is at once.
         let mut request = LinkRequest::Report;
         let mut patience = REPORT;
@@ -280,7 +277,18 @@ struct Connection {
     stream: BufReader<UnixStream>,
 }
 
+/// Asks once.
+async fn ask(socket: &Path, request: &LinkRequest, patience: Duration) -> Result<ProxyReport, LinkError> {
+    let asking = async { Connection::open(socket).await?.ask(request).await };
+    timeout(patience, asking).await.unwrap_or(Err(LinkError::Late(patience)))
+}
+
 impl Connection {
+    async fn open(socket: &Path) -> Result<Self, LinkError> {
+        let stream = UnixStream::connect(socket).await.map_err(LinkError::Connect)?;
+        Ok(Self { stream: BufReader::new(stream) })
+    }
+
     async fn ask(&mut self, request: &LinkRequest) -> Result<ProxyReport, LinkError> {
         let mut line = serde_json::to_vec(request).map_err(LinkError::Malformed)?;
         line.push(b'\n');

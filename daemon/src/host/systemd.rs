@@ -288,6 +288,8 @@ impl Supervisor for Systemd {
             let listed = self.list().await;
             let in_unit = listed.as_ref().is_ok_and(|states| states.get(key).is_some_and(|unit| !is_over(unit)));
             let asked = match in_unit {
+                // The unit could not tell it from a stop by hand, and the enclave would be held stopped.
+                true if !stopping.noted => Err(Failure::new("its traces can't say that enclaved asks")),
                 true => self.ask_to_stop(key).await,
                 false => Err(listed.err().unwrap_or_else(|| Failure::new("it does not run in a unit of its own"))),
             };

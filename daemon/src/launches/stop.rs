@@ -11,7 +11,6 @@ const REPEAT: Duration = Duration::from_secs(10);
 /// How far the ending of an enclave is. All times are since the boot, in ms: the clock may be set meanwhile, and no such file means
 /// anything in another boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub(crate) struct StopFile {
     /// When it was first asked (SIGTERM to nitro-cli's process, which ends its enclave and itself).
     since_ms: u64,

@@ -4,6 +4,7 @@ use crate::host::{Faults, Host, count, why};
 use enclaved::allocate::Did;
 use enclaved_core::allocator_file::{self, CpuRequest, Reservation};
 use enclaved_core::id::MemoryMib;
+use enclaved_core::inventory::CpuSet;
 use std::fs;
 
 #[tokio::test]
@@ -69,6 +70,39 @@ async fn a_growth_that_fails_keeps_the_former_pool() {
 }
 
 #[tokio::test]
+async fn a_growth_that_fails_has_the_former_pool_rather_than_the_least() {
+    let faults = Faults { in_one_piece: Some(2048), after_compaction: Some(2048), ..Faults::default() };
+    let host = Host::with("m5.2xlarge", faults);
+    host.end_enclaves();
+    let report = host.allocate(count(6, 29_000), Some(count(2, 256))).await;
+    let former = Reservation { cpus: CpuRequest::Pool("1,5".parse().unwrap()), memory_mib: MemoryMib(512) };
+    assert_eq!((&report.did, report.restarts), (&Did::KeptFormer(former), 3));
+    // The least is a way out where the former pool is lost.
+    let faults = Faults { in_one_piece: Some(300), after_compaction: Some(300), ..Faults::default() };
+    let host = Host::with("m5.2xlarge", faults);
+    host.end_enclaves();
+    let report = host.allocate(count(6, 29_000), Some(count(2, 256))).await;
+    assert_eq!((&report.did, report.restarts), (&Did::Reserved(count(2, 256)), 4));
+    assert_eq!(host.file(), allocator_file::write(&count(2, 256)));
+}
+
+#[tokio::test]
+async fn hugepages_that_no_pool_had_are_there_again_after_a_try_that_failed() {
+    // As the kernel's command line reserves them; and a service that gives them back before it fails.
+    for no_cpus in [false, true] {
+        let limit = if no_cpus { None } else { Some(512) };
+        let faults = Faults { in_one_piece: limit, after_compaction: limit, no_cpus, ..Faults::default() };
+        let host = Host::with("m5.xlarge", faults);
+        host.set_pool(&CpuRequest::Pool(CpuSet::default()));
+        host.set_pages(0, 1_048_576, 2);
+        host.set_pages(0, 2048, 100);
+        let report = host.allocate(count(2, 10_240), Some(count(2, 4096))).await;
+        assert!(why(&report).contains("asked for 2 CPUs and 10240 MiB"), "{report:?}");
+        assert_eq!((report.after, pages(&host, 0)), (report.before, 2), "{no_cpus}");
+    }
+}
+
+#[tokio::test]
 async fn a_service_that_cannot_run_is_found_out_before_anything_is_touched() {
     let host = on_two_nodes(Faults { masked: true, ..Faults::default() });
     let before = (host.file(), pages(&host, 0));
@@ -81,11 +115,17 @@ async fn a_service_that_cannot_run_is_found_out_before_anything_is_touched() {
 #[tokio::test]
 async fn a_service_that_is_refused_is_not_asked_for_anything_else() {
     let host = Host::with("m5.xlarge", Faults { refused_from: Some(1), ..Faults::default() });
+    let before = host.file();
     let report = host.allocate(count(2, 2048), Some(count(2, 1024))).await;
     let failure = why(&report);
     assert!(failure.contains("did not run: systemd is busy") && !failure.contains("memory is in pieces"), "{failure}");
     assert_eq!((report.restarts, report.compacted, &report.after), (0, false, &None));
-    assert_eq!(host.file(), allocator_file::write(&count(2, 2048)), "its next run reserves it");
+    assert_eq!(host.file(), before, "nothing was changed, so the file still says what there is");
+    // Nor is there a file where there was none.
+    let path = host.path("etc/nitro_enclaves/allocator.yaml");
+    fs::remove_file(&path).unwrap();
+    host.allocate(count(2, 2048), None).await;
+    assert!(!path.exists());
 }
 
 #[tokio::test(start_paused = true)]

@@ -112,6 +112,42 @@ async fn with_a_torn_ledger_the_enclave_is_adopted_and_the_file_is_kept_aside() 
     load.end().await;
 }
 
+/// Adds a field to that object of a JSON file, as a later version may.
+fn add_field(file: &Path, pointer: &str) {
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+    let object = json.pointer_mut(pointer).and_then(|value| value.as_object_mut()).unwrap();
+    object.insert("added_later".to_owned(), serde_json::json!({ "by": "another version" }));
+    fs::write(file, serde_json::to_vec(&json).unwrap()).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_later_version_that_knew_more_fields_the_enclave_runs_on_and_nothing_is_forgotten() {
+    let host = Host::ready().await;
+    let before = host.until_ready().await;
+    let load = Load::start(Client::new(&host, "localhost"));
+    host.kill_daemon();
+    let (ledger, trace) =
+        (host.machine.state_dir().join("ledger.json"), host.machine.run_dir().join("enclaves/signer-1"));
+    for pointer in ["", "/enclaves/signer", "/enclaves/signer/generations/1", "/enclaves/signer/generations/1/phase"] {
+        add_field(&ledger, pointer);
+    }
+    add_field(&trace.join("launch.json"), "");
+    add_field(&trace.join("launch.json"), "/generation");
+    add_field(&trace.join("record.json"), "/launch");
+    for lost in [false, true] {
+        if lost {
+            // Then its traces have to do.
+            host.kill_daemon();
+            tear(&ledger);
+        }
+        host.start();
+        let after = host.until_ready().await;
+        assert_eq!(after.problems.iter().any(|problem| problem.about == "ledger"), lost);
+        assert_eq!((&of(&after, "signer").pid, host.launches().len()), (&of(&before, "signer").pid, 1));
+    }
+    load.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_ends_the_control_process_with_0_and_nothing_else() {
     let host = Host::ready().await;

@@ -37,6 +37,26 @@ fn everything_is_set_aside_before_the_first_launch_though_the_pool_would_do() {
 }
 
 #[test]
+fn nothing_is_set_aside_where_no_enclave_is_configured_and_everything_with_the_first() {
+    runtime().block_on(async {
+        let mut harness = Harness::new(world(), of(&[], PoolPolicy::All));
+        let before = harness.world.pool();
+        harness.start().await;
+        harness.pass(PATIENCE).await;
+        assert_eq!((harness.world.reserves(), harness.world.pool()), (vec![], before));
+        assert_eq!(pool_waits(&harness), "no enclave is configured, so the pool stays as it is");
+        assert!(harness.status().unwrap().host.pool.unwrap().settled);
+        harness.configure(of(&[("signer", 2, 1024)], PoolPolicy::All)).await;
+        harness.until(PATIENCE, |world| !world.alive().is_empty()).await.unwrap();
+        assert_eq!(harness.world.pool(), (6, 8192));
+        harness.configure(of(&[], PoolPolicy::All)).await;
+        harness.until(PATIENCE, |world| world.alive().is_empty()).await.unwrap();
+        harness.pass(PATIENCE).await;
+        assert_eq!((harness.world.reserves().len(), harness.world.pool()), (1, (6, 8192)), "nor is it given back");
+    });
+}
+
+#[test]
 fn what_cannot_be_set_aside_is_tried_once_a_boot_and_holds_nothing_up_that_has_room() {
     runtime().block_on(async {
         let mut harness = Harness::new(world(), of(&[("signer", 2, 1024)], PoolPolicy::All));

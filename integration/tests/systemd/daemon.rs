@@ -1,5 +1,6 @@
 //! The daemon and the proxy under their units, on a parent host that has no enclaves to run.
 
+use enclaved_core::status::Status;
 use enclaved_integration::machine::DEADLINE;
 use enclaved_integration::machine::parent::{Parent, parent_host};
 
@@ -114,4 +115,30 @@ fn a_daemon_that_cannot_see_what_runs_says_so_and_not_that_it_is_ready() {
     let ready = || Ok((parent.property("enclaved", "ActiveState")? == "active").then_some(()));
     parent.wait_until("it is ready", DEADLINE, ready).unwrap();
     assert_eq!(parent.property("enclaved", "NRestarts").unwrap(), "0");
+}
+
+#[test]
+fn a_proxy_that_supervisor_direct_has_left_running_is_told_until_it_is_gone() {
+    let parent = parent_host().unwrap();
+    let image = "/srv/a.eif";
+    parent.put_image(image, &parent.sample_application("a")).unwrap();
+    parent.configure(&parent.sample_enclave("a", image)).unwrap();
+    // As root, whose socket the daemon may not even connect to.
+    let former = ["enclaved", "proxy", "--state-dir", "/var/lib/former", "--link", "/run/enclaved/proxy.sock"];
+    let former = parent.start(&former).unwrap();
+    let listens = || Ok(parent.run(&["test", "-S", "/run/enclaved/proxy.sock"])?.success().then_some(()));
+    parent.wait_until("it listens", DEADLINE, listens).unwrap();
+    parent.run_ok(&["systemctl", "enable", "--now", "enclaved"]).unwrap();
+    let problem = |status: &Status| {
+        status
+            .problems
+            .iter()
+            .find(|problem| problem.about == "former proxy")
+            .map(|problem| problem.failure.to_string())
+    };
+    let status = parent.until("it is told", |status| problem(status).is_some()).unwrap();
+    let text = problem(&status).unwrap();
+    assert!(text.contains("serves at /run/enclaved/proxy.sock") && text.contains("ss -xlp src"), "{text}");
+    drop(former);
+    parent.until("it is told no more", |status| status.ready && problem(status).is_none()).unwrap();
 }

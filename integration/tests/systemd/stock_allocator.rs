@@ -1,5 +1,6 @@
 //! The stand-in for the stock allocator's service: that it is as strict, and as rough, as the real one.
 
+use enclaved_core::status::{EnclaveStatus, Status};
 use enclaved_integration::machine::parent::{Parent, parent_host};
 
 const UNIT: &str = "nitro-enclaves-allocator.service";
@@ -63,4 +64,30 @@ fn the_stock_allocator_refuses_while_an_enclave_runs() {
     let said = restarted(&parent, "---\nmemory_mib: 512\ncpu_count: 4\n").unwrap_err();
     assert!(said.contains("Could not re-online CPUs"), "{said}");
     assert_eq!(parent.read(POOL).unwrap(), "1,5\n");
+}
+
+#[test]
+fn a_stock_allocator_that_hangs_keeps_the_daemon_neither_from_its_start_nor_from_waiting_for_the_pool() {
+    let parent = parent_host().unwrap();
+    let hangs = "[Service]\nExecStart=\nExecStart=/bin/bash -c 'until [ -e /run/standin/go-on ]; do sleep 0.05; done; \
+         exec /usr/bin/nitro-enclaves-allocator'\n";
+    parent.write(&format!("/run/systemd/system/{UNIT}.d/hangs.conf"), hangs).unwrap();
+    parent.write("/etc/nitro_enclaves/allocator.yaml", "---\nmemory_mib: 512\ncpu_count: 2\n").unwrap();
+    parent.run_ok(&["systemctl", "daemon-reload"]).unwrap();
+    parent.put_image("/srv/a.eif", &parent.sample_application("a")).unwrap();
+    // In the pool as it is, which is the administrator's, there would be room.
+    parent.configure(&parent.sample_enclave("a", "/srv/a.eif")).unwrap();
+    parent.run_ok(&["systemctl", "start", "--no-block", UNIT]).unwrap();
+    parent.run_ok(&["timeout", "20", "systemctl", "start", "enclaved"]).unwrap();
+    assert_eq!(parent.property("enclaved", "ActiveState").unwrap(), "active", "it said that it is ready");
+    let waits = |status: &Status| {
+        let of =
+            |enclave: &EnclaveStatus| enclave.waiting_for.as_ref().is_some_and(|why| why.contains("being changed"));
+        status.enclaves.first().is_some_and(of)
+    };
+    parent.until("the enclave waits for the pool", waits).unwrap();
+    assert!(parent.calls().unwrap().iter().all(|call| call.command() != "run-enclave"));
+    parent.write("/run/standin/go-on", "").unwrap();
+    parent.until("the enclave is ready", |status| status.ready && !status.enclaves.is_empty()).unwrap();
+    assert_eq!(parent.read(POOL).unwrap(), "1,5\n", "the stock service was done by then");
 }

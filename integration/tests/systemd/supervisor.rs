@@ -186,6 +186,39 @@ fn what_is_stopped_by_hand_before_its_unit_is_up_is_held() {
 }
 
 #[test]
+fn who_ends_an_enclave_is_told_apart_where_nothing_of_it_can_be_noted_in_its_traces() {
+    let parent = serving();
+    // What a full /run does, too: a file is written beside its place first.
+    let full = |generation: u32| {
+        for file in ["stop", "asked", "exit"] {
+            let path = format!("/run/enclaved/enclaves/signer-{generation}/.{file}.json.tmp");
+            parent.run_ok(&["mkdir", &path]).unwrap();
+        }
+    };
+    full(1);
+    let good = parent.read("/etc/enclaved/enclaved.toml").unwrap();
+    let unhealthy = good.replace("\"/health\" }", "\"/stream\" }, on_failure = \"restart\", failures = 1");
+    assert_ne!(unhealthy, good);
+    parent.write("/etc/enclaved/enclaved.toml", unhealthy).unwrap();
+    parent.run_ok(&["systemctl", "reload", "enclaved"]).unwrap();
+    let forgotten = || {
+        let there = parent.run(&["test", "-e", "/run/enclaved/enclaves/signer-1"])?.success();
+        Ok((!there).then_some(()))
+    };
+    parent.wait_until("it is ended for its health, and forgotten", DEADLINE, forgotten).unwrap();
+    let status = parent.status().unwrap().unwrap();
+    assert!(!is_held(&status), "enclaved ended it: {status:#?}");
+    assert_eq!(signer(&status).restarts, 1);
+    parent.write("/etc/enclaved/enclaved.toml", good).unwrap();
+    parent.run_ok(&["systemctl", "reload", "enclaved"]).unwrap();
+    until_ready(&parent, 2);
+
+    full(2);
+    parent.run_ok(&["systemctl", "stop", "enclave@signer-2"]).unwrap();
+    parent.until("it is held: an operator stopped it", is_held).unwrap();
+}
+
+#[test]
 fn what_is_stopped_by_hand_while_it_boots_is_held() {
     let parent = configured("");
     parent.switch_on(&[Hazard::always("run-enclave", Fault::SlowBoot { millis: 600_000 })]).unwrap();

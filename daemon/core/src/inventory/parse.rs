@@ -110,16 +110,27 @@ pub fn nitro_cli_version(text: &str) -> Result<String, NotUnderstood> {
 /// How many control sockets of enclaves are listened on, by `/proc/net/unix`: stream sockets with a name below `folder` that
 /// accept connections. A socket file whose process is gone is in the folder, but not in this list.
 pub fn listening_below(proc_net_unix: &str, folder: &str) -> u32 {
+    let below = |name: &&str| {
+        let file = name.strip_prefix(folder).and_then(|rest| rest.strip_prefix('/'));
+        file.is_some_and(|file| file.ends_with(".sock"))
+    };
+    u32::try_from(listening(proc_net_unix).filter(below).count()).unwrap_or(u32::MAX)
+}
+
+/// Whether anybody listens at that path, by `/proc/net/unix`.
+pub fn listens_at(proc_net_unix: &str, path: &str) -> bool {
+    listening(proc_net_unix).any(|name| name == path)
+}
+
+/// The names of the sockets that accept connections.
+fn listening(proc_net_unix: &str) -> impl Iterator<Item = &str> {
     /// `__SO_ACCEPTCON`: the kernel's mark of a listening socket.
     const LISTENING: u32 = 0x0001_0000;
-    let listens = |line: &&str| {
+    proc_net_unix.lines().filter_map(|line| {
         let mut fields = line.split_whitespace();
-        let flags = fields.nth(3).and_then(|flags| u32::from_str_radix(flags, 16).ok());
-        let name = fields.nth(3);
-        let below = name.and_then(|name| name.strip_prefix(folder)?.strip_prefix('/'));
-        flags.is_some_and(|flags| flags & LISTENING != 0) && below.is_some_and(|file| file.ends_with(".sock"))
-    };
-    u32::try_from(proc_net_unix.lines().filter(listens).count()).unwrap_or(u32::MAX)
+        let flags = u32::from_str_radix(fields.nth(3)?, 16).ok()?;
+        fields.nth(3).filter(|_| flags & LISTENING != 0)
+    })
 }
 
 /// Whether `/proc/net/unix` is that of the host: it shows the socket of systemd or of the system's D-Bus. A network namespace of one's
@@ -212,6 +223,8 @@ mod tests {
             0000000000000000: 00000002 00000000 00010000 0001 01 22222\n\
             garbage\n";
         assert_eq!(listening_below(text, "/run/nitro_enclaves"), 1);
+        let listens = |name: &str| listens_at(text, &format!("/run/nitro_enclaves/{name}"));
+        assert_eq!(["1f0.sock", "notes", "1f0", "2f0.sock"].map(listens), [true, true, false, false]);
     }
 
     proptest! {

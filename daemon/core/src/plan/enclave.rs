@@ -167,7 +167,8 @@ impl Planner<'_> {
         let last = self.ledger.enclaves.get(&key.name).and_then(|enclave| enclave.last_end.as_ref());
         let last = last.filter(|last| last.generation == key.generation);
         if let (Some(_), Some(asked)) = (last, end.asked) {
-            // Its unit noted that only after its end was noticed: it was not up yet.
+            // Its unit noted that only after its end was noticed: it was not up yet. Or an operator was first, and it was to be ended
+            // for its health as well. The note is never of what enclaved asked for itself: that it asks for only once it has noted so.
             if asked == AskedBy::Stop {
                 self.record(Change::Held { name: key.name.clone(), by: HeldBy::Systemctl });
             }

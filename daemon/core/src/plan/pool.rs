@@ -25,6 +25,9 @@ const PATIENT_TRIES: u32 = 3;
 /// So long the first launch in a boot waits for a look at the host.
 const UNSEEN: Duration = Duration::from_secs(30);
 
+/// What is said of the pool on a host that is to run nothing.
+pub const NO_ENCLAVE: &str = "no enclave is configured, so the pool stays as it is";
+
 /// What became of the pool in a plan, for status and metrics.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PoolPlan {
@@ -34,7 +37,7 @@ pub struct PoolPlan {
     pub least: Option<Reservation>,
     /// The pool is not what is wanted.
     pub pending: bool,
-    /// Why what is wanted is not there yet.
+    /// Why what is wanted is not there yet, or why nothing is wanted.
     pub waits: Option<String>,
     /// The enclaves that do not fit this host, and why.
     pub refused: BTreeMap<EnclaveName, Failure>,
@@ -214,6 +217,11 @@ impl Planner<'_> {
         let recorded = self.note_try();
         let Some(verdict) = &self.verdict else { return };
         let plan = &mut self.plan.pool;
+        if self.desired.enclaves.is_empty() {
+            // Nor is what is set aside given back: whoever comes next would have to find memory in one piece again.
+            plan.waits = Some(NO_ENCLAVE.to_owned());
+            return;
+        }
         plan.wanted = verdict.wanted.as_ref().map(|wanted| wanted.wish.clone());
         plan.least = verdict.wanted.as_ref().and_then(|wanted| wanted.least.clone());
         plan.pending = verdict.change != PoolChange::Nothing;

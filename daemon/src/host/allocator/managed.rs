@@ -3,21 +3,19 @@
 //!
 //! Never writes the stock allocator's file, nor sysfs: this process may do neither.
 
+use super::stock::{Stock, StockUnit};
 use super::{NotReserved, Outcome, SysfsAllocator};
-use crate::allocate::{ALLOCATE_UNIT, Did, FORMAT, Report, Request, at_work_file, service};
+use crate::allocate::{ALLOCATE_UNIT, Did, FORMAT, Report, Request, is_at_work};
 use crate::atomic_file;
 use crate::host::Allocator;
-use crate::host::inventory::ALLOCATOR_UNIT;
 use crate::launch_trace::Lock;
 use crate::systemd_bus::{JobError, SystemdBus, Verb};
 use enclaved_core::allocator_file::Reservation;
 use enclaved_core::failure::Failure;
 use enclaved_core::observed::Pool;
-use std::fs::{File, TryLockError};
 use std::future::Future;
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The stock service has ten minutes for each of four restarts at the most.
 const PATIENCE: Duration = Duration::from_mins(42);
@@ -31,21 +29,13 @@ const LOOK: Duration = Duration::from_millis(500);
 const LINES: usize = 5;
 const LINE: usize = 200;
 
-/// How long systemd may take to say how the stock service is. It answers within milliseconds.
-const STOCK: Duration = Duration::from_secs(2);
-/// What it said holds for so long.
-const STOCK_AGE: Duration = Duration::from_secs(1);
-
 /// Starts the unit that changes the pool.
-pub trait AllocatorUnit: Send + Sync + 'static {
+pub trait AllocatorUnit: StockUnit {
     /// Starts it, and waits until it has ended.
     fn run(&self) -> impl Future<Output = Result<(), JobError>> + Send;
 
     /// Sees to it that it does not begin any more, if it has not; `false`: it has, or was not to.
     fn take_back(&self) -> impl Future<Output = Outcome<bool>> + Send;
-
-    /// Whether the stock service is changing the pool, or is about to, whoever started it.
-    fn stock_at_work(&self) -> impl Future<Output = Outcome<bool>> + Send;
 }
 
 /// The unit under systemd.
@@ -60,9 +50,11 @@ impl AllocatorUnit for SystemdUnit {
     async fn take_back(&self) -> Outcome<bool> {
         self.0.take_back(ALLOCATE_UNIT).await
     }
+}
 
+impl StockUnit for SystemdUnit {
     async fn stock_at_work(&self) -> Outcome<bool> {
-        Ok(service::is_at_work(self.0.unit(ALLOCATOR_UNIT).await?.as_ref()))
+        self.0.stock_at_work().await
     }
 }
 
@@ -85,46 +77,25 @@ pub struct ManagedAllocator<U> {
     settings: ManagedSettings,
     sysfs: SysfsAllocator,
     unit: U,
-    /// What was last said of the stock service, and when.
-    stock: Mutex<Option<(Instant, bool)>>,
+    stock: Stock,
 }
 
 impl<U: AllocatorUnit> ManagedAllocator<U> {
     /// By that unit.
     pub fn new(settings: ManagedSettings, unit: U) -> Self {
-        Self { sysfs: SysfsAllocator::new(&settings.sysfs), settings, unit, stock: Mutex::default() }
+        Self { sysfs: SysfsAllocator::new(&settings.sysfs), settings, unit, stock: Stock::new() }
     }
 
     /// Whether the pool is being changed: by root's process, or by a stock service that has outlived it, or was started by hand.
-    async fn is_changing(&self) -> bool {
-        at_work(&self.settings.report) || self.stock_at_work().await
-    }
-
-    /// Without an answer it is not: what is launched beside it fails, and is launched again.
-    async fn stock_at_work(&self) -> bool {
-        let known = *self.stock.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((at, false)) = known
-            && at.elapsed() < STOCK_AGE
-        {
-            return false;
-        }
-        let said = match tokio::time::timeout(STOCK, self.unit.stock_at_work()).await {
-            Ok(Ok(said)) => said,
-            Ok(Err(failure)) => {
-                tracing::debug!("whether {ALLOCATOR_UNIT} is at work is not known: {failure}");
-                false
-            }
-            Err(_) => false,
-        };
-        *self.stock.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), said));
-        said
+    async fn is_changing(&self) -> Outcome<bool> {
+        Ok(is_at_work(&self.settings.report) || self.stock.is_at_work(&self.unit).await?)
     }
 
     /// Returns when it is known that the unit has not begun; never, once it has.
     async fn never_began(&self, request: &Request) {
         let until = tokio::time::Instant::now() + BEGIN;
         while tokio::time::Instant::now() < until {
-            if at_work(&self.settings.report) || self.answer(request).is_ok() {
+            if is_at_work(&self.settings.report) || self.answer(request).is_ok() {
                 return std::future::pending().await;
             }
             tokio::time::sleep(LOOK).await;
@@ -158,11 +129,11 @@ impl<U: AllocatorUnit> ManagedAllocator<U> {
 impl<U: AllocatorUnit> Allocator for ManagedAllocator<U> {
     async fn observe(&self) -> Outcome<Pool> {
         // In this order: what was being changed when the numbers were read is said to be so.
-        let before = self.is_changing().await;
+        let before = self.is_changing().await?;
         let pool = self.sysfs.observe().await?;
         Ok(match pool {
             Pool::Sized { cpus, memory, memory_free, .. } => {
-                Pool::Sized { cpus, memory, memory_free, changing: before || self.is_changing().await }
+                Pool::Sized { cpus, memory, memory_free, changing: before || self.is_changing().await? }
             }
             Pool::External => Pool::External,
         })
@@ -182,7 +153,7 @@ impl<U: AllocatorUnit> Allocator for ManagedAllocator<U> {
         };
         if matches!(ran, Err(JobError::Unknown(_))) {
             // The bus was lost; it goes on, and will say what came of it.
-            while at_work(&self.settings.report) {
+            while is_at_work(&self.settings.report) {
                 tokio::time::sleep(LOOK).await;
             }
         }
@@ -237,13 +208,6 @@ fn judge(report: Report, request: &Request) -> Result<(), NotReserved> {
     }
 }
 
-/// Whether `enclaved allocate` is at work, by the lock that it holds; also one that an earlier process of the daemon started. Without
-/// evidence it is not: what is launched beside it fails, and is launched again.
-fn at_work(report: &Path) -> bool {
-    let Ok(lock) = File::open(at_work_file(report)) else { return false };
-    matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock))
-}
-
 /// No other request has it.
 fn new_id() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -253,9 +217,11 @@ fn new_id() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::allocate::lock::tests::Elsewhere;
     use enclaved_core::allocator_file::CpuRequest;
     use enclaved_core::id::MemoryMib;
     use std::fs;
+    use std::path::Path;
     use tempfile::TempDir;
 
     fn wish(memory: u64) -> Reservation {
@@ -284,7 +250,9 @@ mod tests {
         async fn take_back(&self) -> Outcome<bool> {
             Ok(self.take_back)
         }
+    }
 
+    impl StockUnit for Unit {
         async fn stock_at_work(&self) -> Outcome<bool> {
             self.stock.clone()
         }
@@ -429,10 +397,8 @@ mod tests {
         fs::create_dir_all(folder.path().join("sys/devices/system/node")).unwrap();
         assert!(!changing(&allocator).await);
         allocator.unit.stock = Ok(true);
-        allocator.stock = Mutex::default();
+        allocator.stock = Stock::new();
         assert!(changing(&allocator).await);
-        allocator.unit.stock = Err(Failure::new("the bus is away"));
-        assert!(!changing(&allocator).await, "without an answer it is not, at once");
     }
 
     #[tokio::test(start_paused = true)]
@@ -447,13 +413,13 @@ mod tests {
         assert!(!refused.ran && refused.failure.message.starts_with("the enclave pool is not changed"), "{refused:?}");
 
         let (folder, allocator) = host(None);
-        let lock = File::create(at_work_file(&folder.path().join("report.json"))).unwrap();
-        lock.lock().unwrap();
+        let report = folder.path().join("report.json");
+        let root = Elsewhere::hold(&report, "show");
         let patience = Duration::from_secs(1800);
         let wish = wish(64);
         assert!(tokio::time::timeout(patience, allocator.reserve(&wish, None)).await.is_err(), "it is at work");
-        assert!(at_work(&folder.path().join("report.json")));
-        drop(lock);
-        assert!(!at_work(&folder.path().join("report.json")));
+        assert!(is_at_work(&report));
+        drop(root);
+        assert!(!is_at_work(&report));
     }
 }
