@@ -2,7 +2,7 @@
 //! takes a lock. Nothing here decides anything.
 
 use enclaved_core::id::{Cid, EnclaveName};
-use enclaved_core::routes::{Direction, LatencyReport, TrafficReport};
+use enclaved_core::routes::{Direction, LatencyReport, TrafficReport, UpstreamReport};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
@@ -192,6 +192,8 @@ pub(crate) struct Traffic {
     pub(crate) connects: Latency,
     /// How long requests took to be answered.
     pub(crate) answers: Latency,
+    /// The connections that carry requests.
+    pub(crate) upstream: UpstreamCounts,
     failed: Tally<Failure>,
     status: [AtomicU64; 5],
 }
@@ -206,6 +208,7 @@ impl Traffic {
             from_enclave: AtomicU64::new(0),
             connects: Latency::default(),
             answers: Latency::default(),
+            upstream: UpstreamCounts::new(),
             failed: Tally::new(),
             status: Default::default(),
         }
@@ -245,7 +248,107 @@ impl Traffic {
             status_classes: classes.filter(|(_, count)| *count > 0).collect(),
             connects: self.connects.report(),
             answers: self.answers.report(),
+            upstream: self.upstream.report(),
         }
+    }
+}
+
+/// What counts the bytes of a relay.
+pub(crate) trait Meter {
+    /// Bytes were carried towards the enclave.
+    fn inwards(&self, bytes: u64);
+    /// Bytes were carried from the enclave.
+    fn outwards(&self, bytes: u64);
+}
+
+impl Meter for Traffic {
+    fn inwards(&self, bytes: u64) {
+        self.to_enclave.fetch_add(bytes, Relaxed);
+    }
+
+    fn outwards(&self, bytes: u64) {
+        self.from_enclave.fetch_add(bytes, Relaxed);
+    }
+}
+
+impl<M: Meter> Meter for Arc<M> {
+    fn inwards(&self, bytes: u64) {
+        M::inwards(self, bytes);
+    }
+
+    fn outwards(&self, bytes: u64) {
+        M::outwards(self, bytes);
+    }
+}
+
+/// HTTP connections into an enclave.
+#[derive(Debug)]
+pub(crate) struct UpstreamCounts {
+    open: AtomicU64,
+    connects: AtomicU64,
+    connects_failed: Tally<Failure>,
+    reused: AtomicU64,
+    repeated: AtomicU64,
+}
+
+impl UpstreamCounts {
+    fn new() -> Self {
+        Self {
+            open: AtomicU64::new(0),
+            connects: AtomicU64::new(0),
+            connects_failed: Tally::new(),
+            reused: AtomicU64::new(0),
+            repeated: AtomicU64::new(0),
+        }
+    }
+
+    /// One is to be opened.
+    pub(crate) fn connects(&self) {
+        self.connects.fetch_add(1, Relaxed);
+    }
+
+    /// One could not be opened.
+    pub(crate) fn connect_failed(&self, failure: Failure) {
+        self.connects_failed.count(failure);
+    }
+
+    /// A request goes over one that was kept.
+    pub(crate) fn reused(&self) {
+        self.reused.fetch_add(1, Relaxed);
+    }
+
+    /// A request goes a second time.
+    pub(crate) fn repeated(&self) {
+        self.repeated.fetch_add(1, Relaxed);
+    }
+
+    /// Without those that are idle.
+    fn report(&self) -> UpstreamReport {
+        UpstreamReport {
+            active: self.open.load(Relaxed),
+            idle: 0,
+            connects: self.connects.load(Relaxed),
+            connects_failed: self.connects_failed.report(),
+            reused: self.reused.load(Relaxed),
+            repeated: self.repeated.load(Relaxed),
+        }
+    }
+}
+
+/// An HTTP connection into an enclave, counted as open for as long as this exists.
+#[derive(Debug)]
+pub(crate) struct Upstream(Arc<Traffic>);
+
+impl Upstream {
+    pub(crate) fn open(traffic: &Arc<Traffic>) -> Self {
+        traffic.upstream.open.fetch_add(1, Relaxed);
+        Self(traffic.clone())
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        self.0.upstream.open.fetch_sub(1, Relaxed);
     }
 }
 
@@ -269,6 +372,11 @@ impl Open {
             live.ingress_open.fetch_add(1, SeqCst);
         }
         Self::new(traffic, target.cloned())
+    }
+
+    /// Whether the generation of an enclave that it is for has ended.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.drain.as_ref().is_some_and(|live| live.cut.is_cancelled())
     }
 
     fn new(traffic: &Arc<Traffic>, drain: Option<Arc<Live>>) -> Self {

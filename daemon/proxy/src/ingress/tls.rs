@@ -4,11 +4,11 @@
 use super::sites::Sites;
 use crate::certificates::CertificateSource;
 use crate::current::Current;
-use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use rustls::{ProtocolVersion, ServerConfig};
 use std::sync::Arc;
 
 /// The protocols on offer, the better first.
@@ -72,5 +72,14 @@ mod tests {
         drop(aws_lc_rs::default_provider().install_default());
         let groups: Vec<_> = provider().kx_groups.iter().map(|group| group.name()).collect();
         assert_eq!(groups, [NamedGroup::X25519, NamedGroup::secp256r1, NamedGroup::secp384r1]);
+    }
+}
+
+/// A version of TLS, for people.
+pub(crate) fn version_name(version: ProtocolVersion) -> Option<&'static str> {
+    match version {
+        ProtocolVersion::TLSv1_2 => Some("1.2"),
+        ProtocolVersion::TLSv1_3 => Some("1.3"),
+        _ => None,
     }
 }
