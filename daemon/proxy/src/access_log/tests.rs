@@ -61,7 +61,7 @@ fn said() -> impl Strategy<Value = Request<()>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(16))]
     #[test]
     fn whatever_a_client_says_its_line_is_one_json_object_of_bounded_length(requests in prop::collection::vec(said(), 1..20)) {
         let dir = tempfile::tempdir().unwrap();
