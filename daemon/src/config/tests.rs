@@ -274,6 +274,18 @@ fn cautions_services_are_where_the_images_release_has_them() {
 }
 
 #[test]
+fn a_raw_port_of_the_application_behind_earlier_end_to_end_encryption_is_a_warning() {
+    let warnings = |e2e: &str| {
+        let keys =
+            format!("domains = [\"a.b\"]\nroutes = [{{ path = \"/y\", vsock_port = 80 }}]\nports = [8083]\n{e2e}");
+        good(&format!("{SIGNER}[enclave.ingress]\n{keys}")).warnings.join("\n")
+    };
+    let said = warnings("e2e = \"earlier\"");
+    assert!(said.contains("ingress.ports[0]: gets around the encryption"), "{said}");
+    assert!(!warnings("e2e = true\nhttp_port = 8083").contains("gets around"));
+}
+
+#[test]
 fn an_access_log_that_the_proxys_unit_cannot_write_is_a_warning_where_there_is_that_unit() {
     let warnings = |host: &str, to: &str| good(&format!("{host}\n[ingress]\naccess_log = \"{to}\"")).warnings;
     for fine in ["stdout", "/var/log/enclaved-proxy/a.log", "/dev/null"] {

@@ -4,7 +4,7 @@ use crate::support::{Enclave, Host, body, cid, https_address, soon, tcp_address,
 use enclaved_core::routes::{AccessLog, Direction, IpNetwork, ListenerKey, Passthrough, Routes};
 use http::{Request, Response};
 use http_body_util::BodyExt;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -53,8 +53,8 @@ fn logged(log: &Log, routes: Routes) -> Routes {
 }
 
 /// The values of these keys.
-fn of<const N: usize>(line: &Value, keys: [&str; N]) -> [Value; N] {
-    keys.map(|key| line[key].clone())
+fn of<const N: usize>(line: &Value, keys: [&str; N]) -> Value {
+    keys.iter().map(|key| line[key].clone()).collect()
 }
 
 #[tokio::test]
@@ -89,18 +89,11 @@ async fn a_request_has_one_line_that_says_whose_it_was_and_how_it_went_and_none_
     let lines = log.lines(2).await;
     for (number, (line, id)) in lines.iter().zip(&ids).enumerate() {
         let said = of(line, ["protocol", "client", "host", "enclave", "cid", "vsock_port", "method", "tls", "status"]);
-        let expected = ["https", "127.0.0.1", "a.test", "app"].map(Value::from).into_iter();
-        let expected: Vec<_> =
-            expected.chain([16.into(), 8080.into(), "POST".into(), "1.3".into(), 200.into()]).collect();
-        assert_eq!(said.to_vec(), expected, "{line}");
-        assert_eq!(
-            of(line, ["bytes_in", "bytes_out", "answered_by", "ended"]),
-            [8.into(), 12.into(), "enclave".into(), "whole".into()]
-        );
-        assert_eq!(
-            of(line, ["request_id", "upstream_reused", "upstream_repeated"]),
-            [id.as_str().into(), (number == 1).into(), false.into()]
-        );
+        assert_eq!(said, json!(["https", "127.0.0.1", "a.test", "app", 16, 8080, "POST", "1.3", 200]));
+        let said = of(line, ["bytes_in", "bytes_out", "answered_by", "ended"]);
+        assert_eq!(said, json!([8, 12, "enclave", "whole"]));
+        let said = of(line, ["request_id", "upstream_reused", "upstream_repeated"]);
+        assert_eq!(said, json!([id, number == 1, false]));
         assert_eq!(line["user_agent"], "an \"agent\" \\ \u{fffd}");
         let (head, all) = (line["head_seconds"].as_f64().unwrap(), line["seconds"].as_f64().unwrap());
         assert!(head > 0.0 && head <= all && all < 20.0, "{line}");
@@ -108,8 +101,8 @@ async fn a_request_has_one_line_that_says_whose_it_was_and_how_it_went_and_none_
         assert!(time.len() == "2000-01-01T00:00:00.000Z".len() && time.ends_with('Z'), "{time}");
         assert_eq!(line.get("forwarded_for"), None, "nobody trusts that client");
     }
-    assert_eq!(of(&lines[0], ["path", "http"]), ["/x%20y/z".into(), "1.1".into()]);
-    assert_eq!(of(&lines[1], ["path", "http"]), ["/".into(), "2".into()]);
+    assert_eq!(of(&lines[0], ["path", "http"]), json!(["/x%20y/z", "1.1"]));
+    assert_eq!(of(&lines[1], ["path", "http"]), json!(["/", "2"]));
     assert!(!log.read().contains("secret") && !log.read().contains("198.51"), "{}", log.read());
 }
 
@@ -142,13 +135,11 @@ async fn the_proxys_own_answers_have_lines_with_the_reason_that_they_are_counted
     let lines = log.lines(6).await;
     for (line, (method, path, name, status, reason)) in lines.iter().zip(expect) {
         let said = of(line, ["method", "path", "host", "status", "reason", "answered_by", "ended"]);
-        let expected: [Value; 7] =
-            [method.into(), path.into(), name.into(), status.into(), reason.into(), "proxy".into(), "whole".into()];
-        assert_eq!(said, expected, "{line}");
+        assert_eq!(said, json!([method, path, name, status, reason, "proxy", "whole"]), "{line}");
         assert_eq!((line["bytes_out"].as_u64().unwrap() == 0, line.get("upstream_reused")), (method == "HEAD", None));
     }
     let said = of(&lines[5], ["protocol", "path", "status", "answered_by", "ended"]);
-    assert_eq!(said, ["http".into(), "/x".into(), 308.into(), "proxy".into(), "whole".into()]);
+    assert_eq!(said, json!(["http", "/x", 308, "proxy", "whole"]));
     assert!(!log.read().contains("secret"));
 }
 
@@ -193,11 +184,11 @@ async fn a_line_says_how_an_answer_ended_that_was_not_whole() {
 
     let lines = log.lines(4).await;
     let said: Vec<_> = lines.iter().map(|line| of(line, ["path", "status", "bytes_out", "ended"])).collect();
-    let expected: [[Value; 4]; 4] = [
-        ["/breaks".into(), 200.into(), 10.into(), "enclave".into()],
-        ["/silent".into(), Value::Null, 0.into(), "client".into()],
-        ["/stays/for-its-client".into(), 200.into(), 10.into(), "client".into()],
-        ["/stays".into(), 200.into(), 10.into(), "cut".into()],
+    let expected = [
+        json!(["/breaks", 200, 10, "enclave"]),
+        json!(["/silent", null, 0, "client"]),
+        json!(["/stays/for-its-client", 200, 10, "client"]),
+        json!(["/stays", 200, 10, "cut"]),
     ];
     assert_eq!(said, expected);
 }
@@ -214,7 +205,7 @@ async fn what_a_trusted_proxy_says_of_its_client_stands_beside_its_own_address()
     let mut client = host.http1(address, "a.test").await;
     text(client.send(request.body(body("")).unwrap()).await.unwrap()).await;
     let lines = log.lines(1).await;
-    assert_eq!(of(&lines[0], ["client", "forwarded_for"]), ["127.0.0.1".into(), "10.0.0.1, 198.51.100.7".into()]);
+    assert_eq!(of(&lines[0], ["client", "forwarded_for"]), json!(["127.0.0.1", "10.0.0.1, 198.51.100.7"]));
 }
 
 #[tokio::test]
@@ -275,15 +266,14 @@ async fn raw_connections_passed_through_ones_and_those_that_change_their_protoco
     // The last two end each by itself.
     lines.sort_by_key(|line| line.get("reason").is_some_and(|reason| reason == "no_target"));
     let keys = ["protocol", "enclave", "cid", "vsock_port", "bytes_in", "bytes_out", "ended"];
-    let expected: [Value; 7] = ["tcp".into(), "app".into(), 16.into(), 7000.into(), 5.into(), 5.into(), "whole".into()];
-    assert_eq!(of(&lines[0], keys), expected);
+    assert_eq!(of(&lines[0], keys), json!(["tcp", "app", 16, 7000, 5, 5, "whole"]));
     assert_eq!(lines[0]["listen"], "127.0.0.1:0", "as it is configured");
-    assert_eq!(of(&lines[1], ["protocol", "enclave", "vsock_port"]), ["tls".into(), "raw".into(), 8443.into()]);
+    assert_eq!(of(&lines[1], ["protocol", "enclave", "vsock_port"]), json!(["tls", "raw", 8443]));
     assert!(lines[1]["bytes_in"].as_u64().unwrap() > 100, "{}", lines[1]);
-    let expected: [Value; 6] = ["https".into(), 101.into(), 3.into(), 6.into(), "enclave".into(), "/".into()];
-    assert_eq!(of(&lines[2], ["protocol", "status", "bytes_in", "bytes_out", "answered_by", "path"]), expected);
-    let expected: [Value; 4] = ["tcp".into(), Value::Null, "no_target".into(), "refused".into()];
-    assert_eq!(of(&lines[3], ["protocol", "cid", "reason", "ended"]), expected);
+    let said = of(&lines[2], ["protocol", "status", "bytes_in", "bytes_out", "answered_by", "path"]);
+    assert_eq!(said, json!(["https", 101, 3, 6, "enclave", "/"]));
+    let said = of(&lines[3], ["protocol", "cid", "reason", "ended"]);
+    assert_eq!(said, json!(["tcp", null, "no_target", "refused"]));
 }
 
 #[tokio::test]

@@ -292,6 +292,9 @@ impl Judge<'_> {
                 }
             };
             self.listener(listen, &at);
+            if form.e2e.release() == Some(CautionRelease::Earlier) && vsock_port == CautionRelease::EARLIER_APP {
+                self.problems.warn(self.tree, &at, past_e2e("remove this port, if it is the same application"));
+            }
             tcp.extend(listen.map(|listen| TcpPort { listen, vsock_port, rules }));
         }
         IngressSpec { domains: own, paths, site, tcp }
