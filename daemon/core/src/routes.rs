@@ -18,6 +18,7 @@ mod caution;
 mod check;
 mod names;
 mod rules;
+mod upstream;
 pub use access_log::{AccessLog, BadAccessLog};
 pub use caution::CautionRelease;
 pub use check::InvalidRoutes;
@@ -26,6 +27,7 @@ pub use rules::{
     Ages, BadIpNetwork, CertificateFiles, EgressLimits, HttpsRules, IpNetwork, Passthrough, ProxyProtocol, SiteRules,
     TcpRules, UpstreamHttp,
 };
+pub use upstream::UpstreamReport;
 
 /// How vsock is reached on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -417,24 +419,6 @@ pub struct TrafficReport {
     /// HTTPS only: the connections into the enclave that carry the requests.
     #[serde(default)]
     pub upstream: UpstreamReport,
-}
-
-/// HTTP connections into an enclave. Those that changed to another protocol (WebSocket) are none any more.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(default)]
-pub struct UpstreamReport {
-    /// Open, with a request on them.
-    pub active: u64,
-    /// Open, kept for the next request.
-    pub idle: u64,
-    /// Tries to open one.
-    pub connects: u64,
-    /// Those that failed, by reason (`connect`, `connect_timeout`, `bad_answer`).
-    pub connects_failed: BTreeMap<String, u64>,
-    /// Requests that were sent over a kept one.
-    pub reused: u64,
-    /// Requests that were sent a second time, because the enclave had closed the kept connection meanwhile.
-    pub repeated: u64,
 }
 
 /// Which way traffic goes.

@@ -143,10 +143,7 @@ impl AccessLogs {
         // It may be another's turn by now.
         for _ in 0..3 {
             let Some(queue) = &*self.queue.get() else { return };
-            match queue.push(line) {
-                Ok(()) => return,
-                Err(Closed) => {}
-            }
+            let Err(Closed) = queue.push(line) else { return };
         }
         self.dropped.fetch_add(1, Relaxed);
     }

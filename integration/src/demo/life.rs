@@ -339,9 +339,10 @@ impl<'a> Life<'a> {
             ensure!(began.elapsed() < PATIENCE, "the request has no line in {}:\n{text}", file.display());
             sleep(POLL).await;
         };
-        let [by, status, cid] = ["answered_by", "status", "cid"].map(|key| &line[key]);
-        self.stages
-            .stage("access log", format!("a line of JSON: {status} by the {by} with CID {cid} (no query, no headers)"));
+        let by = line["answered_by"].as_str().unwrap_or_default();
+        let text =
+            format!("its line of JSON: {} by the {by} with CID {}, {} s", line["status"], line["cid"], line["seconds"]);
+        self.stages.stage("access log", text);
         Ok(())
     }
 

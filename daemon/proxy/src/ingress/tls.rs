@@ -61,6 +61,15 @@ impl ResolvesServerCert for Resolver {
     }
 }
 
+/// A version of TLS, for people.
+pub(crate) fn version_name(version: ProtocolVersion) -> Option<&'static str> {
+    match version {
+        ProtocolVersion::TLSv1_2 => Some("1.2"),
+        ProtocolVersion::TLSv1_3 => Some("1.3"),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,14 +81,5 @@ mod tests {
         drop(aws_lc_rs::default_provider().install_default());
         let groups: Vec<_> = provider().kx_groups.iter().map(|group| group.name()).collect();
         assert_eq!(groups, [NamedGroup::X25519, NamedGroup::secp256r1, NamedGroup::secp384r1]);
-    }
-}
-
-/// A version of TLS, for people.
-pub(crate) fn version_name(version: ProtocolVersion) -> Option<&'static str> {
-    match version {
-        ProtocolVersion::TLSv1_2 => Some("1.2"),
-        ProtocolVersion::TLSv1_3 => Some("1.3"),
-        _ => None,
     }
 }

@@ -2,7 +2,6 @@
 //! has headers of its own.
 
 use crate::support::{Enclave, Host, body, https_address, soon};
-use bytes::Bytes;
 use enclaved_core::routes::{CautionRelease, PathRoute, Routes, UpstreamHttp};
 use http::{HeaderMap, HeaderName, HeaderValue, Request};
 use http_body_util::BodyExt;
@@ -182,7 +181,7 @@ async fn as_it_was_said(release: CautionRelease, paths: &[(&str, u32)]) {
         let response = client.send(request).await.unwrap();
         let of = |headers: &HeaderMap| sorted(headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes())));
         assert_eq!((response.status().as_u16(), of(response.headers())), (203, with_date(sorted(HEADERS), &response)));
-        assert!(soon("the body", response.collect()).await.unwrap().to_bytes() == Bytes::from(secret(100_000)));
+        assert!(soon("the body", response.collect()).await.unwrap().to_bytes() == secret(100_000));
         assert!(soon("the request", got.recv()).await.unwrap() == expected(path, *port), "{path} over HTTP/2");
     }
 }
