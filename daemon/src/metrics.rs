@@ -8,7 +8,7 @@ mod latencies;
 
 use crate::reconciler::Report;
 use enclaved_core::diagnosis::Check;
-use enclaved_core::routes::{Direction, ListenerKey, NameReport, ProxyReport, TrafficReport};
+use enclaved_core::routes::{Direction, ListenerKey, NameReport, ProxyReport, TrafficReport, UpstreamReport};
 use enclaved_core::status::{EnclaveState, EnclaveStatus, Health, Status};
 use latencies::Latencies;
 use prometheus::core::Collector;
@@ -91,6 +91,12 @@ struct StateSeries {
     https_certificate_expiry: IntGaugeVec,
     https_certificate_failed: IntGaugeVec,
     https_client_ca_failed: IntGaugeVec,
+    upstream_connections: IntGaugeVec,
+    upstream_connects: IntCounterVec,
+    upstream_connect_failures: IntCounterVec,
+    upstream_reused: IntCounterVec,
+    upstream_repeated: IntCounterVec,
+    access_log_dropped: IntCounterVec,
 }
 
 /// A metric was defined twice or with a bad name: a bug that any start of the process shows.
@@ -282,6 +288,36 @@ impl Metrics {
                 "1 if an enclave's `client_ca` can't be used: see `enclavectl status`.",
                 enclave,
             )?,
+            upstream_connections: gauges(
+                "enclaved_upstream_connections",
+                "Open HTTP connections into an enclave: active ones carry a request, idle ones are kept for the next.",
+                &["enclave", "state"],
+            )?,
+            upstream_connects: counters(
+                "enclaved_upstream_connects_total",
+                "Tries to open an HTTP connection into an enclave.",
+                enclave,
+            )?,
+            upstream_connect_failures: counters(
+                "enclaved_upstream_connect_failures_total",
+                "Tries to open an HTTP connection into an enclave that failed.",
+                &["enclave", "reason"],
+            )?,
+            upstream_reused: counters(
+                "enclaved_upstream_reused_total",
+                "Requests that were sent to an enclave over a connection that was kept.",
+                enclave,
+            )?,
+            upstream_repeated: counters(
+                "enclaved_upstream_repeats_total",
+                "Requests that were sent to an enclave a second time, because it had closed the kept connection.",
+                enclave,
+            )?,
+            access_log_dropped: counters(
+                "enclaved_access_log_dropped_total",
+                "Lines of the access log that were lost: what it is written to did not take them, or not in time.",
+                &[],
+            )?,
         };
         let info = gauges("enclaved_build_info", "The running version.", &["version"])?;
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
@@ -451,6 +487,7 @@ impl StateSeries {
             &self.https_certificate_expiry,
             &self.https_certificate_failed,
             &self.https_client_ca_failed,
+            &self.upstream_connections,
         ];
         gauges.iter().for_each(|series| series.reset());
         self.enclave_since.reset();
@@ -464,6 +501,11 @@ impl StateSeries {
             &self.failures,
             &self.responses,
             &self.name_failures,
+            &self.upstream_connects,
+            &self.upstream_connect_failures,
+            &self.upstream_reused,
+            &self.upstream_repeated,
+            &self.access_log_dropped,
         ];
         counters.iter().for_each(|series| series.reset());
         self.connect_seconds.reset();
@@ -518,6 +560,7 @@ impl StateSeries {
         for (reason, count) in &report.refused {
             self.refused.with_label_values(&[reason]).inc_by(*count);
         }
+        self.access_log_dropped.with_label_values::<&str>(&[]).inc_by(report.access_log_dropped);
         self.https_connections.set(int(report.https_connections));
         for (cause, count) in &report.handshake_failures {
             self.handshake_failures.with_label_values(&[cause]).inc_by(*count);
@@ -584,7 +627,20 @@ impl StateSeries {
         self.connect_seconds.set(&[enclave, endpoint], &traffic.connects);
         if traffic.direction == Direction::Https {
             self.https_seconds.set(&[enclave], &traffic.answers);
+            self.upstream(enclave, &traffic.upstream);
         }
+    }
+
+    fn upstream(&self, enclave: &str, upstream: &UpstreamReport) {
+        for (state, count) in [("active", upstream.active), ("idle", upstream.idle)] {
+            self.upstream_connections.with_label_values(&[enclave, state]).set(int(count));
+        }
+        self.upstream_connects.with_label_values(&[enclave]).inc_by(upstream.connects);
+        for (reason, count) in &upstream.connects_failed {
+            self.upstream_connect_failures.with_label_values(&[enclave, reason]).inc_by(*count);
+        }
+        self.upstream_reused.with_label_values(&[enclave]).inc_by(upstream.reused);
+        self.upstream_repeated.with_label_values(&[enclave]).inc_by(upstream.repeated);
     }
 }
 
@@ -625,6 +681,7 @@ mod tests {
             status_classes: BTreeMap::default(),
             connects: latency(1, 3000),
             answers: LatencyReport::default(),
+            upstream: UpstreamReport::default(),
         };
         let name = NameReport {
             hostname: "db.example.com".to_owned(),
@@ -659,6 +716,47 @@ mod tests {
             format!("enclaved_dns_lookup_duration_seconds_count{{{name}}} 2"),
         ];
         for line in lines {
+            assert!(text.lines().any(|found| found == line), "no {line} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn the_connections_into_an_enclave_are_shown_by_state_and_how_they_are_used() {
+        let upstream = UpstreamReport {
+            active: 3,
+            idle: 5,
+            connects: 9,
+            connects_failed: [("connect".to_owned(), 1)].into(),
+            reused: 70,
+            repeated: 2,
+        };
+        let traffic = TrafficReport {
+            enclave: "signer".parse().unwrap(),
+            direction: Direction::Https,
+            endpoint: "https".to_owned(),
+            open: 0,
+            total: 0,
+            bytes_to_enclave: 0,
+            bytes_from_enclave: 0,
+            failed: BTreeMap::new(),
+            status_classes: BTreeMap::new(),
+            connects: LatencyReport::default(),
+            answers: LatencyReport::default(),
+            upstream,
+        };
+        let report = ProxyReport { traffic: vec![traffic], access_log_dropped: 4, ..ProxyReport::default() };
+        let metrics = Metrics::new().unwrap();
+        metrics.inner.state.set(&Status::default(), Some(&report));
+        let text = metrics.render(None).unwrap();
+        for line in [
+            "enclaved_upstream_connections{enclave=\"signer\",state=\"active\"} 3",
+            "enclaved_upstream_connections{enclave=\"signer\",state=\"idle\"} 5",
+            "enclaved_upstream_connects_total{enclave=\"signer\"} 9",
+            "enclaved_upstream_connect_failures_total{enclave=\"signer\",reason=\"connect\"} 1",
+            "enclaved_upstream_reused_total{enclave=\"signer\"} 70",
+            "enclaved_upstream_repeats_total{enclave=\"signer\"} 2",
+            "enclaved_access_log_dropped_total 4",
+        ] {
             assert!(text.lines().any(|found| found == line), "no {line} in\n{text}");
         }
     }

@@ -121,6 +121,11 @@ impl Machine {
         self.path().join("proxy")
     }
 
+    /// Where requests are logged.
+    pub fn access_log(&self) -> PathBuf {
+        self.path().join("access.log")
+    }
+
     /// The folder of sockets and records.
     pub fn run_dir(&self) -> PathBuf {
         self.path().join("run")
@@ -177,7 +182,7 @@ impl Machine {
         format!(
             "[host]\nreserve_cpus = 2\nreserve_memory_mib = 64\nallocator = \"verify\"\nsupervisor = \"direct\"\n\
              drain = \"2s\"\nstate_dir = {:?}\nrun_dir = {:?}\nproxy_state_dir = {:?}\nsysfs = {:?}\n\n\
-             [nitro]\ncli = {:?}\n\n[vsock]\ntransport = {{ hybrid = {:?} }}\n\n[ingress]\nlisten = \"{}\"\n\n\
+             [nitro]\ncli = {:?}\n\n[vsock]\ntransport = {{ hybrid = {:?} }}\n\n[ingress]\nlisten = \"{}\"\naccess_log = {:?}\n\n\
              [metrics]\nlisten = \"{}\"\n\n[control_plane]\nurl = \"{}\"\ninterval = \"1s\"\n\n",
             self.state_dir(),
             self.run_dir(),
@@ -186,6 +191,7 @@ impl Machine {
             self.nitro.nitro_cli(),
             self.nitro.vsock(),
             self.ingress,
+            self.access_log(),
             self.metrics,
             self.control_plane.url(),
         )

@@ -10,7 +10,7 @@ pub use source::{BadImageSource, ImageSource, Url};
 
 use crate::id::{EnclaveName, MemoryMib};
 use crate::image::ExpectedImage;
-use crate::routes::{EgressLimits, HttpsListener, PathRoute, SiteRules, TcpRules, VsockTransport};
+use crate::routes::{AccessLog, EgressLimits, HttpsListener, PathRoute, SiteRules, TcpRules, VsockTransport};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -26,6 +26,9 @@ pub struct Desired {
     pub vsock: VsockTransport,
     /// Where HTTPS is served; `None` if no enclave has domains.
     pub https: Option<HttpsListener>,
+    /// Where requests and raw connections from clients are logged; `None`: nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access_log: Option<AccessLog>,
     /// The enclaves, at most 4.
     pub enclaves: BTreeMap<EnclaveName, EnclaveSpec>,
 }

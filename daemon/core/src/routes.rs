@@ -13,15 +13,21 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+mod access_log;
+mod caution;
 mod check;
 mod names;
 mod rules;
+mod upstream;
+pub use access_log::{AccessLog, BadAccessLog};
+pub use caution::CautionRelease;
 pub use check::InvalidRoutes;
 pub use names::{is_domain, is_host};
 pub use rules::{
     Ages, BadIpNetwork, CertificateFiles, EgressLimits, HttpsRules, IpNetwork, Passthrough, ProxyProtocol, SiteRules,
     TcpRules, UpstreamHttp,
 };
+pub use upstream::UpstreamReport;
 
 /// How vsock is reached on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
@@ -55,6 +61,9 @@ pub struct Routes {
     /// Where enclaves find the list of their own endpoints.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hosts: Vec<HostsRoute>,
+    /// Where requests and raw connections from clients are logged, if anywhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access_log: Option<AccessLog>,
     /// CIDs of enclaves that run, whether or not a route names them at present: one that drains, one that is not ready.
     /// Connections of a CID that is neither here nor in a route are cut, and so are those to an egress endpoint that is in
     /// no route of their CID any more, or with another upstream or other [`EgressRoute::allow_addresses`].
@@ -273,6 +282,10 @@ pub struct ProxyReport {
     pub certificates: Vec<CertificateReport>,
     /// The authorities of client certificates, by site.
     pub client_authorities: Vec<ClientAuthorityReport>,
+    /// Lines that the access log should have and has not: what it is written to did not take them, or not in time.
+    pub access_log_dropped: u64,
+    /// Why the access log is not written at present, if it should be.
+    pub access_log_error: Option<String>,
 }
 
 /// What the certificates of a site's clients are checked against.
@@ -403,6 +416,9 @@ pub struct TrafficReport {
     /// HTTPS only: how long requests took, from their headers to those of the answer, whoever gave it.
     #[serde(default)]
     pub answers: LatencyReport,
+    /// HTTPS only: the connections into the enclave that carry the requests.
+    #[serde(default)]
+    pub upstream: UpstreamReport,
 }
 
 /// Which way traffic goes.
@@ -446,7 +462,17 @@ mod tests {
             "domains":["a.test"],"paths":[{"prefix":"/","vsock_port":8080}],"target":16}],"tcp":[]}"#;
         let routes: Routes = serde_json::from_str(text).unwrap();
         routes.check().unwrap();
-        assert!(routes.sites[0].rules.is_default() && routes.https.unwrap().rules.is_default());
+        assert!(routes.sites[0].rules.is_default() && routes.https.as_ref().unwrap().rules.is_default());
+        assert!(!serde_json::to_string(&routes).unwrap().contains("access_log"), "an earlier proxy would refuse it");
+    }
+
+    #[test]
+    fn a_report_of_a_version_that_knew_less_is_read() {
+        let text = r#"{"pid":7,"traffic":[{"enclave":"signer","direction":"https","endpoint":"https","open":0,"total":1,
+            "bytes_to_enclave":2,"bytes_from_enclave":3,"failed":{},"status_classes":{}}]}"#;
+        let report: ProxyReport = serde_json::from_str(text).unwrap();
+        assert_eq!(report.traffic[0].upstream, UpstreamReport::default());
+        assert_eq!((report.access_log_dropped, report.access_log_error), (0, None));
     }
 
     #[test]
@@ -482,6 +508,14 @@ mod tests {
                 status_classes: BTreeMap::from([("2xx".into(), 6)]),
                 connects: LatencyReport { counts: vec![0, 7], sum_us: 8 },
                 answers: LatencyReport { counts: vec![1], sum_us: 9 },
+                upstream: UpstreamReport {
+                    active: 1,
+                    idle: 2,
+                    connects: 3,
+                    connects_failed: BTreeMap::from([("connect".into(), 4)]),
+                    reused: 5,
+                    repeated: 6,
+                },
             }],
             names: vec![NameReport { hostname: "x".into(), answer_age_seconds: Some(9), ..NameReport::default() }],
             ..ProxyReport::default()

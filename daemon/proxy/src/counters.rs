@@ -1,6 +1,10 @@
 //! What the data plane counts, and the report made of it. Counting is a relaxed atomic addition; only adding an endpoint
 //! takes a lock. Nothing here decides anything.
 
+mod upstream;
+
+pub(crate) use upstream::{Upstream, UpstreamCounts};
+
 use enclaved_core::id::{Cid, EnclaveName};
 use enclaved_core::routes::{Direction, LatencyReport, TrafficReport};
 use std::collections::BTreeMap;
@@ -192,6 +196,8 @@ pub(crate) struct Traffic {
     pub(crate) connects: Latency,
     /// How long requests took to be answered.
     pub(crate) answers: Latency,
+    /// The connections that carry requests.
+    pub(crate) upstream: UpstreamCounts,
     failed: Tally<Failure>,
     status: [AtomicU64; 5],
 }
@@ -206,6 +212,7 @@ impl Traffic {
             from_enclave: AtomicU64::new(0),
             connects: Latency::default(),
             answers: Latency::default(),
+            upstream: UpstreamCounts::new(),
             failed: Tally::new(),
             status: Default::default(),
         }
@@ -245,7 +252,36 @@ impl Traffic {
             status_classes: classes.filter(|(_, count)| *count > 0).collect(),
             connects: self.connects.report(),
             answers: self.answers.report(),
+            upstream: self.upstream.report(),
         }
+    }
+}
+
+/// What counts the bytes of a relay.
+pub(crate) trait Meter {
+    /// Bytes were carried towards the enclave.
+    fn inwards(&self, bytes: u64);
+    /// Bytes were carried from the enclave.
+    fn outwards(&self, bytes: u64);
+}
+
+impl Meter for Traffic {
+    fn inwards(&self, bytes: u64) {
+        self.to_enclave.fetch_add(bytes, Relaxed);
+    }
+
+    fn outwards(&self, bytes: u64) {
+        self.from_enclave.fetch_add(bytes, Relaxed);
+    }
+}
+
+impl<M: Meter> Meter for Arc<M> {
+    fn inwards(&self, bytes: u64) {
+        M::inwards(self, bytes);
+    }
+
+    fn outwards(&self, bytes: u64) {
+        M::outwards(self, bytes);
     }
 }
 
@@ -269,6 +305,11 @@ impl Open {
             live.ingress_open.fetch_add(1, SeqCst);
         }
         Self::new(traffic, target.cloned())
+    }
+
+    /// Whether the generation of an enclave that it is for has ended.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.drain.as_ref().is_some_and(|live| live.cut.is_cancelled())
     }
 
     fn new(traffic: &Arc<Traffic>, drain: Option<Arc<Live>>) -> Self {

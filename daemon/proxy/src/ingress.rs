@@ -1,7 +1,7 @@
 //! Ingress: clients reach enclaves, by HTTPS (names and paths) or by raw TCP (ports). Which generation of an enclave takes
 //! them is in the routes; nothing here asks whether it is well.
 
-mod body;
+pub(crate) mod body;
 mod client;
 pub(crate) mod client_ca;
 mod forward;

@@ -5,6 +5,7 @@
 //! `egress` and `ingress` serve them; `relay` carries the bytes; `link` is how the control process reaches it. [`vsock`] is
 //! of use to the control process, too, which asks enclaves how they are.
 
+mod access_log;
 mod certificates;
 mod counters;
 mod current;
@@ -59,6 +60,8 @@ use vsock::Transport;
 
 /// How long connections have to end once they were cut.
 const CUT: Duration = Duration::from_secs(2);
+/// How long the last lines of the access log may take.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// The addresses of this host, and ranges that it routes to itself, which the egress policy refuses.
 ///
@@ -177,6 +180,7 @@ pub async fn run_under(
             tracing::error!(open = shared.tasks.len(), "some connections did not end");
         }
     }
+    shared.access_log.finish(LAST_LINES).await;
     Ok(())
 }
 

@@ -24,6 +24,7 @@ use bytes::Bytes;
 use enclaved_core::id::{Cid, EnclaveName};
 use enclaved_core::routes::{
     Direction, EgressRoute, InvalidRoutes, ListenerKey, ListenerReport, ProxyReport, Revision, Routes, TcpRoute,
+    TrafficReport,
 };
 use http::HeaderValue;
 use std::collections::btree_map::Entry;
@@ -146,6 +147,7 @@ impl Plane {
     pub(crate) async fn maintain(&self) {
         self.https.upstreams.reap();
         self.shared.resolver.look();
+        self.shared.access_log.look();
         self.saver.again();
         self.shared.manager.settle().await;
     }
@@ -192,7 +194,7 @@ impl Plane {
                 .map(|(cid, live)| (*cid, live.ingress_open()))
                 .filter(|(_, open)| *open > 0)
                 .collect(),
-            traffic: counters.report(),
+            traffic: self.traffic(),
             last_routes_error: self.saver.trouble(),
             accept_errors: counters.accept_errors.load(Relaxed),
             refused: counters.refused.report(),
@@ -202,7 +204,21 @@ impl Plane {
             names: self.shared.resolver.report(),
             certificates: self.https.certificates.report(self.https.sites.get().domains()),
             client_authorities: self.https.client_cas.report(),
+            access_log_dropped: self.shared.access_log.dropped(),
+            access_log_error: self.shared.access_log.trouble(),
         }
+    }
+
+    fn traffic(&self) -> Vec<TrafficReport> {
+        let mut traffic = self.shared.counters.report();
+        let idle = self.https.upstreams.idle();
+        for traffic in traffic.iter_mut().filter(|traffic| traffic.direction == Direction::Https) {
+            let upstream = &mut traffic.upstream;
+            // Read one after the other: one may have closed in between.
+            upstream.idle = idle.get(&traffic.enclave).copied().unwrap_or(0).min(upstream.active);
+            upstream.active -= upstream.idle;
+        }
+        traffic
     }
 
     fn listeners(&self, state: &State) -> Vec<ListenerReport> {
@@ -239,6 +255,7 @@ impl Plane {
 
     /// Whether HTTPS, which listens already, lacks certificates. Waits for no disk, and for listeners of egress alone.
     async fn apply(&self, state: &mut State, routes: Routes) -> bool {
+        self.shared.access_log.set(routes.access_log.as_ref());
         let transport = Transport::from(&routes.vsock);
         let same_transport = state.served.as_ref().is_some_and(|(served, _)| served.vsock == routes.vsock);
         let ended = update_lives(&mut state.lives, &routes, &self.shared);

@@ -9,7 +9,7 @@
 //! other side does not take is kept, in a buffer of the relay's own, and until that is gone nothing more is read: a slow
 //! reader stalls its sender and costs one buffer at most ([`Limits::relay_buffer`]).
 
-use crate::counters::{Failure, Traffic};
+use crate::counters::{Failure, Meter};
 use crate::limits::Limits;
 use crate::vsock::Stream;
 use hyper::upgrade::Upgraded;
@@ -20,7 +20,6 @@ use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -114,7 +113,7 @@ impl Carried for TokioIo<Upgraded> {}
 pub(crate) async fn relay<E, O>(
     enclave: &mut E,
     other: &mut O,
-    traffic: &Traffic,
+    meter: &impl Meter,
     limits: &Limits,
 ) -> Result<(), Broken>
 where
@@ -129,8 +128,8 @@ where
             if scratch.len() != limits.relay_buffer {
                 scratch.resize(limits.relay_buffer, 0);
             }
-            let inwards = inwards.poll(cx, other, enclave, scratch, &traffic.to_enclave);
-            let outwards = outwards.poll(cx, enclave, other, scratch, &traffic.from_enclave);
+            let inwards = inwards.poll(cx, other, enclave, scratch, &|bytes| meter.inwards(bytes));
+            let outwards = outwards.poll(cx, enclave, other, scratch, &|bytes| meter.outwards(bytes));
             (inwards, outwards)
         });
         let (inwards_done, outwards_done) = (settled(inwards_state)?, settled(outwards_state)?);
@@ -204,7 +203,7 @@ impl Direction {
         reader: &mut R,
         writer: &mut W,
         scratch: &mut [u8],
-        carried: &AtomicU64,
+        carried: &dyn Fn(u64),
     ) -> Poll<Result<(), Broken>>
     where
         R: AsyncRead + Unpin,
@@ -268,8 +267,8 @@ impl Direction {
         self.sent = 0;
     }
 
-    fn wrote(&mut self, written: usize, carried: &AtomicU64) {
-        carried.fetch_add(written as u64, Relaxed);
+    fn wrote(&mut self, written: usize, carried: &dyn Fn(u64)) {
+        carried(written as u64);
         self.moved = true;
         self.unflushed = true;
     }

@@ -1,5 +1,6 @@
 //! What every part of the data plane shares: bounds, counters, the tasks of its connections and the ways to end them.
 
+use crate::access_log::AccessLogs;
 use crate::counters::Counters;
 use crate::host_addresses::HostAddresses;
 use crate::limits::Limits;
@@ -16,6 +17,7 @@ pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) manager: Manager,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) access_log: AccessLogs,
     pub(crate) own_addresses: HostAddresses,
     /// The names of upstreams.
     pub(crate) resolver: Resolver,
@@ -34,10 +36,12 @@ impl Shared {
     }
 
     pub(crate) fn under(manager: Manager, limits: Limits) -> Self {
+        let counters = Arc::new(Counters::new());
         Self {
             limits,
             manager,
-            counters: Arc::new(Counters::new()),
+            access_log: AccessLogs::new(counters.clone()),
+            counters,
             own_addresses: HostAddresses::default(),
             resolver: Resolver::of_the_system(),
             closing: CancellationToken::new(),

@@ -8,7 +8,7 @@ use super::{OnStop, SupervisorKind};
 use enclaved_core::desired::{AllocatorMode, PoolPolicy};
 use enclaved_core::desired::{OnUnhealthy, RestartPolicy, UpdatePolicy};
 use enclaved_core::id::{EifDigest, EnclaveName, Pcr};
-use enclaved_core::routes::{ProxyProtocol, UpstreamHttp, VsockTransport};
+use enclaved_core::routes::{CautionRelease, ProxyProtocol, UpstreamHttp, VsockTransport};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::Deserialize;
 use std::borrow::Cow;
@@ -139,6 +139,10 @@ pub(super) struct HostIngressForm {
     /// Connections of one IPv4 address, or of one IPv6 network of 64 bits, at a time; more are closed at once. Left out: 1024.
     #[schemars(range(min = 1, max = 65536))]
     pub max_connections_per_source: Option<u32>,
+    /// Where each request, and each raw connection, from clients is logged, as a line of JSON: the absolute path of a file, which
+    /// `enclaved-proxy` must be able to write to, or `"stdout"`, which is the journal under systemd. Left out: nowhere.
+    #[schemars(example = "/var/log/enclaved-proxy/access.log")]
+    pub access_log: Option<String>,
 }
 
 impl Default for HostIngressForm {
@@ -149,6 +153,7 @@ impl Default for HostIngressForm {
             trusted_proxies: Vec::new(),
             max_connections: None,
             max_connections_per_source: None,
+            access_log: None,
         }
     }
 }
@@ -415,10 +420,39 @@ pub(super) struct IngressForm {
     /// What the enclave is sent before the bytes of a connection, with `passthrough`: `"v2"`, the binary header of the PROXY
     /// protocol. Left out: nothing.
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// Caution's attestation service: the same as `routes = [{ path = "/attestation", vsock_port = 49502 }]`.
-    pub caution: bool,
-    /// Caution's end-to-end encryption (STEVE): the same as `routes = [{ path = "/e2p", vsock_port = 49500 }]`.
-    pub e2e: bool,
+    /// Caution's attestation service, by the release that the image is of. `"current"` or `true`: the same as
+    /// `routes = [{ path = "/attestation", vsock_port = 49502 }]`. `"earlier"`: the same with 8082. Left out, or `false`: none.
+    pub caution: PresetForm,
+    /// Caution's end-to-end encryption (STEVE), by the release that the image is of. `"current"` or `true`: the same as
+    /// `routes = [{ path = "/e2p", vsock_port = 49500 }]`. `"earlier"`: every path goes to 8080, from where STEVE passes it on to the
+    /// application, and there is no `http_port`. Left out, or `false`: none.
+    pub e2e: PresetForm,
+}
+
+/// Whether an image has one of Caution's services, and of which release it is.
+#[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub(super) enum PresetForm {
+    /// `true` is the current release.
+    Switch(bool),
+    /// A release by name.
+    Of(CautionRelease),
+}
+
+impl Default for PresetForm {
+    fn default() -> Self {
+        Self::Switch(false)
+    }
+}
+
+impl PresetForm {
+    /// The release; none: the image does not have it.
+    pub(super) fn release(self) -> Option<CautionRelease> {
+        match self {
+            Self::Switch(on) => on.then_some(CautionRelease::Current),
+            Self::Of(release) => Some(release),
+        }
+    }
 }
 
 /// A certificate on disk. Both files are read again when they change; what can't be used replaces nothing.

@@ -10,7 +10,9 @@ use super::{
 };
 use enclaved_core::desired::{AllocatorMode, Desired, EnclaveSpec, HostPolicy};
 use enclaved_core::id::{EnclaveName, MemoryMib};
-use enclaved_core::routes::{BadIpNetwork, HttpsListener, HttpsRules, IpNetwork, VsockTransport, is_host};
+use enclaved_core::routes::{
+    AccessLog, BadAccessLog, BadIpNetwork, HttpsListener, HttpsRules, IpNetwork, VsockTransport, is_host,
+};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -22,6 +24,8 @@ mod enclave;
 
 /// Folders in which Unix sockets are opened: of the 108 bytes that a socket's path may have, the names in them need 27.
 const MAX_SOCKET_DIR: usize = 80;
+/// Where the proxy's unit lets it write logs (`LogsDirectory=`).
+const LOG_DIR: &str = "/var/log/enclaved-proxy";
 /// A socket's path itself, with room for the name under which the proxy makes it.
 const MAX_SOCKET: usize = 100;
 
@@ -39,6 +43,9 @@ pub(super) fn config(form: FileForm, tree: &Tree, sources: &[SourceFile], proble
     let https_at = root.key("ingress").key("listen");
     let https = judge.socket_address(&form.ingress.listen, &https_at);
     let rules = judge.https_rules(&form.ingress, &root.key("ingress"));
+    let access_log_at = root.key("ingress").key("access_log");
+    let access_log =
+        form.ingress.access_log.as_ref().map(|text| judge.access_log(text, host.supervisor, &access_log_at));
     if form.enclave.iter().any(|enclave| !enclave.ingress.domains.is_empty()) {
         judge.listener(https, &https_at);
         judge.listener(rules.redirect, &root.key("ingress").key("redirect"));
@@ -57,7 +64,7 @@ pub(super) fn config(form: FileForm, tree: &Tree, sources: &[SourceFile], proble
         nitro_cli,
         metrics: MetricsSettings { listen: metrics? },
         control_plane,
-        desired: Desired { host: policy, vsock, https, enclaves },
+        desired: Desired { host: policy, vsock, https, access_log: access_log.flatten(), enclaves },
         revision: super::revision(sources),
         sources: sources.to_vec(),
         warnings: Vec::new(),
@@ -194,6 +201,22 @@ impl Judge<'_> {
             max_connections: form.max_connections,
             max_connections_per_source: form.max_connections_per_source,
         }
+    }
+
+    fn access_log(&mut self, text: &str, supervisor: SupervisorKind, path: &Path) -> Option<AccessLog> {
+        let Ok(to) = text.parse::<AccessLog>() else {
+            self.refuse(path, format!("is {}; {BadAccessLog}", quoted(text)));
+            return None;
+        };
+        if let Some(file) = to.file().filter(|_| supervisor == SupervisorKind::Systemd)
+            && !(file.starts_with(LOG_DIR) || file.starts_with("/dev"))
+        {
+            let message = format!(
+                "enclaved-proxy.service can write in {LOG_DIR} alone: elsewhere it needs a drop-in with ReadWritePaths="
+            );
+            self.problems.warn(self.tree, path, message);
+        }
+        Some(to)
     }
 
     fn networks(&mut self, texts: &[String], path: &Path) -> Vec<IpNetwork> {

@@ -44,7 +44,7 @@ impl<'a> Checker<'a> {
         let variants = variants(schema);
         if !variants.is_empty() {
             // The variant that the value is meant to be is the one of its type.
-            let fitting = variants.iter().map(|variant| self.resolve(variant)).find(|variant| takes(variant, node));
+            let fitting = variants.iter().find(|variant| self.fits(variant, node));
             match fitting {
                 Some(variant) => self.node(node, variant, path, findings),
                 None => findings.push(self.not_allowed(node, schema, path)),
@@ -70,6 +70,15 @@ impl<'a> Checker<'a> {
                 }
             }
             Value::String(_) | Value::Integer(_) | Value::Boolean(_) | Value::Float | Value::Datetime => {}
+        }
+    }
+
+    /// Whether the value is of this schema's type, or of that of one of its variants.
+    fn fits(&self, schema: &Json, node: &Node) -> bool {
+        let schema = self.resolve(schema);
+        match variants(schema) {
+            [] => takes(schema, node),
+            variants => variants.iter().any(|variant| self.fits(variant, node)),
         }
     }
 

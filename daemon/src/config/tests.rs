@@ -105,6 +105,7 @@ fn the_example_is_good_with_everything_switched_on() {
     assert_eq!(https.listen, "[::]:443".parse().unwrap());
     assert_eq!(https.rules.redirect, Some("[::]:80".parse().unwrap()));
     assert!(https.rules.trusts("10.1.2.3".parse().unwrap()) && !https.rules.trusts("192.0.2.1".parse().unwrap()));
+    assert_eq!(config.desired.access_log, "/var/log/enclaved-proxy/access.log".parse().ok());
     assert_eq!(config.control_plane.unwrap().url, "https://control.example.com");
     let ledger = &config.desired.enclaves[&"ledger".parse().unwrap()];
     let raw = Passthrough { vsock_port: 443, proxy_protocol: Some(ProxyProtocol::V2) };
@@ -250,6 +251,49 @@ fn https_is_served_only_if_an_enclave_has_domains() {
     let config = good(&with);
     assert!(config.desired.https.is_some());
     assert_eq!(config.desired.enclaves.values().next().unwrap().ingress.domains, ["localhost"]);
+}
+
+#[test]
+fn cautions_services_are_where_the_images_release_has_them() {
+    let paths = |keys: &str| {
+        let config = good(&format!("{SIGNER}[enclave.ingress]\ndomains = [\"a.b\"]\n{keys}"));
+        let ingress = &config.desired.enclaves.values().next().unwrap().ingress;
+        ingress.paths.iter().map(|path| (path.prefix.clone(), path.vsock_port)).collect::<Vec<_>>()
+    };
+    let expect = |keys: &str, expected: &[(&str, u32)]| {
+        let expected: Vec<_> = expected.iter().map(|(prefix, port)| ((*prefix).to_owned(), *port)).collect();
+        assert_eq!(paths(keys), expected, "{keys}");
+    };
+    let current = [("/", 8083), ("/attestation", 49502), ("/e2p", 49500)];
+    expect("http_port = 8083\ncaution = true\ne2e = true", &current);
+    expect("http_port = 8083\ncaution = \"current\"\ne2e = true", &current);
+    expect("http_port = 8083\ncaution = false\ne2e = false", &current[..1]);
+    expect("caution = \"earlier\"\ne2e = \"earlier\"", &[("/attestation", 8082), ("/", 8080)]);
+    expect("e2e = \"earlier\"", &[("/", 8080)]);
+    expect("http_port = 8083\ncaution = \"earlier\"", &[("/", 8083), ("/attestation", 8082)]);
+}
+
+#[test]
+fn a_raw_port_of_the_application_behind_earlier_end_to_end_encryption_is_a_warning() {
+    let warnings = |e2e: &str| {
+        let keys =
+            format!("domains = [\"a.b\"]\nroutes = [{{ path = \"/y\", vsock_port = 80 }}]\nports = [8083]\n{e2e}");
+        good(&format!("{SIGNER}[enclave.ingress]\n{keys}")).warnings.join("\n")
+    };
+    let said = warnings("e2e = \"earlier\"");
+    assert!(said.contains("ingress.ports[0]: gets around the encryption"), "{said}");
+    assert!(!warnings("e2e = true\nhttp_port = 8083").contains("gets around"));
+}
+
+#[test]
+fn an_access_log_that_the_proxys_unit_cannot_write_is_a_warning_where_there_is_that_unit() {
+    let warnings = |host: &str, to: &str| good(&format!("{host}\n[ingress]\naccess_log = \"{to}\"")).warnings;
+    for fine in ["stdout", "/var/log/enclaved-proxy/a.log", "/dev/null"] {
+        assert_eq!(warnings("", fine), Vec::<String>::new(), "{fine}");
+    }
+    assert_eq!(warnings("[host]\nsupervisor = \"direct\"", "/tmp/a.log"), Vec::<String>::new());
+    let said = warnings("", "/var/log/nginx/a.log").join("\n");
+    assert!(said.contains("t.toml:3:14") && said.contains("ReadWritePaths="), "{said}");
 }
 
 #[test]

@@ -136,7 +136,7 @@ impl Link {
             .arg(&self.settings.socket)
             .arg("--own-session")
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            // Its standard output is this one's: the access log, if it is to go there.
             .kill_on_drop(false)
             .spawn()
             .map_err(|error| {

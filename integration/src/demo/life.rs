@@ -316,6 +316,7 @@ impl<'a> Life<'a> {
         let way = "client -> TLS ingress -> vsock -> application -> vsock -> egress -> upstream, and back";
         let certificate = format!("{tls}, certificate for localhost verified against the proxy's CA");
         self.stages.stage("request", format!("200 in {millis} ms: {way};\n{certificate}; the upstream said {said:?}"));
+        self.logged("/hello").await?;
         self.reported(&enclave).await?;
         self.metrics().await?;
         let table = self.enclavectl(&["status"]).await?;
@@ -323,6 +324,26 @@ impl<'a> Life<'a> {
         self.stages.stage("status", "what `enclavectl status` says:");
         self.stages.say(&format!("\n{}\n", String::from_utf8_lossy(&table.stdout).trim_end()));
         self.credentials_were_the_roles()
+    }
+
+    /// The request's line in the access log.
+    async fn logged(&mut self, path: &str) -> anyhow::Result<()> {
+        let file = self.machine.access_log();
+        let began = Instant::now();
+        let line = loop {
+            let text = std::fs::read_to_string(&file).unwrap_or_default();
+            let mut lines = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+            if let Some(line) = lines.find(|line| line["path"] == path) {
+                break line;
+            }
+            ensure!(began.elapsed() < PATIENCE, "the request has no line in {}:\n{text}", file.display());
+            sleep(POLL).await;
+        };
+        let by = line["answered_by"].as_str().unwrap_or_default();
+        let text =
+            format!("its line of JSON: {} by the {by} with CID {}, {} s", line["status"], line["cid"], line["seconds"]);
+        self.stages.stage("access log", text);
+        Ok(())
     }
 
     async fn reported(&mut self, enclave: &EnclaveStatus) -> anyhow::Result<()> {

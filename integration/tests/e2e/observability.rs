@@ -31,6 +31,9 @@ async fn metrics_cover_both_processes_and_promtool_finds_nothing_to_complain_abo
         "enclaved_traffic_total{direction=\"egress\"",
         "enclaved_traffic_total{direction=\"https\"",
         "enclaved_traffic_bytes_total{direction=\"egress\"",
+        "enclaved_upstream_connections{enclave=\"signer\",state=\"idle\"} ",
+        "enclaved_upstream_connects_total{enclave=\"signer\"} ",
+        "enclaved_access_log_dropped_total 0",
     ] {
         assert!(has(&text, series), "{series} is not in\n{text}");
     }

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+mod access_log;
 mod allocator;
 mod allocator_and_enclaves;
 mod conformance;

@@ -15,6 +15,7 @@ pub fn routes(desired: &Desired, ledger: &Ledger) -> Routes {
         sites: Vec::new(),
         tcp: Vec::new(),
         hosts: Vec::new(),
+        access_log: desired.access_log.clone(),
         live: live(ledger),
     };
     for (name, spec) in &desired.enclaves {

@@ -1,7 +1,7 @@
 //! Whether a snapshot of the routes makes sense. A snapshot that does not is refused as a whole and nothing changes; what
 //! can only be found out by trying (a port in use, a name that does not resolve) is no subject here.
 
-use super::{EgressRoute, HostsRoute, ROUTES_FORMAT, Routes, Site, VsockTransport, is_domain, is_host};
+use super::{AccessLog, EgressRoute, HostsRoute, ROUTES_FORMAT, Routes, Site, VsockTransport, is_domain, is_host};
 use std::collections::HashSet;
 
 /// Why a snapshot cannot be served.
@@ -29,6 +29,9 @@ impl Routes {
             && !dir.is_absolute()
         {
             refuse!("the directory of the hybrid vsock transport, \"{}\", is not absolute", dir.display());
+        }
+        if let Some(file) = self.access_log.as_ref().filter(|to| !to.is_sensible()).and_then(AccessLog::file) {
+            refuse!("the access log is to go to \"{}\", which is no absolute path of a file", file.display());
         }
         self.check_egress()?;
         self.check_hosts()?;
@@ -233,6 +236,7 @@ mod tests {
                 target: Some(Cid::FIRST),
                 rules: TcpRules::default(),
             }],
+            access_log: Some(AccessLog::Stdout),
             live: Vec::new(),
         }
     }
@@ -258,6 +262,7 @@ mod tests {
             ("format 2", |r| r.format = 2),
             ("format 0", |r| r.format = 0),
             ("not absolute", |r| r.vsock = VsockTransport::Hybrid("run".into())),
+            ("no absolute path", |r| r.access_log = Some(AccessLog::File("access.log".into()))),
             ("two egress endpoints", |r| r.egress.push(r.egress[0].clone())),
             ("vsock port 0", |r| r.egress[0].vsock_port = 0),
             ("vsock port 4294967295", |r| r.egress[0].vsock_port = u32::MAX),

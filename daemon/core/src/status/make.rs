@@ -127,6 +127,11 @@ impl Maker<'_> {
                 if let Some(error) = &report.last_routes_error {
                     add("proxy", Failure::new(error.clone()));
                 }
+                if let Some(error) = &report.access_log_error {
+                    let text = format!("the access log is not written, requests go on: {error}");
+                    let remedy = "mend it, it is tried again with each line; or change ingress.access_log";
+                    add("proxy", Failure::new(text).with_remedy(remedy));
+                }
                 // Several domains may have one pair of files.
                 let broken = report.certificates.iter().filter_map(|certificate| {
                     let error = certificate.error.as_ref()?;

@@ -2,6 +2,7 @@
 
 use super::headers;
 use super::upstream::Lease;
+use crate::access_log::{Ended, Entry};
 use crate::counters::{Failure, Open, Traffic};
 use crate::shared::Shared;
 use bytes::Bytes;
@@ -189,7 +190,14 @@ impl Drop for FromClient {
 
 /// A response's body.
 #[derive(Debug)]
-pub(crate) enum Download {
+pub(crate) struct Download {
+    from: From,
+    /// Of the access log. It ends with this.
+    entry: Entry,
+}
+
+#[derive(Debug)]
+enum From {
     /// The proxy's own words.
     Text(Option<Bytes>),
     /// It comes from the enclave.
@@ -205,18 +213,31 @@ pub(crate) struct Stream {
     /// The connection it comes over, to be given back when all of it has been read.
     lease: Option<Lease>,
     /// The request is in flight until its response has been handed over.
-    _open: Open,
+    open: Open,
 }
 
 impl Download {
+    /// The proxy's own words; none if there are none.
+    pub(crate) fn text(text: Option<Bytes>) -> Self {
+        Self { from: From::Text(text), entry: Entry::default() }
+    }
+
     pub(crate) fn stream(inner: Incoming, traffic: Arc<Traffic>, lease: Lease, open: Open) -> Self {
-        Self::Stream(Box::new(Stream { inner, ended: false, traffic, lease: Some(lease), _open: open }))
+        let stream = Stream { inner, ended: false, traffic, lease: Some(lease), open };
+        Self { from: From::Stream(Box::new(stream)), entry: Entry::default() }
+    }
+
+    /// The same, with its line in the access log.
+    pub(crate) fn logged(mut self, entry: Entry) -> Self {
+        self.entry = entry;
+        self
     }
 
     /// Ends it: its client takes no more of it.
-    pub(crate) fn not_taken(self) {
-        if let Self::Stream(stream) = self {
+    pub(crate) fn not_taken(mut self) {
+        if let From::Stream(stream) = &self.from {
             stream.traffic.fail(Failure::Idle);
+            self.entry.not_taken();
         }
     }
 }
@@ -226,16 +247,22 @@ impl Body for Download {
     type Error = hyper::Error;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        match self.get_mut() {
-            Self::Text(text) => Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
-            Self::Stream(stream) => {
+        let Self { from, entry } = self.get_mut();
+        match from {
+            From::Text(text) => {
+                let text = text.take();
+                entry.wrote(text.as_ref().map_or(0, Bytes::len) as u64);
+                Poll::Ready(text.map(|text| Ok(Frame::data(text))))
+            }
+            From::Stream(stream) => {
                 let frame = ready!(Pin::new(&mut stream.inner).poll_frame(cx));
                 match &frame {
                     Some(Ok(frame)) => {
-                        let length = frame.data_ref().map_or(0, Bytes::len);
-                        stream.traffic.from_enclave.fetch_add(length as u64, Relaxed);
+                        let length = frame.data_ref().map_or(0, Bytes::len) as u64;
+                        stream.traffic.from_enclave.fetch_add(length, Relaxed);
+                        entry.wrote(length);
                     }
-                    Some(Err(_)) => {}
+                    Some(Err(_)) => entry.ends(if stream.open.is_cut() { Ended::Cut } else { Ended::Enclave }),
                     None => stream.ended = true,
                 }
                 Poll::Ready(frame)
@@ -244,24 +271,43 @@ impl Body for Download {
     }
 
     fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Text(text) => text.is_none(),
-            Self::Stream(stream) => stream.inner.is_end_stream(),
+        match &self.from {
+            From::Text(text) => text.is_none(),
+            From::Stream(stream) => stream.inner.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Text(text) => SizeHint::with_exact(text.as_ref().map_or(0, Bytes::len) as u64),
-            Self::Stream(stream) => stream.inner.size_hint(),
+        match &self.from {
+            From::Text(text) => SizeHint::with_exact(text.as_ref().map_or(0, Bytes::len) as u64),
+            From::Stream(stream) => stream.inner.size_hint(),
         }
+    }
+}
+
+impl Drop for Download {
+    fn drop(&mut self) {
+        let whole = match &self.from {
+            From::Text(text) => text.is_none() || self.entry.is_head_only(),
+            From::Stream(stream) => stream.is_whole(),
+        };
+        // Otherwise whoever should have taken it did not.
+        if whole {
+            self.entry.ends(Ended::Whole);
+        }
+    }
+}
+
+impl Stream {
+    /// A body of known length is not asked for its end once it is all there.
+    fn is_whole(&self) -> bool {
+        self.ended || self.inner.is_end_stream()
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // A body of known length is not asked for its end once it is all there.
-        if (self.ended || self.inner.is_end_stream())
+        if self.is_whole()
             && let Some(lease) = self.lease.take()
         {
             lease.give_back();

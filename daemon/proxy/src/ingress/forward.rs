@@ -7,7 +7,8 @@ use super::https::{Admitted, Https};
 use super::sites::{Backend, host_of};
 use super::tcp::connect_failure;
 use super::upstream::SendError;
-use crate::counters::{Failure, Live, Open, Refused, Traffic};
+use crate::access_log::{Entry, Protocol};
+use crate::counters::{Failure, Live, Open, Reason, Refused, Traffic};
 use crate::error_text::chain;
 use crate::relay::relay;
 use crate::shared::Shared;
@@ -21,6 +22,7 @@ use http::{Method, Request, Response, StatusCode, Uri, Version};
 use hyper::body::{Body, Incoming};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -28,7 +30,9 @@ use std::time::Instant;
 #[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) https: Arc<Https>,
-    /// The client's address, as a header's value.
+    /// The client's address and port.
+    pub(crate) source: SocketAddr,
+    /// The address, as a header's value.
     pub(crate) client: HeaderValue,
     /// Whether it is a proxy whose word about a client is taken.
     pub(crate) trusted: bool,
@@ -36,6 +40,8 @@ pub(crate) struct Connection {
     pub(crate) checked: Option<Checked>,
     /// The name in the TLS handshake.
     pub(crate) server_name: Option<String>,
+    /// The version of TLS, for people.
+    pub(crate) tls: Option<&'static str>,
     /// Held for as long as the connection lives, also in another protocol.
     pub(crate) admitted: Admitted,
 }
@@ -85,7 +91,7 @@ impl Refusal {
     fn answer(&self, request_id: &HeaderValue) -> Response<Download> {
         let id = request_id.to_str().unwrap_or_default();
         let text = format!("{}: {}\nrequest {id}\n", self.status, self.reason);
-        let mut response = Response::new(Download::Text(Some(Bytes::from(text))));
+        let mut response = Response::new(Download::text(Some(Bytes::from(text))));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
@@ -103,21 +109,26 @@ const BAD_HOST: Refusal = Refusal::new(StatusCode::BAD_REQUEST, "the Host header
 pub(crate) async fn forward(connection: &Connection, mut request: Request<Incoming>) -> Response<Download> {
     let https = &connection.https;
     let request_id = https.next_request_id();
+    let mut entry = begin(connection, &request, &request_id);
     let (host, backend) = match find(connection, &mut request) {
         Ok(found) => found,
         Err(refusal) => {
             let unknown = refusal.status == StatusCode::MISDIRECTED_REQUEST;
-            https.shared.counters.refused.count(if unknown { Refused::UnknownHost } else { Refused::BadRequest });
-            return refusal.answer(&request_id);
+            let refused = if unknown { Refused::UnknownHost } else { Refused::BadRequest };
+            https.shared.counters.refused.count(refused);
+            entry.answered_here(refusal.status, Some(refused.name()));
+            return refusal.answer(&request_id).map(|body| body.logged(entry));
         }
     };
     let traffic = &backend.traffic;
+    entry.goes_to(traffic, backend.target.as_deref(), None);
     let began = Instant::now();
-    let answer = send(connection, request, host, &backend, &request_id).await;
+    let answer = send(connection, request, host, &backend, &request_id, &mut entry).await;
     let mut response = answer.unwrap_or_else(|refusal| {
         if let Some(failure) = refusal.failure {
             traffic.fail(failure);
         }
+        entry.answered_here(refusal.status, refusal.failure.map(Reason::name));
         refusal.answer(&request_id)
     });
     traffic.answers.record(began.elapsed());
@@ -127,7 +138,19 @@ pub(crate) async fn forward(connection: &Connection, mut request: Request<Incomi
     {
         response.headers_mut().insert(STRICT_TRANSPORT_SECURITY, hsts.clone());
     }
-    response
+    response.map(|body| body.logged(entry))
+}
+
+/// The request's line in the access log, if there is one.
+fn begin(connection: &Connection, request: &Request<Incoming>, request_id: &HeaderValue) -> Entry {
+    let mut entry = Entry::begin(&connection.https.shared, Protocol::Https, connection.source);
+    entry.request_id(request_id);
+    entry.tls(connection.tls);
+    entry.asks(request);
+    if connection.trusted {
+        entry.forwarded(request.headers(), headers::X_FORWARDED_FOR);
+    }
+    entry
 }
 
 /// The authority that a request asks for, and its site. Leaves the request's target as path and query only.
@@ -223,6 +246,7 @@ async fn send(
     host: HeaderValue,
     backend: &Backend,
     request_id: &HeaderValue,
+    entry: &mut Entry,
 ) -> Result<Response<Download>, Refusal> {
     let https = &connection.https;
     let traffic = &backend.traffic;
@@ -231,6 +255,7 @@ async fn send(
     let Some(&PathRoute { vsock_port: port, upstream, .. }) = backend.route(request.uri().path()) else {
         return Err(Refusal::failure(StatusCode::NOT_FOUND, "the site has nothing under this path", Failure::NoPath));
     };
+    entry.goes_to(traffic, backend.target.as_deref(), Some(port));
     let Some(live) = &backend.target else {
         return Err(unavailable("the enclave is not ready", Failure::NoTarget));
     };
@@ -260,8 +285,10 @@ async fn send(
     }
     *request.version_mut() = if http2 { Version::HTTP_2 } else { Version::HTTP_11 };
     let request = frame(request, traffic, &https.shared);
+    entry.uploads(request.body().progress());
 
-    let (mut response, lease) = https.upstreams.send(live, (port, upstream), request).await.map_err(|error| {
+    let sent = https.upstreams.send(live, traffic, (port, upstream), request).await;
+    let (mut response, lease) = sent.map_err(|error| {
         if !matches!(error, SendError::Client(_))
             && let Some(left_out) = https.failures.pass()
         {
@@ -270,6 +297,7 @@ async fn send(
         }
         Refusal::of(&error)
     })?;
+    entry.came_over(lease.reused, lease.repeated);
     // Each hop speaks its own version (RFC 9110, 6.2); what the client does not understand is left out by the server.
     *response.version_mut() = Version::HTTP_11;
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
@@ -280,11 +308,13 @@ async fn send(
         };
         let enclave_upgrade = hyper::upgrade::on(&mut response);
         headers::to_client(response.headers_mut(), upgrade);
-        let held = (open, connection.admitted.clone());
+        entry.answered(response.status());
+        let held = (open, connection.admitted.clone(), std::mem::take(entry));
         https.spawn_upgraded(live, traffic, enclave_upgrade, client_upgrade, held);
-        return Ok(response.map(|_| Download::Text(None)));
+        return Ok(response.map(|_| Download::text(None)));
     }
     headers::to_client(response.headers_mut(), None);
+    entry.answered(response.status());
     Ok(response.map(|body| Download::stream(body, traffic.clone(), lease, open)))
 }
 
@@ -317,7 +347,7 @@ impl Https {
         traffic: &Arc<Traffic>,
         enclave: OnUpgrade,
         client: OnUpgrade,
-        held: (Open, Admitted),
+        (open, admitted, mut entry): (Open, Admitted, Entry),
     ) {
         let (shared, traffic, cut) = (self.shared.clone(), traffic.clone(), live.cut.child_token());
         self.shared.spawn(async move {
@@ -327,7 +357,8 @@ impl Https {
                     return Err(Failure::Reset);
                 };
                 let (mut enclave, mut client) = (TokioIo::new(enclave), TokioIo::new(client));
-                relay(&mut enclave, &mut client, &traffic, &shared.limits).await.map_err(|broken| broken.failure())
+                let meter = entry.beside(&traffic);
+                relay(&mut enclave, &mut client, &meter, &shared.limits).await.map_err(|broken| broken.failure())
             };
             let carried = tokio::select! {
                 // Cancel-safe: a token stays cancelled.
@@ -338,7 +369,8 @@ impl Https {
             if let Err(failure) = carried {
                 traffic.fail(failure);
             }
-            drop(held);
+            entry.connection_ends(carried.err());
+            drop((open, admitted));
         });
     }
 }

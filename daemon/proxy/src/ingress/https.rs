@@ -139,7 +139,7 @@ impl Https {
             begun = Box::pin(self.begin(client)) => begun,
         };
         match begun {
-            Ok(Begun::Here(stream, checked)) => self.serve_http(*stream, source.ip(), (checked, admitted)).await,
+            Ok(Begun::Here(stream, checked)) => self.serve_http(*stream, source, (checked, admitted)).await,
             Ok(Begun::There { client, said, backend, passthrough }) => {
                 self.pass_through(client, said, source, &backend, passthrough).await;
             }

@@ -5,11 +5,11 @@ use super::https::Https;
 use super::proxy_protocol;
 use super::sites::Backend;
 use super::tcp::{Way, connect_and_relay};
-use crate::counters::{Failure, Open};
+use crate::access_log::{Entry, Protocol};
+use crate::counters::{Failure, Meter, Open};
 use enclaved_core::routes::{Passthrough, ProxyProtocol};
 use rustls::AlertDescription;
 use std::net::SocketAddr;
-use std::sync::atomic::Ordering::Relaxed;
 use tokio::net::TcpStream;
 
 impl Https {
@@ -23,10 +23,12 @@ impl Https {
         Passthrough { vsock_port, proxy_protocol }: Passthrough,
     ) {
         let open = Open::ingress(&backend.traffic, backend.target.as_ref());
+        let mut entry = Entry::begin(&self.shared, Protocol::Tls, source);
+        entry.goes_to(&backend.traffic, backend.target.as_deref(), Some(vsock_port));
         let Some(target) = backend.target.clone() else {
             // There is nothing else in TLS for "not now".
             say(&mut client, &fatal(AlertDescription::InternalError)).await;
-            return self.not_passed(backend, Failure::NoTarget, Some("no generation of it is ready"));
+            return self.not_passed(backend, &mut entry, Failure::NoTarget, Some("no generation of it is ready"));
         };
         let length = said.len() as u64;
         let before = match (proxy_protocol, client.local_addr()) {
@@ -37,12 +39,13 @@ impl Https {
                 header
             }
             // The connection is gone already.
-            (Some(ProxyProtocol::V2), Err(_)) => return self.not_passed(backend, Failure::Reset, None),
+            (Some(ProxyProtocol::V2), Err(_)) => return self.not_passed(backend, &mut entry, Failure::Reset, None),
         };
-        backend.traffic.to_enclave.fetch_add(length, Relaxed);
+        entry.beside(&backend.traffic).inwards(length);
         let transport = self.upstreams.transport();
         let limits = &self.shared.limits;
-        let way = Way { transport: &transport, target: &target, vsock_port, traffic: &backend.traffic, limits };
+        let (traffic, written) = (&backend.traffic, &entry);
+        let way = Way { transport: &transport, target: &target, vsock_port, traffic, entry: written, limits };
         // A token of its own: waiting on a shared one takes its lock at every turn.
         let cut = target.cut.child_token();
         let carried = tokio::select! {
@@ -51,14 +54,16 @@ impl Https {
             // Not finished is what it must be when the enclave is cut off: dropping it resets the client.
             carried = connect_and_relay(client, Some(before), way, || ()) => carried,
         };
-        if let Err((failure, text)) = carried {
-            self.not_passed(backend, failure, text.as_deref());
+        match carried {
+            Ok(()) => entry.connection_ends(None),
+            Err((failure, text)) => self.not_passed(backend, &mut entry, failure, text.as_deref()),
         }
         drop(open);
     }
 
-    fn not_passed(&self, backend: &Backend, failure: Failure, text: Option<&str>) {
+    fn not_passed(&self, backend: &Backend, entry: &mut Entry, failure: Failure, text: Option<&str>) {
         backend.traffic.fail(failure);
+        entry.connection_ends(Some(failure));
         if let Some(error) = text
             && let Some(left_out) = self.failures.pass()
         {

@@ -2,7 +2,8 @@
 
 use super::https::Https;
 use super::sites::host_of;
-use crate::counters::Refused;
+use crate::access_log::{Ended, Entry, Protocol};
+use crate::counters::{Reason, Refused};
 use crate::inherited::Unusable;
 use crate::listening::Service;
 use crate::manager::ingress_name;
@@ -41,9 +42,22 @@ impl RedirectPort {
         Self { listen, https }
     }
 
-    fn answer(&self, request: &Request<Incoming>) -> Response<Words> {
+    fn answer(&self, request: &Request<Incoming>, source: SocketAddr) -> Response<Words> {
+        let mut entry = Entry::begin(&self.https.shared, Protocol::Http, source);
+        entry.asks(request);
+        let (mut response, refused) = self.decide(request);
+        if let Some(refused) = refused {
+            self.https.shared.counters.refused.count(refused);
+        }
+        entry.answered_here(response.status(), refused.map(Reason::name));
+        response.body_mut().entry = entry;
+        response
+    }
+
+    fn decide(&self, request: &Request<Incoming>) -> (Response<Words>, Option<Refused>) {
         let said = |status, words: &'static str| {
-            let mut response = Response::new(Words(Some(Bytes::from_static(words.as_bytes()))));
+            let text = Some(Bytes::from_static(words.as_bytes()));
+            let mut response = Response::new(Words { text, entry: Entry::default() });
             *response.status_mut() = status;
             let headers = response.headers_mut();
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
@@ -54,12 +68,12 @@ impl RedirectPort {
         let mut hosts = request.headers().get_all(HOST).iter();
         let host = hosts.next().filter(|_| hosts.next().is_none()).and_then(|host| host.to_str().ok());
         let Some(host) = host.and_then(host_of) else {
-            self.https.shared.counters.refused.count(Refused::BadRequest);
-            return said(StatusCode::BAD_REQUEST, "the request has no valid Host header\n");
+            let text = "the request has no valid Host header\n";
+            return (said(StatusCode::BAD_REQUEST, text), Some(Refused::BadRequest));
         };
         if self.https.sites.get().find(host).is_none() {
-            self.https.shared.counters.refused.count(Refused::UnknownHost);
-            return said(StatusCode::MISDIRECTED_REQUEST, "no site of this name is served here\n");
+            let text = "no site of this name is served here\n";
+            return (said(StatusCode::MISDIRECTED_REQUEST, text), Some(Refused::UnknownHost));
         }
         let port = self.https.port();
         let port = if port == 443 { String::new() } else { format!(":{port}") };
@@ -68,17 +82,17 @@ impl RedirectPort {
         let target = if target.starts_with('/') { target } else { "/" };
         let location = HeaderValue::from_maybe_shared(Bytes::from(format!("https://{host}{port}{target}")));
         let Ok(location) = location else {
-            return said(StatusCode::BAD_REQUEST, "the target is not valid\n");
+            return (said(StatusCode::BAD_REQUEST, "the target is not valid\n"), Some(Refused::BadRequest));
         };
         let mut response = said(StatusCode::PERMANENT_REDIRECT, "this is served over HTTPS\n");
         response.headers_mut().insert(LOCATION, location);
-        response
+        (response, None)
     }
 
-    async fn serve_one(self: Arc<Self>, client: TcpStream) {
+    async fn serve_one(self: Arc<Self>, client: TcpStream, source: SocketAddr) {
         let (port, limits) = (self.clone(), &self.https.shared.limits);
         let service = service_fn(move |request: Request<Incoming>| {
-            let response = port.answer(&request);
+            let response = port.answer(&request, source);
             async move { Ok::<_, Infallible>(response) }
         });
         let served = http1::Builder::new()
@@ -121,7 +135,7 @@ impl Service for RedirectPort {
         let Some(admitted) = self.https.admit(address.ip()) else { return };
         let port = self.clone();
         self.https.shared.spawn(async move {
-            port.serve_one(client).await;
+            port.serve_one(client, address).await;
             drop(admitted);
         });
     }
@@ -129,21 +143,34 @@ impl Service for RedirectPort {
 
 /// A few words.
 #[derive(Debug)]
-struct Words(Option<Bytes>);
+struct Words {
+    text: Option<Bytes>,
+    entry: Entry,
+}
 
 impl Body for Words {
     type Data = Bytes;
     type Error = Infallible;
 
     fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        Poll::Ready(self.0.take().map(|words| Ok(Frame::data(words))))
+        let text = self.text.take();
+        self.entry.wrote(text.as_ref().map_or(0, Bytes::len) as u64);
+        Poll::Ready(text.map(|text| Ok(Frame::data(text))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.is_none()
+        self.text.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.0.as_ref().map_or(0, Bytes::len) as u64)
+        SizeHint::with_exact(self.text.as_ref().map_or(0, Bytes::len) as u64)
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        if self.text.is_none() || self.entry.is_head_only() {
+            self.entry.ends(Ended::Whole);
+        }
     }
 }

@@ -6,6 +6,7 @@ use super::client_ca::Checked;
 use super::forward::{Connection, forward};
 use super::https::{Admitted, Https};
 use super::in_flight::{InFlight, Tracked};
+use super::tls;
 use crate::shared::Shared;
 use http::HeaderValue;
 use hyper::server::conn::{http1, http2};
@@ -13,7 +14,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::future::Future;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use tokio::net::TcpStream;
@@ -40,19 +41,21 @@ impl Https {
     pub(crate) async fn serve_http(
         self: Arc<Self>,
         stream: TlsStream<ClientStream<TcpStream>>,
-        address: IpAddr,
+        source: SocketAddr,
         (checked, admitted): (Option<Checked>, Admitted),
     ) {
         let session = stream.get_ref().1;
         let http2 = session.alpn_protocol() == Some(b"h2");
-        let client = HeaderValue::from_str(&address.to_canonical().to_string());
+        let client = HeaderValue::from_str(&source.ip().to_canonical().to_string());
         let replaced = checked.as_ref().map(|checked| checked.replaced.child_token());
         let connection = Arc::new(Connection {
             https: self.clone(),
+            source,
             client: client.unwrap_or(HeaderValue::from_static("unknown")),
-            trusted: self.rules.get().trusts(address),
+            trusted: self.rules.get().trusts(source.ip()),
             checked,
             server_name: session.server_name().map(str::to_owned),
+            tls: session.protocol_version().and_then(tls::version_name),
             admitted,
         });
         let limits = &self.shared.limits;

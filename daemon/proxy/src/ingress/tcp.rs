@@ -2,6 +2,7 @@
 
 use super::proxy_protocol;
 use super::sources::Sources;
+use crate::access_log::{Entry, Protocol};
 use crate::counters::{Failure, Live, Open, Traffic};
 use crate::current::Current;
 use crate::error_text::chain;
@@ -35,9 +36,9 @@ pub(crate) struct Backend {
 }
 
 impl Backend {
-    fn way<'a>(&'a self, target: &'a Live) -> Way<'a> {
+    fn way<'a>(&'a self, target: &'a Live, entry: &'a Entry) -> Way<'a> {
         let Self { transport, vsock_port, traffic, limits, .. } = self;
-        Way { transport, target, vsock_port: *vsock_port, traffic, limits }
+        Way { transport, target, vsock_port: *vsock_port, traffic, entry, limits }
     }
 }
 
@@ -48,6 +49,7 @@ pub(crate) struct Way<'a> {
     pub(crate) target: &'a Live,
     pub(crate) vsock_port: u32,
     pub(crate) traffic: &'a Traffic,
+    pub(crate) entry: &'a Entry,
     pub(crate) limits: &'a Limits,
 }
 
@@ -67,17 +69,25 @@ impl TcpPort {
         Self { listen, backend: Current::new(backend), shared, sources: Arc::default(), went: Changes::new(None) }
     }
 
-    async fn carry(&self, client: TcpStream, header: Option<Vec<u8>>, backend: &Backend, target: &Live) {
+    async fn carry(
+        &self,
+        client: TcpStream,
+        header: Option<Vec<u8>>,
+        backend: &Backend,
+        target: &Live,
+        mut entry: Entry,
+    ) {
         // A token of its own: waiting on a shared one takes its lock at every turn.
         let cut = target.cut.child_token();
         let carried = tokio::select! {
             // Cancel-safe: a token stays cancelled.
             () = cut.cancelled() => Err((Failure::Cut, None)),
             // Not finished is what it must be when the enclave is cut off: dropping it resets the client.
-            carried = connect_and_relay(client, header, backend.way(target), || self.reached(backend)) => carried,
+            carried = connect_and_relay(client, header, backend.way(target, &entry), || self.reached(backend)) => carried,
         };
-        if let Err((failure, text)) = carried {
-            self.fail(backend, failure, text.as_deref());
+        match carried {
+            Ok(()) => entry.connection_ends(None),
+            Err((failure, text)) => self.fail(backend, &mut entry, failure, text.as_deref()),
         }
     }
 
@@ -89,8 +99,9 @@ impl TcpPort {
         }
     }
 
-    fn fail(&self, backend: &Backend, failure: Failure, text: Option<&str>) {
+    fn fail(&self, backend: &Backend, entry: &mut Entry, failure: Failure, text: Option<&str>) {
         backend.traffic.fail(failure);
+        entry.connection_ends(Some(failure));
         if let Some(error) = text
             && let Some(left_out) = self.went.now(Some(failure))
         {
@@ -117,7 +128,7 @@ pub(crate) async fn connect_and_relay(
         let told = timeout(CONNECT_TIMEOUT, enclave.write_all(&before)).await;
         told.map_err(|_| (Failure::ConnectTimeout, None))?.map_err(|_| (Failure::Reset, None))?;
     }
-    let ended = relay(&mut enclave, &mut *client, way.traffic, way.limits).await;
+    let ended = relay(&mut enclave, &mut *client, &way.entry.beside(way.traffic), way.limits).await;
     if matches!(ended, Ok(()) | Err(Broken::Deaf { .. })) {
         client.ended_well();
     }
@@ -156,31 +167,39 @@ impl Service for TcpPort {
     fn serve(self: &Arc<Self>, (client, source): (TcpStream, SocketAddr)) {
         let backend = self.backend.get();
         let open = Open::ingress(&backend.traffic, backend.target.as_ref());
+        let mut entry = Entry::begin(&self.shared, Protocol::Tcp, source);
+        entry.listen(self.listen);
+        entry.goes_to(&backend.traffic, backend.target.as_deref(), Some(backend.vsock_port));
         let Some(target) = backend.target.clone() else {
-            return self.fail(&backend, Failure::NoTarget, Some("no generation of it is ready"));
+            return self.fail(&backend, &mut entry, Failure::NoTarget, Some("no generation of it is ready"));
         };
         let rules = &backend.rules;
         if !rules.allows(source.ip()) {
             let text = format!("{} is in no network of allow", source.ip().to_canonical());
-            return self.fail(&backend, Failure::SourceRefused, Some(&text));
+            return self.fail(&backend, &mut entry, Failure::SourceRefused, Some(&text));
         }
         let limit = rules.max_connections.map_or(self.shared.limits.tcp_connections as u64, u64::from);
         if backend.traffic.open_now() > limit {
-            return self.fail(&backend, Failure::Limit, Some(&format!("the port has {limit} connections already")));
+            return self.fail(
+                &backend,
+                &mut entry,
+                Failure::Limit,
+                Some(&format!("the port has {limit} connections already")),
+            );
         }
         let Some(counted) = self.sources.count(source.ip(), rules.max_connections_per_source) else {
             let text = format!("{} has as many connections as one source may have", source.ip().to_canonical());
-            return self.fail(&backend, Failure::SourceLimit, Some(&text));
+            return self.fail(&backend, &mut entry, Failure::SourceLimit, Some(&text));
         };
         let header = match (rules.proxy_protocol, client.local_addr()) {
             (None, _) => None,
             (Some(ProxyProtocol::V2), Ok(destination)) => Some(proxy_protocol::v2(source, destination)),
             // The connection is gone already.
-            (Some(ProxyProtocol::V2), Err(_)) => return self.fail(&backend, Failure::Reset, None),
+            (Some(ProxyProtocol::V2), Err(_)) => return self.fail(&backend, &mut entry, Failure::Reset, None),
         };
         let port = self.clone();
         self.shared.spawn(async move {
-            port.carry(client, header, &backend, &target).await;
+            port.carry(client, header, &backend, &target, entry).await;
             drop((open, counted));
         });
     }

@@ -4,11 +4,11 @@
 use super::sites::Sites;
 use crate::certificates::CertificateSource;
 use crate::current::Current;
-use rustls::ServerConfig;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use rustls::{ProtocolVersion, ServerConfig};
 use std::sync::Arc;
 
 /// The protocols on offer, the better first.
@@ -58,6 +58,15 @@ impl ResolvesServerCert for Resolver {
         let sites = self.sites.get();
         let (domain, _) = sites.for_client(hello.server_name())?;
         self.certificates.certificate(domain)
+    }
+}
+
+/// A version of TLS, for people.
+pub(crate) fn version_name(version: ProtocolVersion) -> Option<&'static str> {
+    match version {
+        ProtocolVersion::TLSv1_2 => Some("1.2"),
+        ProtocolVersion::TLSv1_3 => Some("1.3"),
+        _ => None,
     }
 }
 

@@ -1,31 +1,31 @@
-//! HTTP connections into enclaves: made when needed, kept while idle, forgotten when their enclave takes no new requests.
+//! HTTP connections into enclaves: made when needed, kept while idle, forgotten when their enclave takes no new requests. How several
+//! requests share one is in `http2`.
+
+mod http2;
 
 use super::body::{Answering, ClientFault, Progress, Upload};
-use super::serving::Spawner;
-use crate::counters::Live;
+use super::tcp::connect_failure;
+use crate::counters::{Failure, Live, Traffic, Upstream};
 use crate::current::Current;
-use crate::egress::seats::{Seat, Seats};
+use crate::egress::seats::Seat;
 use crate::shared::Shared;
-use crate::vsock::{ConnectError, Stream, Transport};
-use enclaved_core::id::Cid;
+use crate::vsock::{ConnectError, Transport};
+use enclaved_core::id::{Cid, EnclaveName};
 use enclaved_core::routes::UpstreamHttp;
 use http::{Method, Request, Response};
+use http2::Http2;
 use hyper::body::{Body, Incoming};
-use hyper::client::conn::{TrySendError, http1, http2};
-use hyper_util::rt::{TokioIo, TokioTimer};
-use std::collections::{HashMap, HashSet};
+use hyper::client::conn::{TrySendError, http1};
+use hyper_util::rt::TokioIo;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::future::Future;
-use std::pin::{Pin, pin};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
-use tokio_util::sync::CancellationToken;
 
 /// How long a connection may take to be ready for the next request once a response has ended.
 const SETTLE: Duration = Duration::from_secs(1);
-
-/// How long a connection whose request failed may take to be found at its end.
-const ENDING: Duration = Duration::from_millis(200);
 
 /// Why an enclave gave no answer.
 #[derive(Debug, thiserror::Error)]
@@ -42,15 +42,6 @@ pub(crate) enum SendError {
     Cut,
 }
 
-/// Silence of an HTTP/2 connection with requests in flight after which the enclave is asked whether it is there.
-const PING: Duration = Duration::from_secs(30);
-/// Requests that share an HTTP/2 connection, at most.
-const STREAMS: u32 = 100;
-/// Most that an enclave may send ahead over HTTP/2, for one answer and for all of a connection: a client that does not read
-/// its answers takes nothing from those of others.
-const STREAM_WINDOW: u32 = 64 << 10;
-const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW;
-
 /// A port of an enclave, and what it speaks.
 type Key = (Cid, u32, UpstreamHttp);
 
@@ -63,53 +54,25 @@ enum Sender {
     Http2 { shared: Http2, _seat: Option<Seat> },
 }
 
-type Http2Connection = http2::Connection<TokioIo<Stream>, Upload, Spawner>;
-
-/// A connection that requests share.
-#[derive(Debug, Clone)]
-struct Http2 {
-    sender: http2::SendRequest<Upload>,
-    /// The requests that have it.
-    seats: Seats,
-    /// Asked how many the enclave allows. Its own task owns it.
-    connection: Weak<Mutex<Http2Connection>>,
-    /// Cancelled when the connection has ended.
-    ended: CancellationToken,
-}
-
-impl Http2 {
-    /// How many requests may have it at a time. Until the enclave has said how many it allows, it is one.
-    fn room(&self) -> u64 {
-        let connection = self.connection.upgrade();
-        let allowed = connection.map_or(1, |connection| lock(&connection).current_max_send_streams());
-        u64::try_from(allowed).unwrap_or(u64::MAX).clamp(1, STREAMS.into())
-    }
-
-    fn lease(&self, room: u64) -> Option<Sender> {
-        let seat = self.seats.take(room)?;
-        Some(Sender::Http2 { shared: self.clone(), _seat: Some(seat) })
-    }
-}
-
 impl Sender {
     fn is_ready(&self) -> bool {
         match self {
             Self::Http1(sender) => sender.is_ready(),
-            Self::Http2 { shared, .. } => shared.sender.is_ready(),
+            Self::Http2 { shared, .. } => shared.is_ready(),
         }
     }
 
     fn is_closed(&self) -> bool {
         match self {
             Self::Http1(sender) => sender.is_closed(),
-            Self::Http2 { shared, .. } => shared.sender.is_closed(),
+            Self::Http2 { shared, .. } => shared.is_closed(),
         }
     }
 
     async fn send(&mut self, request: Request<Upload>) -> Result<Response<Incoming>, TrySendError<Request<Upload>>> {
         match self {
             Self::Http1(sender) => sender.try_send_request(request).await,
-            Self::Http2 { shared, .. } => shared.sender.try_send_request(request).await,
+            Self::Http2 { shared, .. } => shared.send(request).await,
         }
     }
 
@@ -117,8 +80,15 @@ impl Sender {
     async fn has_ended(&self) -> bool {
         match self {
             Self::Http1(_) => true,
-            // Its own task may have yet to find out.
-            Self::Http2 { shared, .. } => timeout(ENDING, shared.ended.cancelled()).await.is_ok(),
+            Self::Http2 { shared, .. } => shared.has_ended().await,
+        }
+    }
+
+    /// Of one that is kept: whether it carries no request at present.
+    fn is_idle(&self) -> bool {
+        match self {
+            Self::Http1(_) => true,
+            Self::Http2 { shared, .. } => shared.taken() == 0,
         }
     }
 }
@@ -141,6 +111,8 @@ struct Pool {
 struct Idle {
     sender: Sender,
     since: Instant,
+    /// Whose it is.
+    traffic: Arc<Traffic>,
 }
 
 /// A connection that is answering a request.
@@ -149,6 +121,11 @@ pub(crate) struct Lease {
     upstreams: Arc<Upstreams>,
     key: Key,
     sender: Sender,
+    traffic: Arc<Traffic>,
+    /// It was kept from an earlier request.
+    pub(crate) reused: bool,
+    /// The request was sent over another one before.
+    pub(crate) repeated: bool,
     _answering: Answering,
 }
 
@@ -183,15 +160,24 @@ impl Upstreams {
         let keep = self.shared.limits.pool_idle;
         self.lock().idle.retain(|_, idle| {
             idle.retain_mut(|idle| {
-                if let Sender::Http2 { shared, .. } = &idle.sender
-                    && shared.seats.taken() > 0
-                {
+                if !idle.sender.is_idle() {
                     idle.since = Instant::now();
                 }
                 idle.since.elapsed() < keep && !idle.sender.is_closed()
             });
             !idle.is_empty()
         });
+    }
+
+    /// How many are kept that carry nothing at present.
+    pub(crate) fn idle(&self) -> BTreeMap<EnclaveName, u64> {
+        let mut idle = BTreeMap::new();
+        for kept in self.lock().idle.values().flatten() {
+            if kept.sender.is_idle() && !kept.sender.is_closed() {
+                *idle.entry(kept.traffic.key().enclave.clone()).or_default() += 1;
+            }
+        }
+        idle
     }
 
     /// Sends a request and waits for the head of its response.
@@ -202,6 +188,7 @@ impl Upstreams {
     pub(crate) async fn send(
         self: &Arc<Self>,
         live: &Arc<Live>,
+        traffic: &Arc<Traffic>,
         (port, speaks): (u32, UpstreamHttp),
         mut request: Request<Upload>,
     ) -> Result<(Response<Incoming>, Lease), SendError> {
@@ -217,9 +204,12 @@ impl Upstreams {
                     // Cancel-safe: a token stays cancelled.
                     () = cut.cancelled() => return Err(SendError::Cut),
                     // Dropped only where the request is given up.
-                    sender = self.connect(live, key) => (sender?, false),
+                    sender = self.connect(live, traffic, key) => (sender?, false),
                 },
             };
+            if reused {
+                traffic.upstream.reused();
+            }
             let spare = if reused { repeatable(&request) } else { None };
             let answer = tokio::select! {
                 // Cancel-safe: a token stays cancelled.
@@ -229,7 +219,9 @@ impl Upstreams {
             };
             let mut error = match answer {
                 Ok(response) => {
-                    let lease = Lease { upstreams: self.clone(), key, sender, _answering: Answering::new(progress) };
+                    let (traffic, _answering) = (traffic.clone(), Answering::new(progress));
+                    let lease =
+                        Lease { upstreams: self.clone(), key, sender, traffic, reused, repeated: again, _answering };
                     return Ok((response, lease));
                 }
                 Err(error) => error,
@@ -242,6 +234,7 @@ impl Upstreams {
                 (None, Some(spare)) if sender.has_ended().await => spare,
                 _ => return Err(SendError::Http(error.into_error())),
             };
+            traffic.upstream.repeated();
             again = true;
         }
     }
@@ -260,14 +253,33 @@ impl Upstreams {
         }
     }
 
-    async fn connect(&self, live: &Live, key: Key) -> Result<Sender, SendError> {
-        let (_, port, speaks) = key;
-        let stream = self.transport.get().connect(live.cid, port).await?;
-        let head_bytes = self.shared.limits.request_head_bytes;
-        if speaks == UpstreamHttp::H2c {
-            return self.connect_http2(live, key, TokioIo::new(stream), head_bytes).await;
+    /// Opens a connection, and counts how that went.
+    async fn connect(&self, live: &Live, traffic: &Arc<Traffic>, key: Key) -> Result<Sender, SendError> {
+        traffic.upstream.connects();
+        let opened = self.open(live, traffic, key).await;
+        if let Err(error) = &opened {
+            let failure = match error {
+                SendError::Connect(error) => connect_failure(error),
+                _ => Failure::BadAnswer,
+            };
+            traffic.upstream.connect_failed(failure);
         }
-        let handshake = http1::Builder::new().max_header_size(head_bytes).handshake(TokioIo::new(stream));
+        opened
+    }
+
+    async fn open(&self, live: &Live, traffic: &Arc<Traffic>, key: Key) -> Result<Sender, SendError> {
+        let (_, port, speaks) = key;
+        let stream = TokioIo::new(self.transport.get().connect(live.cid, port).await?);
+        let open = Upstream::open(traffic);
+        if speaks == UpstreamHttp::H2c {
+            let shared = Http2::begin(&self.shared, live, stream, open).await.map_err(SendError::Http)?;
+            let seat = shared.seat(u64::MAX);
+            // Those that come from now on share it, as many as there is room for, until it is closed.
+            self.put(key, Sender::Http2 { shared: shared.clone(), _seat: None }, traffic.clone());
+            return Ok(Sender::Http2 { shared, _seat: seat });
+        }
+        let head_bytes = self.shared.limits.request_head_bytes;
+        let handshake = http1::Builder::new().max_header_size(head_bytes).handshake(stream);
         let (sender, connection) = handshake.await.map_err(SendError::Http)?;
         let cut = live.cut.child_token();
         self.shared.spawn(async move {
@@ -277,45 +289,9 @@ impl Upstreams {
                 // Dropping it closes the connection, which is what cutting means. Its errors reach whoever sent a request.
                 result = connection.with_upgrades() => drop(result),
             }
+            drop(open);
         });
         Ok(Sender::Http1(sender))
-    }
-
-    async fn connect_http2(
-        &self,
-        live: &Live,
-        key: Key,
-        stream: TokioIo<Stream>,
-        head_bytes: usize,
-    ) -> Result<Sender, SendError> {
-        let handshake = http2::Builder::new(Spawner(self.shared.clone()))
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_header_list_size(u32::try_from(head_bytes).unwrap_or(u32::MAX))
-            .initial_max_send_streams(1)
-            .keep_alive_interval(PING)
-            .handshake(stream);
-        let (sender, connection) = handshake.await.map_err(SendError::Http)?;
-        let cut = live.cut.child_token();
-        let ended = CancellationToken::new();
-        let end = ended.clone().drop_guard();
-        let connection = Arc::new(Mutex::new(connection));
-        let shared = Http2 { sender, seats: Seats::default(), connection: Arc::downgrade(&connection), ended };
-        self.shared.spawn(async move {
-            let connection = std::future::poll_fn(move |cx| Pin::new(&mut *lock(&connection)).poll(cx));
-            tokio::select! {
-                // Cancel-safe: a token stays cancelled.
-                () = cut.cancelled() => {}
-                // Dropping it closes the connection, which is what cutting means. Its errors reach whoever sent a request.
-                result = connection => drop(result),
-            }
-            drop(end);
-        });
-        let seat = shared.seats.take(u64::MAX);
-        // Those that come from now on share it, as many as there is room for, until it is closed.
-        self.put(key, Sender::Http2 { shared: shared.clone(), _seat: None });
-        Ok(Sender::Http2 { shared, _seat: seat })
     }
 
     fn take(&self, key: Key) -> Option<Sender> {
@@ -326,10 +302,10 @@ impl Upstreams {
             // The first that has room, so that the others become idle.
             for idle in idle.iter_mut() {
                 if let Sender::Http2 { shared, .. } = &idle.sender
-                    && let Some(sender) = shared.lease(shared.room())
+                    && let Some(seat) = shared.seat(shared.room())
                 {
                     idle.since = Instant::now();
-                    return Some(sender);
+                    return Some(Sender::Http2 { shared: shared.clone(), _seat: Some(seat) });
                 }
             }
             if idle.len() < self.shared.limits.pool_connections {
@@ -340,18 +316,20 @@ impl Upstreams {
                 Sender::Http2 { shared, .. } => Some(shared),
                 Sender::Http1(_) => None,
             });
-            return shared.min_by_key(|shared| shared.seats.taken())?.lease(u64::MAX);
+            let shared = shared.min_by_key(|shared| shared.taken())?.clone();
+            let seat = shared.seat(u64::MAX);
+            return Some(Sender::Http2 { shared, _seat: seat });
         }
         let usable = |idle: &Idle| idle.sender.is_ready() && idle.since.elapsed() < self.shared.limits.pool_idle;
         std::iter::from_fn(|| idle.pop()).find(usable).map(|idle| idle.sender)
     }
 
-    fn put(&self, key: Key, sender: Sender) {
+    fn put(&self, key: Key, sender: Sender, traffic: Arc<Traffic>) {
         let mut pool = self.lock();
         if pool.targets.contains(&key.0) {
             let idle = pool.idle.entry(key).or_default();
             if idle.len() < self.shared.limits.pool_connections {
-                idle.push(Idle { sender, since: Instant::now() });
+                idle.push(Idle { sender, since: Instant::now(), traffic });
             }
         }
     }
@@ -370,13 +348,13 @@ impl Lease {
     pub(crate) fn give_back(self) {
         let Sender::Http1(mut sender) = self.sender else { return };
         if sender.is_ready() {
-            self.upstreams.put(self.key, Sender::Http1(sender));
+            self.upstreams.put(self.key, Sender::Http1(sender), self.traffic);
         } else if !sender.is_closed() {
             // Its own task has yet to find that all is done; or the request's body is not through, and never will be.
             let shared = self.upstreams.shared.clone();
             shared.spawn(async move {
                 if let Ok(Ok(())) = timeout(SETTLE, sender.ready()).await {
-                    self.upstreams.put(self.key, Sender::Http1(sender));
+                    self.upstreams.put(self.key, Sender::Http1(sender), self.traffic);
                 }
             });
         }

@@ -4,6 +4,8 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed; helpers are tests, too")]
 
 mod abuse;
+mod access_log;
+mod caution;
 mod client_certificates;
 mod continuity;
 mod corpus;
@@ -13,6 +15,7 @@ mod features;
 mod https;
 mod link;
 mod names;
+mod pool;
 mod routes;
 mod rules;
 mod sharing;

@@ -13,7 +13,8 @@ use enclaved_core::egress_policy;
 use enclaved_core::id::{MemoryMib, Pcr};
 use enclaved_core::image::{ExpectedImage, Pins};
 use enclaved_core::routes::{
-    Ages, CertificateFiles, EgressLimits, Passthrough, PathRoute, SiteRules, TcpRules, UpstreamHttp, is_domain, is_host,
+    Ages, CautionRelease, CertificateFiles, EgressLimits, Passthrough, PathRoute, SiteRules, TcpRules, UpstreamHttp,
+    is_domain, is_host,
 };
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -21,10 +22,6 @@ use std::time::Duration;
 
 /// nitro-cli listens there for an enclave's first sign of life.
 const HEARTBEAT_PORT: u32 = 9000;
-/// Where Caution's attestation service listens in an enclave, and the path it is reached under.
-const CAUTION: (&str, u32) = ("/attestation", 49502);
-/// The same of its end-to-end encryption, STEVE.
-const E2E: (&str, u32) = ("/e2p", 49500);
 /// Where TLS that is passed through goes.
 const TLS_PORT: u32 = 443;
 /// Longest path prefix, in bytes.
@@ -295,6 +292,9 @@ impl Judge<'_> {
                 }
             };
             self.listener(listen, &at);
+            if form.e2e.release() == Some(CautionRelease::Earlier) && vsock_port == CautionRelease::EARLIER_APP {
+                self.problems.warn(self.tree, &at, past_e2e("remove this port, if it is the same application"));
+            }
             tcp.extend(listen.map(|listen| TcpPort { listen, vsock_port, rules }));
         }
         IngressSpec { domains: own, paths, site, tcp }
@@ -337,8 +337,8 @@ impl Judge<'_> {
             let given = [
                 ("http_port", form.http_port.is_some()),
                 ("routes", !form.routes.is_empty()),
-                ("caution", form.caution),
-                ("e2e", form.e2e),
+                ("caution", form.caution.release().is_some()),
+                ("e2e", form.e2e.release().is_some()),
                 ("certificate", form.certificate.is_some()),
                 ("hsts", form.hsts.is_some()),
                 ("client_ca", form.client_ca.is_some()),
@@ -390,8 +390,15 @@ impl Judge<'_> {
             }
             paths.push(PathRoute { prefix: prefix.to_owned(), vsock_port, upstream });
         };
+        let (caution, e2e) = (form.caution.release(), form.e2e.release());
+        // All paths are its own then, and what else claims them gets around the encryption.
+        let all_encrypted = e2e == Some(CautionRelease::Earlier);
         if let Some(port) = form.http_port {
-            add(self, "/", port, UpstreamHttp::Http1, path.key("http_port"));
+            if all_encrypted {
+                self.refuse(&path.key("http_port"), past_e2e("remove http_port"));
+            } else {
+                add(self, "/", port, UpstreamHttp::Http1, path.key("http_port"));
+            }
         }
         for (index, route) in form.routes.iter().enumerate() {
             let at = path.key("routes").index(index).key("path");
@@ -402,13 +409,30 @@ impl Judge<'_> {
                     quoted(&route.path)
                 );
                 self.refuse(&at, message);
+            } else if all_encrypted && route.path.trim_end_matches('/').is_empty() {
+                self.refuse(&at, past_e2e("remove this route"));
+            } else if all_encrypted && route.vsock_port == CautionRelease::EARLIER_APP {
+                let remedy = "remove this route, or give the service a port of its own";
+                self.refuse(&path.key("routes").index(index).key("vsock_port"), past_e2e(remedy));
             } else {
                 add(self, &route.path, route.vsock_port, route.upstream, at);
             }
         }
-        for (wanted, key, (prefix, port)) in [(form.caution, "caution", CAUTION), (form.e2e, "e2e", E2E)] {
-            if wanted {
-                add(self, prefix, port, UpstreamHttp::Http1, path.key(key));
+        if let (Some(one), Some(other)) = (caution, e2e)
+            && one != other
+        {
+            let message = format!(
+                "is of the {} release and e2e of the {} one; an image is of one release: write the same for both, or the ports of \
+                 this image in routes",
+                one.as_str(),
+                other.as_str()
+            );
+            self.refuse(&path.key("caution"), message);
+        }
+        let presets = [("caution", caution.map(CautionRelease::attestation)), ("e2e", e2e.map(CautionRelease::e2e))];
+        for (key, route) in presets {
+            if let Some(PathRoute { prefix, vsock_port, upstream }) = route {
+                add(self, &prefix, vsock_port, upstream, path.key(key));
             }
         }
         let covered = paths.iter().any(|path| path.prefix == "/");
@@ -420,8 +444,8 @@ impl Judge<'_> {
             let given = [
                 ("http_port", form.http_port.is_some()),
                 ("routes", !form.routes.is_empty()),
-                ("caution", form.caution),
-                ("e2e", form.e2e),
+                ("caution", form.caution.release().is_some()),
+                ("e2e", form.e2e.release().is_some()),
                 ("default", form.default),
                 ("passthrough", form.passthrough),
                 ("certificate", form.certificate.is_some()),
@@ -434,6 +458,14 @@ impl Judge<'_> {
         }
         paths
     }
+}
+
+fn past_e2e(remedy: &str) -> String {
+    let (steve, app) = (CautionRelease::Earlier.e2e().vsock_port, CautionRelease::EARLIER_APP);
+    format!(
+        "gets around the encryption: with e2e = \"earlier\" every path goes to vsock port {steve}, where STEVE passes it on to the \
+         application on {app}; {remedy}, or change e2e"
+    )
 }
 
 fn heartbeat() -> String {

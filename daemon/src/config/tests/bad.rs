@@ -778,6 +778,67 @@ t.toml:10:64: [[enclave]] "signer" ingress.routes[1].path: is "x"; allowed: a pa
 }
 
 #[test]
+fn what_gets_around_earlier_end_to_end_encryption_is_refused() {
+    check_enclave(&[
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+http_port = 8083
+e2e = "earlier"
+routes = [{ path = "/", vsock_port = 80 }, { path = "/x", vsock_port = 8083 }]"#,
+            r#"t.toml:8:13: [[enclave]] "signer" ingress.http_port: gets around the encryption: with e2e = "earlier" every path goes to vsock port 8080, where STEVE passes it on to the application on 8083; remove http_port, or change e2e
+t.toml:10:20: [[enclave]] "signer" ingress.routes[0].path: gets around the encryption: with e2e = "earlier" every path goes to vsock port 8080, where STEVE passes it on to the application on 8083; remove this route, or change e2e
+t.toml:10:72: [[enclave]] "signer" ingress.routes[1].vsock_port: gets around the encryption: with e2e = "earlier" every path goes to vsock port 8080, where STEVE passes it on to the application on 8083; remove this route, or give the service a port of its own, or change e2e"#,
+        ),
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+caution = true
+e2e = "earlier""#,
+            r#"t.toml:8:11: [[enclave]] "signer" ingress.caution: is of the current release and e2e of the earlier one; an image is of one release: write the same for both, or the ports of this image in routes"#,
+        ),
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+http_port = 1
+caution = "earlyer"
+e2e = 8080"#,
+            r#"t.toml:9:11: [[enclave]] "signer" ingress.caution: is "earlyer"; allowed: true or false or "current" or "earlier"; did you mean "earlier"?
+t.toml:10:7: [[enclave]] "signer" ingress.e2e: is 8080; allowed: true or false or "current" or "earlier""#,
+        ),
+        (
+            r#"[enclave.ingress]
+domains = ["a.b"]
+passthrough = true
+e2e = "earlier""#,
+            r#"t.toml:9:7: [[enclave]] "signer" ingress.e2e: cannot be with passthrough: what is not decrypted has neither paths, headers nor a certificate here; remove one of the two"#,
+        ),
+    ]);
+}
+
+#[test]
+fn an_access_log_goes_to_stdout_or_to_an_absolute_path() {
+    check(&[
+        (
+            "[ingress]\naccess_log = \"access.log\"",
+            r#"t.toml:2:14: [ingress] access_log: is "access.log"; allowed: the absolute path of a file, or "stdout", which is the journal under systemd"#,
+        ),
+        (
+            "[ingress]\naccess_log = \"journal\"",
+            r#"t.toml:2:14: [ingress] access_log: is "journal"; allowed: the absolute path of a file, or "stdout", which is the journal under systemd"#,
+        ),
+        (
+            "[ingress]\naccess_log = \"/dev/stdout\"",
+            r#"t.toml:2:14: [ingress] access_log: is "/dev/stdout"; allowed: the absolute path of a file, or "stdout", which is the journal under systemd"#,
+        ),
+        (
+            "[ingress]\naccess_log = true",
+            r#"t.toml:2:14: [ingress] access_log: is true; allowed: a string, such as "/var/log/enclaved-proxy/access.log""#,
+        ),
+    ]);
+}
+
+#[test]
 fn a_port_of_the_host_is_taken_once() {
     check_enclave(&[
         (
