@@ -21,8 +21,12 @@ pub struct Limits {
     /// `bench relay --buffers` compares sizes.
     pub relay_buffer: usize,
     /// A relayed connection without a byte in either direction ends after this. Long: database pools keep connections for
-    /// hours, and a dead peer is found by TCP keepalive within minutes.
+    /// hours, and a dead peer is found by its silence within minutes ([`Self::peer_silence`]).
     pub relay_idle: Duration,
+    /// A TCP peer is gone that gives no sign of life for this long: it answers no keepalive probe, or neither acknowledges nor
+    /// takes what waits for it. Two seconds at least. Below the 350 s after which AWS's NAT gateways and load balancers forget a
+    /// silent connection, which the probes keep from being silent.
+    pub peer_silence: Duration,
     /// A relayed connection that is closed in one direction ends when the other has been silent for this long.
     pub relay_half_closed: Duration,
     /// A relayed connection ends when it is this old, whatever it carries. None: it may become as old as it likes, as
@@ -105,6 +109,7 @@ impl Default for Limits {
             drain: Duration::from_secs(5),
             relay_buffer: 64 << 10,
             relay_idle: Duration::from_secs(24 * 3600),
+            peer_silence: Duration::from_secs(120),
             relay_half_closed: Duration::from_secs(600),
             relay_lifetime: None,
             resolve: Duration::from_secs(5),

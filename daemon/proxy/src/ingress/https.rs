@@ -222,11 +222,11 @@ impl Service for HttpsPort {
     }
 
     fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {
-        tcp::adopt(self.listen, socket).inspect(|listener| self.https.note_port(listener))
+        tcp::adopt(self.listen, socket, self.https.shared.limits.peer_silence).inspect(|listener| self.https.note_port(listener))
     }
 
     async fn open(&self) -> Result<TcpListener, OpenError> {
-        Ok(tcp::listen(self.listen).inspect(|listener| self.https.note_port(listener))?)
+        Ok(tcp::listen(self.listen, self.https.shared.limits.peer_silence).inspect(|listener| self.https.note_port(listener))?)
     }
 
     fn serve(self: &Arc<Self>, (client, address): (TcpStream, SocketAddr)) {
