@@ -7,7 +7,6 @@ use crate::traffic::{Client, EgressWatch};
 use enclaved_core::status::Status;
 use enclaved_integration::guests::Guests;
 use enclaved_integration::host::{ECHO_PORT, EGRESS_PORT};
-use std::time::Duration;
 use tokio::net::TcpStream;
 
 /// A host that serves `signer.eif` with the label v1, and has `signer-2.eif` with v2 as well.
@@ -86,7 +85,6 @@ async fn updates_with_room_for_both_fail_no_request_over_kept_connections_and_cl
     let crowd = Crowd::gather(&Client::new(&host, "localhost")).await;
     let mut status = host.until_ready().await;
     for image in ["signer-2.eif", "signer.eif", "signer-2.eif"] {
-        tokio::time::sleep(Duration::from_millis(300)).await;
         status = update(&host, &status, image, 2, "blue-green").await;
     }
     assert_eq!(Client::new(&host, "localhost").answer().await.label, "v2");
@@ -102,7 +100,6 @@ async fn updates_without_room_for_both_have_clients_told_to_wait_and_nothing_wor
     let crowd = Crowd::gather(&Client::new(&host, "localhost")).await;
     let mut status = host.until_ready().await;
     for image in ["signer-2.eif", "signer.eif"] {
-        tokio::time::sleep(Duration::from_millis(300)).await;
         status = update(&host, &status, image, 4, "auto").await;
     }
     assert_eq!(Client::new(&host, "localhost").answer().await.label, "v1");

@@ -82,6 +82,7 @@ enum Said {
     Headers(u32, u8),
     /// The stream, and whether that was the last of it.
     Data(u32, Vec<u8>, bool),
+    Pong,
     Closed,
 }
 
@@ -114,6 +115,7 @@ impl Frames {
                     let echo = if head[3] == PING { &payload[..] } else { &[] };
                     drop(self.0.write_all(&frame(head[3], ACK, 0, echo)).await);
                 }
+                PING => return Said::Pong,
                 GOAWAY => return Said::GoAway(number(0), number(4)),
                 HEADERS => return Said::Headers(stream, payload[0]),
                 DATA => return Said::Data(stream, payload, head[4] & END_STREAM != 0),
@@ -151,8 +153,9 @@ async fn a_client_of_http2_is_told_to_go_away_and_has_the_answer_to_what_it_aske
     let client = async {
         busy.until_told_to_go(1).await;
         busy.ask(3).await;
-        // What was sent is read before the answer is given: it is a round trip behind it.
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        // By the answer to this it has read what came before.
+        busy.0.write_all(&frame(PING, 0, 0, &[7; 8])).await.unwrap();
+        assert_eq!(busy.next().await, Said::Pong);
         release.send(true).unwrap();
         assert_eq!(busy.next().await, Said::Headers(1, OK));
         assert_eq!(busy.next().await, Said::Data(1, b"done".to_vec(), true));
