@@ -1,5 +1,5 @@
-//! Clients of HTTPS that keep their connections while the proxy is restarted: what they are told to ask elsewhere, they ask over a new
-//! connection, and nothing is lost.
+//! Clients of HTTPS while the proxy is restarted, who keep their connections or make a new one for each request: what they are told to
+//! ask elsewhere, they ask over a new connection, and nothing is lost.
 
 use crate::{DEADLINE, Host};
 use anyhow::Context as _;
@@ -42,6 +42,8 @@ pub(crate) async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin) {
 
 fn with_site(routes: Routes) -> Routes {
     let mut routes = serde_json::to_value(routes).unwrap();
+    // Port 0 twice would be one name in the store of sockets.
+    routes["tcp"] = serde_json::json!([]);
     routes["https"] = serde_json::json!({ "listen": "127.0.0.1:0" });
     routes["sites"] = serde_json::json!([{
         "enclave": "signer",
@@ -143,12 +145,15 @@ async fn restarts_lose_no_request_of_clients_that_ask_again_what_was_not_begun()
     let mut clients = JoinSet::new();
     for number in 0..8 {
         let mut client = Client::new(&host, address, number % 2 == 0);
+        // Half of them have no patience with connections.
+        let keeps = number < 4;
         let (enough, asked) = (enough.clone(), asked.clone());
         clients.spawn(async move {
             while !enough.load(SeqCst) {
                 let answered = timeout(DEADLINE, client.ask()).await.unwrap();
                 answered.unwrap_or_else(|error| panic!("over HTTP/{}: {error:#}", if client.http2 { 2 } else { 1 }));
                 asked.fetch_add(1, SeqCst);
+                client.sender = client.sender.take().filter(|_| keeps);
             }
             client.carriers.len()
         });
