@@ -17,6 +17,9 @@ pub struct Limits {
     pub settle: Duration,
     /// How long requests in flight may go on after the proxy was told to end.
     pub drain: Duration,
+    /// How long a connection that has asked nothing yet may take to do so after that: what a client sends right after connecting may be
+    /// on its way, and no client asks twice what a new connection swallowed. Part of the drain.
+    pub first_request: Duration,
     /// Bytes that a relay reads at once, and the most that it holds for one direction of a connection whose receiver is slow.
     /// `bench relay --buffers` compares sizes.
     pub relay_buffer: usize,
@@ -107,6 +110,7 @@ impl Default for Limits {
             maintenance: Duration::from_secs(5),
             settle: Duration::from_secs(5),
             drain: Duration::from_secs(5),
+            first_request: Duration::from_secs(1),
             relay_buffer: 64 << 10,
             relay_idle: Duration::from_secs(24 * 3600),
             peer_silence: Duration::from_secs(120),

@@ -56,7 +56,9 @@ async fn no_enclave_that_lives_is_refused_a_connection_outward_across_deaths_upd
         status = update(&host, &status, image, 2, policy).await;
         more(25).await;
         // What changes nothing of its egress.
-        host.configure(&(signer(&host, image, 2, policy).replace("[\"localhost\"]", "[\"localhost\", \"other.test\"]")));
+        host.configure(
+            &(signer(&host, image, 2, policy).replace("[\"localhost\"]", "[\"localhost\", \"other.test\"]")),
+        );
         host.ctl_ok(&["reload"]);
         more(25).await;
         // From inside, and by its background process, which is all that the host sees of it.

@@ -44,8 +44,10 @@ async fn host(drain: &str) -> (Host, SocketAddr) {
 }
 
 fn configure(host: &Host, image: &str, drain: &str) {
-    let ports =
-        format!("http_port = 8080, ports = [{{ listen = \"{}\", vsock_port = {HTTP_PORT} }}] }}", host.machine.tcp(9000));
+    let ports = format!(
+        "http_port = 8080, ports = [{{ listen = \"{}\", vsock_port = {HTTP_PORT} }}] }}",
+        host.machine.tcp(9000)
+    );
     let enclave = host.machine.sample_enclave("signer", image).replace("http_port = 8080 }", &ports);
     let config = host.machine.host_config().replace("drain = \"2s\"", &format!("drain = \"{drain}\""));
     assert!(config.contains(drain) && enclave.contains(&ports));
@@ -113,7 +115,8 @@ async fn a_connection_stays_with_its_generation_until_it_is_done_and_the_old_enc
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_that_outlasts_the_drain_is_reset_at_the_deadline_and_counted_and_new_ones_are_served_throughout() {
+async fn a_connection_that_outlasts_the_drain_is_reset_at_the_deadline_and_counted_and_new_ones_are_served_throughout()
+{
     let (host, listen) = host("2s").await;
     let newcomers = newcomers(listen);
     let mut kept = TcpStream::connect(listen).await.unwrap();
@@ -133,7 +136,8 @@ async fn a_connection_that_outlasts_the_drain_is_reset_at_the_deadline_and_count
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}: a client could take it for the end");
     assert!((Duration::from_millis(1500)..Duration::from_secs(6)).contains(&lasted), "cut after {lasted:?}");
     until_alone(&host).await;
-    let cut = "enclaved_traffic_failures_total{direction=\"tcp\",enclave=\"signer\",endpoint=\"9000\",reason=\"cut\"} 1";
+    let cut =
+        "enclaved_traffic_failures_total{direction=\"tcp\",enclave=\"signer\",endpoint=\"9000\",reason=\"cut\"} 1";
     eventually("the cut is counted", async || {
         let (_, metrics) = host.ask_publicly("/metrics").await?;
         metrics.lines().any(|line| line == cut).then_some(())

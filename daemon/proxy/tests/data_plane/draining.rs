@@ -65,6 +65,11 @@ impl Draining {
         self.release.send(false).unwrap();
     }
 
+    async fn until_connections(&self, connections: u64) {
+        let all = |report: &enclaved_core::routes::ProxyReport| report.https_connections == connections;
+        self.host.until("the connections are accepted", all).await;
+    }
+
     async fn until_in_flight(&self, requests: u64) {
         let all = |report: &_| traffic(report, Direction::Https).open == requests;
         self.host.until("the requests are in flight", all).await;
@@ -198,7 +203,8 @@ async fn an_answer_over_http1_says_that_the_connection_closes_and_nothing_more_i
 }
 
 #[tokio::test]
-async fn idle_connections_are_closed_at_once_whatever_they_speak_and_whether_or_not_they_ever_asked() {
+async fn idle_connections_are_closed_at_once_and_those_that_never_asked_when_their_first_request_cannot_be_on_its_way()
+{
     let mut draining = Draining::new().await;
     let (mut fresh, mut used) = (draining.tls(b"http/1.1").await, draining.tls(b"http/1.1").await);
     used.write_all(b"HEAD / HTTP/1.1\r\nhost: a.test\r\n\r\n").await.unwrap();
@@ -213,16 +219,45 @@ async fn idle_connections_are_closed_at_once_whatever_they_speak_and_whether_or_
     assert_eq!(used2.next().await, Said::Data(1, b"done".to_vec(), true));
     // In the middle of its handshake.
     let mut silent = TcpStream::connect(draining.address).await.unwrap();
+    draining.until_connections(5).await;
 
     let clients = async {
-        for stream in [&mut fresh, &mut used] {
-            assert_eq!(soon("the end", stream.read(&mut [0; 1])).await.unwrap(), 0);
-        }
-        fresh2.until_told_to_go(0).await;
+        assert_eq!(soon("the end", used.read(&mut [0; 1])).await.unwrap(), 0);
         used2.until_told_to_go(1).await;
-        assert_eq!(fresh2.next().await, Said::Closed);
         assert_eq!(used2.next().await, Said::Closed);
+        // Those that never asked are still open.
+        timeout(Duration::ZERO, silent.read(&mut [0; 1])).await.unwrap_err();
+        timeout(Duration::ZERO, fresh.read(&mut [0; 1])).await.unwrap_err();
+        assert_eq!(soon("the end", fresh.read(&mut [0; 1])).await.unwrap(), 0);
         assert_eq!(soon("the end", silent.read(&mut [0; 1])).await.unwrap(), 0);
+        fresh2.until_told_to_go(0).await;
+        assert_eq!(fresh2.next().await, Said::Closed);
+    };
+    let (stopped, ()) = tokio::join!(timeout(AT_ONCE, draining.host.stop()), clients);
+    stopped.expect("it waited for the drain's end").unwrap();
+}
+
+#[tokio::test]
+async fn a_first_request_that_is_on_its_way_when_the_proxy_is_told_to_end_is_answered_and_so_is_one_in_a_handshake() {
+    let mut draining = Draining::new().await;
+    let mut fresh = draining.tls(b"http/1.1").await;
+    let early = TcpStream::connect(draining.address).await.unwrap();
+    let tls = tokio_rustls::TlsConnector::from(Arc::new(draining.host.client_config(b"http/1.1")));
+    let address = draining.address;
+    // Both are accepted when the port is closed: it accepts in the order in which they came.
+    draining.until_connections(2).await;
+    let clients = async {
+        soon("its port is closed", async { while TcpStream::connect(address).await.is_ok() {} }).await;
+        let mut late = soon("a handshake", tls.connect("a.test".try_into().unwrap(), early)).await.unwrap();
+        for stream in [&mut fresh, &mut late] {
+            stream.write_all(b"GET / HTTP/1.1\r\nhost: a.test\r\n\r\n").await.unwrap();
+            let mut answer = String::new();
+            soon("the answer", stream.read_to_string(&mut answer)).await.unwrap();
+            assert!(
+                answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.contains("\r\nconnection: close\r\n"),
+                "{answer}"
+            );
+        }
     };
     let (stopped, ()) = tokio::join!(timeout(AT_ONCE, draining.host.stop()), clients);
     stopped.expect("it waited for the drain's end").unwrap();

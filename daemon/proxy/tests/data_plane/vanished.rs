@@ -45,7 +45,9 @@ fn in_a_network_of_its_own() -> Command {
             return command;
         }
     }
-    panic!("neither `unshare --net` nor `unshare --net --user --map-root-user` works here: this test needs a network namespace");
+    panic!(
+        "neither `unshare --net` nor `unshare --net --user --map-root-user` works here: this test needs a network namespace"
+    );
 }
 
 /// Another namespace, connected with this one by a cable, as long as this lives.
