@@ -11,6 +11,7 @@ pub mod demo;
 pub mod eif;
 pub mod enclave;
 pub mod file_server;
+pub mod guests;
 pub mod host;
 pub mod host_tree;
 pub mod http;

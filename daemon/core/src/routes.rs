@@ -64,9 +64,10 @@ pub struct Routes {
     /// Where requests and raw connections from clients are logged, if anywhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub access_log: Option<AccessLog>,
-    /// CIDs of enclaves that run, whether or not a route names them at present: one that drains, one that is not ready.
-    /// Connections of a CID that is neither here nor in a route are cut, and so are those to an egress endpoint that is in
-    /// no route of their CID any more, or with another upstream or other [`EgressRoute::allow_addresses`].
+    /// CIDs of enclaves that are to run on, whether or not a route names them at present: one that drains, one that is not ready.
+    /// Connections to an enclave that is neither here nor the target of a route are cut; those that an enclave made, when its CID is
+    /// in no route at all; and those to an egress endpoint that is in no route of their CID any more, or with another upstream or
+    /// other [`EgressRoute::allow_addresses`].
     #[serde(default)]
     pub live: Vec<Cid>,
 }

@@ -337,6 +337,8 @@ pub(crate) struct Live {
     /// The CID.
     pub(crate) cid: Cid,
     /// Ends every connection of this CID.
+    pub(crate) end: CancellationToken,
+    /// Ends those to it: clients' connections, and requests.
     pub(crate) cut: CancellationToken,
     /// Whether a route leads new connections here.
     takes_new: AtomicBool,
@@ -345,9 +347,9 @@ pub(crate) struct Live {
 }
 
 impl Live {
-    pub(crate) fn new(cid: Cid, cut: CancellationToken, counters: &Arc<Counters>) -> Self {
+    pub(crate) fn new(cid: Cid, end: CancellationToken, counters: &Arc<Counters>) -> Self {
         let (takes_new, ingress_open) = (AtomicBool::new(false), AtomicU64::new(0));
-        Self { cid, cut, takes_new, ingress_open, counters: counters.clone() }
+        Self { cid, cut: end.child_token(), end, takes_new, ingress_open, counters: counters.clone() }
     }
 
     /// Says whether a route leads new connections here. After `false`, the end of the last one is a change to report.

@@ -115,7 +115,7 @@ impl Upstream {
         }
         let (stream, address) = connected?;
         self.prefer_v4.store(address.is_ipv4(), Relaxed);
-        tcp::prepare(&stream);
+        tcp::prepare(&stream, limits.peer_silence);
         Ok(stream)
     }
 

@@ -17,12 +17,19 @@ pub struct Limits {
     pub settle: Duration,
     /// How long requests in flight may go on after the proxy was told to end.
     pub drain: Duration,
+    /// How long a connection that has asked nothing yet may take to do so after that: what a client sends right after connecting may be
+    /// on its way, and no client asks twice what a new connection swallowed. Part of the drain.
+    pub first_request: Duration,
     /// Bytes that a relay reads at once, and the most that it holds for one direction of a connection whose receiver is slow.
     /// `bench relay --buffers` compares sizes.
     pub relay_buffer: usize,
     /// A relayed connection without a byte in either direction ends after this. Long: database pools keep connections for
-    /// hours, and a dead peer is found by TCP keepalive within minutes.
+    /// hours, and a dead peer is found by its silence within minutes ([`Self::peer_silence`]).
     pub relay_idle: Duration,
+    /// A TCP peer is gone that gives no sign of life for this long: it answers no keepalive probe, or neither acknowledges nor
+    /// takes what waits for it. Two seconds at least. Below the 350 s after which AWS's NAT gateways and load balancers forget a
+    /// silent connection, which the probes keep from being silent.
+    pub peer_silence: Duration,
     /// A relayed connection that is closed in one direction ends when the other has been silent for this long.
     pub relay_half_closed: Duration,
     /// A relayed connection ends when it is this old, whatever it carries. None: it may become as old as it likes, as
@@ -103,8 +110,10 @@ impl Default for Limits {
             maintenance: Duration::from_secs(5),
             settle: Duration::from_secs(5),
             drain: Duration::from_secs(5),
+            first_request: Duration::from_secs(1),
             relay_buffer: 64 << 10,
             relay_idle: Duration::from_secs(24 * 3600),
+            peer_silence: Duration::from_secs(120),
             relay_half_closed: Duration::from_secs(600),
             relay_lifetime: None,
             resolve: Duration::from_secs(5),

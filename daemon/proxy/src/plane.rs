@@ -258,7 +258,7 @@ impl Plane {
         self.shared.access_log.set(routes.access_log.as_ref());
         let transport = Transport::from(&routes.vsock);
         let same_transport = state.served.as_ref().is_some_and(|(served, _)| served.vsock == routes.vsock);
-        let ended = update_lives(&mut state.lives, &routes, &self.shared);
+        let Lost { ended, unserved } = update_lives(&mut state.lives, &routes, &self.shared);
         let revoked = update_grants(&mut state.grants, &routes, &state.lives);
 
         let wanted = slots(&routes, &transport);
@@ -289,6 +289,12 @@ impl Plane {
         }
         for live in ended {
             tracing::info!(cid = %live.cid, "the routes name this CID no more; cutting its connections");
+            live.end.cancel();
+        }
+        for live in unserved {
+            if live.ingress_open() > 0 {
+                tracing::info!(cid = %live.cid, "this enclave is about to end; cutting the connections to it");
+            }
             live.cut.cancel();
         }
         self.shared.counters.forget_unused();
@@ -319,8 +325,8 @@ impl Plane {
             let traffic = self.shared.counters.traffic(key(&route.enclave, Direction::Egress, "hosts".to_owned()));
             let point = transport.listen_point(route.cid, route.vsock_port);
             let before = existing_offer(state.slots.get(&Slot::Egress(point)), route.cid);
-            let seats = existing_seats(before.as_ref(), &live.cut);
-            let hosts = Hosts::new(route.document.clone(), live.cut.clone(), traffic, seats);
+            let seats = existing_seats(before.as_ref(), &live.end);
+            let hosts = Hosts::new(route.document.clone(), live.end.clone(), traffic, seats);
             points.entry(point).or_default().insert(route.cid, Offer::Hosts(Arc::new(hosts)));
         }
         for (point, offers) in points {
@@ -437,8 +443,16 @@ fn slots(routes: &Routes, transport: &Transport) -> BTreeSet<Slot> {
     egress.chain(https).chain(redirect).chain(tcp).collect()
 }
 
-/// Takes in the CIDs that are new, says which take new connections, and returns those that are named no more.
-fn update_lives(lives: &mut BTreeMap<Cid, Arc<Live>>, routes: &Routes, shared: &Shared) -> Vec<Arc<Live>> {
+/// What routes lead to, or name, no more.
+struct Lost {
+    /// Named no more.
+    ended: Vec<Arc<Live>>,
+    /// To which there are to be no connections any more.
+    unserved: Vec<Arc<Live>>,
+}
+
+/// Takes in the CIDs that are new, and says which take new connections.
+fn update_lives(lives: &mut BTreeMap<Cid, Arc<Live>>, routes: &Routes, shared: &Shared) -> Lost {
     let targets: BTreeSet<_> = routes
         .sites
         .iter()
@@ -455,12 +469,20 @@ fn update_lives(lives: &mut BTreeMap<Cid, Arc<Live>>, routes: &Routes, shared: &
     let named: BTreeSet<_> = named.collect();
     let (stay, ended) = std::mem::take(lives).into_iter().partition(|(cid, _)| named.contains(cid));
     *lives = stay;
+    let mut unserved = Vec::new();
     for cid in named {
-        let new = || Arc::new(Live::new(cid, shared.cut.child_token(), &shared.counters));
-        lives.entry(cid).or_insert_with(new).set_takes_new(targets.contains(&cid));
+        let new = |end| Arc::new(Live::new(cid, end, &shared.counters));
+        let live = lives.entry(cid).or_insert_with(|| new(shared.cut.child_token()));
+        if !targets.contains(&cid) && !routes.live.contains(&cid) {
+            unserved.push(live.clone());
+        } else if live.cut.is_cancelled() {
+            // It is to run on after all. What it connected to was not cut.
+            *live = new(live.end.clone());
+        }
+        live.set_takes_new(targets.contains(&cid));
     }
     let ended: BTreeMap<Cid, Arc<Live>> = ended;
-    ended.into_values().collect()
+    Lost { ended: ended.into_values().collect(), unserved }
 }
 
 /// Takes in what enclaves may reach from now on, and returns what they may not any more.
@@ -474,7 +496,7 @@ fn update_grants(
         let (grant, Some(live)) = (Grant::from(route), lives.get(&route.cid)) else { continue };
         // Two vsock ports may lead to the same upstream; they are one grant.
         if let Entry::Vacant(new) = grants.entry(grant) {
-            let cut = before.remove(new.key()).unwrap_or_else(|| live.cut.child_token());
+            let cut = before.remove(new.key()).unwrap_or_else(|| live.end.child_token());
             new.insert(cut);
         }
     }

@@ -14,12 +14,10 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 /// Connections that may wait to be accepted (the kernel cuts it to net.core.somaxconn).
 const BACKLOG: u32 = 4096;
 
-/// A silent peer is asked for a sign of life after this, then every [`KEEPALIVE_INTERVAL`], [`KEEPALIVE_PROBES`] times: one
-/// that is gone is found after two minutes. (Also below the 350 s after which AWS's NAT gateways and load balancers forget
-/// a silent connection.)
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// A silent peer is asked for a sign of life after half of the time that it may be silent, then so many times in the other half.
 const KEEPALIVE_PROBES: u32 = 4;
+/// The kernel counts it in seconds, and takes no less.
+const SHORTEST: Duration = Duration::from_secs(1);
 
 /// Why a TCP port could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -30,22 +28,23 @@ pub(crate) struct ListenError {
     source: io::Error,
 }
 
-pub(crate) fn listen(address: SocketAddr) -> Result<TcpListener, ListenError> {
+/// Its connections may be silent for so long.
+pub(crate) fn listen(address: SocketAddr, silence: Duration) -> Result<TcpListener, ListenError> {
     let open = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
         // Connections of a predecessor that linger in TIME_WAIT do not keep the port from its successor.
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
-        prepare(&socket);
+        prepare(&socket, silence);
         socket.listen(BACKLOG)
     };
     open().map_err(|source| ListenError { address, source })
 }
 
 /// Takes a socket that listens on that address already.
-pub(crate) fn adopt(address: SocketAddr, socket: OwnedFd) -> Result<TcpListener, Unusable> {
+pub(crate) fn adopt(address: SocketAddr, socket: OwnedFd, silence: Duration) -> Result<TcpListener, Unusable> {
     Expected::Tcp(address).check(&socket)?;
-    prepare(&socket);
+    prepare(&socket, silence);
     let socket = std::net::TcpListener::from(socket);
     socket.set_nonblocking(true).and_then(|()| TcpListener::from_std(socket)).map_err(Unusable::Io)
 }
@@ -73,15 +72,21 @@ impl Socket for TcpListener {
     }
 }
 
-/// Sets what every connection has: no delay for small writes, keepalive. Connections have it from the socket that accepted
-/// them, so it is set on those that listen and those that connect. A socket that refuses an option is used without.
-pub(crate) fn prepare(socket: &impl AsFd) {
+/// Sets what every connection has: no delay for small writes, and an end when its peer has been silent for so long. Connections
+/// have it from the socket that accepted them, so it is set on those that listen and those that connect. A socket that refuses an
+/// option is used without.
+///
+/// While bytes are on their way the kernel sends no keepalive probes, but those bytes again, for a quarter of an hour
+/// (`tcp_retries2`): TCP_USER_TIMEOUT ends that, too. It counts a peer as silent that acknowledges and has no room for a single
+/// byte all the while.
+pub(crate) fn prepare(socket: &impl AsFd, silence: Duration) {
     let set = || -> rustix::io::Result<()> {
         sockopt::set_tcp_nodelay(socket, true)?;
         sockopt::set_socket_keepalive(socket, true)?;
-        sockopt::set_tcp_keepidle(socket, KEEPALIVE_IDLE)?;
-        sockopt::set_tcp_keepintvl(socket, KEEPALIVE_INTERVAL)?;
-        sockopt::set_tcp_keepcnt(socket, KEEPALIVE_PROBES)
+        sockopt::set_tcp_keepidle(socket, (silence / 2).max(SHORTEST))?;
+        sockopt::set_tcp_keepintvl(socket, (silence / 2 / KEEPALIVE_PROBES).max(SHORTEST))?;
+        sockopt::set_tcp_keepcnt(socket, KEEPALIVE_PROBES)?;
+        sockopt::set_tcp_user_timeout(socket, u32::try_from(silence.as_millis()).unwrap_or(u32::MAX))
     };
     if let Err(error) = set() {
         tracing::debug!(%error, "could not set the options of a TCP socket");
@@ -135,12 +140,15 @@ mod tests {
 
     #[tokio::test]
     async fn accepted_connections_have_the_options_of_the_socket_that_listens() {
-        let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let silence = crate::limits::Limits::default().peer_silence;
+        let listener = listen("127.0.0.1:0".parse().unwrap(), silence).unwrap();
         let (_client, accepted) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
         let (connection, _) = accepted.unwrap();
         assert!(connection.nodelay().unwrap() && sockopt::socket_keepalive(&connection).unwrap());
-        assert_eq!(sockopt::tcp_keepidle(&connection).unwrap(), KEEPALIVE_IDLE);
-        assert_eq!(sockopt::tcp_keepintvl(&connection).unwrap(), KEEPALIVE_INTERVAL);
-        assert_eq!(sockopt::tcp_keepcnt(&connection).unwrap(), KEEPALIVE_PROBES);
+        // Two minutes, as operators are told.
+        assert_eq!(sockopt::tcp_keepidle(&connection).unwrap(), Duration::from_secs(60));
+        assert_eq!(sockopt::tcp_keepintvl(&connection).unwrap(), Duration::from_secs(15));
+        assert_eq!(sockopt::tcp_keepcnt(&connection).unwrap(), 4);
+        assert_eq!(sockopt::tcp_user_timeout(&connection).unwrap(), 120_000);
     }
 }

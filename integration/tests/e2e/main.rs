@@ -6,8 +6,11 @@
 
 mod commands;
 mod config;
+mod continuity;
 mod crashes;
+mod crowd;
 mod deaths;
+mod drain;
 mod fixture;
 mod image_store;
 mod images;

@@ -19,13 +19,14 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 /// A client that trusts the proxy's internal CA and nobody else.
 #[derive(Clone)]
 pub(crate) struct Client {
     address: SocketAddr,
-    tls: TlsConnector,
+    tls: Arc<ClientConfig>,
     domain: &'static str,
 }
 
@@ -43,14 +44,28 @@ impl Client {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
         let config = config.with_root_certificates(store).with_no_client_auth();
-        Self { address: host.machine.ingress(), tls: TlsConnector::from(Arc::new(config)), domain }
+        Self { address: host.machine.ingress(), tls: Arc::new(config), domain }
+    }
+
+    /// The domain that it is a client of.
+    pub(crate) fn domain(&self) -> &'static str {
+        self.domain
+    }
+
+    /// A connection on which that protocol was agreed; none: whatever goes without agreeing.
+    pub(crate) async fn connect(&self, protocol: Option<&[u8]>) -> anyhow::Result<TlsStream<TcpStream>> {
+        let mut tls = self.tls.clone();
+        if let Some(protocol) = protocol {
+            Arc::make_mut(&mut tls).alpn_protocols = vec![protocol.to_vec()];
+        }
+        let stream = TcpStream::connect(self.address).await?;
+        Ok(TlsConnector::from(tls).connect(ServerName::try_from(self.domain)?, stream).await?)
     }
 
     /// A GET on a connection of its own.
     pub(crate) async fn get(&self, path: &str) -> anyhow::Result<(u16, Bytes)> {
         let exchange = async {
-            let stream = TcpStream::connect(self.address).await?;
-            let stream = self.tls.connect(ServerName::try_from(self.domain)?, stream).await?;
+            let stream = self.connect(None).await?;
             let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
             let mut connections = JoinSet::new();
             connections.spawn(connection);

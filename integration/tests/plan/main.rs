@@ -468,6 +468,27 @@ proptest! {
 }
 
 #[test]
+fn an_enclave_that_is_to_end_does_when_the_proxy_has_cut_its_connections_and_waits_for_no_other_proxy() {
+    let seed = Seed { name: 0, generation: 1, phase: 5, image: 0, age: 0, seen: 1 };
+    let (ledger, mut observed) = world(&[seed], (6, 8192));
+    let routes = routing::routes(&wanted(), &ledger);
+    assert_eq!(routes.live, []);
+    let ends = |observed: &Observed, now| {
+        let plan = plan(&wanted(), observed, &ledger, now);
+        plan.steps.iter().any(|step| matches!(step, Step::Stop { .. }))
+    };
+    let former = ProxyReport::default();
+    observed.proxy = Observation::Known(former.clone());
+    assert!(!ends(&observed, NOW), "its connections are not cut yet");
+    observed.proxy = Observation::Known(ProxyReport { revision: Some(routes.revision()), ..former.clone() });
+    assert!(ends(&observed, NOW));
+    observed.proxy = unknown();
+    assert!(ends(&observed, NOW), "there is no proxy");
+    observed.proxy = Observation::Known(former);
+    assert!(ends(&observed, NOW.plus(Duration::from_secs(1))), "the proxy takes no routes");
+}
+
+#[test]
 fn an_end_is_explained_once_when_more_is_known_of_it_and_only_then_forgotten() {
     let seed = Seed { name: 0, generation: 1, phase: 3, image: 0, age: 5, seen: 5 };
     let (mut ledger, mut observed) = world(&[seed], (6, 8192));

@@ -10,6 +10,7 @@ mod conformance;
 mod continuity;
 mod daemon;
 mod doctor;
+mod egress;
 mod machine;
 mod permissions;
 mod readme;

@@ -3,7 +3,7 @@
 use super::{Launch, Planner, Step, admission, restart};
 use crate::desired::{EnclaveSpec, OnUnhealthy, RestartPolicy, UpdatePolicy};
 use crate::failure::Failure;
-use crate::id::{EnclaveKey, EnclaveName, Generation, Measurements};
+use crate::id::{EnclaveKey, EnclaveName, Generation, Measurements, Timestamp};
 use crate::ledger::{Change, EnclaveRecord, GenerationRecord, HeldBy, Identity, ImageOutcome, Phase, StopReason};
 use crate::observed::{AskedBy, End, Instance, InstanceState, JobKey, Observation};
 use crate::routes::ListenerKey;
@@ -12,6 +12,9 @@ use std::time::Duration;
 
 /// How often a booting enclave is asked whether it is ready; its health check's interval may be shorter.
 const BOOT_PROBE_INTERVAL: Duration = Duration::from_millis(250);
+
+/// How long an enclave that is to end waits for a proxy that has yet to take new routes, which it does within milliseconds.
+const CUT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What is said of an enclave that is gone, before it is known how.
 const GONE: &str = "its process is gone";
@@ -142,7 +145,11 @@ impl Planner<'_> {
                 let failure = why.is_failure().then(|| Failure::new(why.to_string()));
                 self.record(Change::Ended { key, failure });
             }
-            (Phase::Stopping { .. }, Some(InstanceState::Running(launch))) => {
+            (Phase::Stopping { since, .. }, Some(InstanceState::Running(launch))) => {
+                if let Some(until) = self.proxy_may_yet_cut(*since) {
+                    self.wait(&key.name, format!("{key} ends when the proxy has cut its connections"));
+                    return self.wake(until);
+                }
                 let step = Step::Stop { key: key.clone(), launch: launch.clone() };
                 self.job(&JobKey::Stop(key), restart::STEP, step);
             }
@@ -160,6 +167,13 @@ impl Planner<'_> {
                 Some(InstanceState::Launching | InstanceState::Running(_)),
             ) => {}
         }
+    }
+
+    /// Until when an enclave that is to end waits for the proxy to cut the connections to it. What ends with its enclave can look to a
+    /// client as if it were done; the proxy resets it. One that is away, or does not listen, is not waited for.
+    fn proxy_may_yet_cut(&self, since: Timestamp) -> Option<Timestamp> {
+        let away = self.observed.proxy.known().is_none();
+        if away || self.routes_applied() { None } else { restart::pause_end(since, CUT_PATIENCE, self.now) }
     }
 
     /// Takes in what came to be known of an end after it was noticed; then nothing is needed of its traces any more.

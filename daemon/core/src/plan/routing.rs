@@ -2,7 +2,7 @@
 
 use crate::desired::{Desired, EgressSpec, hosts_document};
 use crate::id::{Cid, EnclaveName};
-use crate::ledger::{EnclaveRecord, Ledger, Phase};
+use crate::ledger::{EnclaveRecord, GenerationRecord, Ledger, Phase};
 use crate::routes::{EgressRoute, HostsRoute, ROUTES_FORMAT, Routes, Site, TcpRoute};
 
 /// The snapshot for the proxy. It depends on nothing that is observed: an observation that fails changes no route.
@@ -52,10 +52,12 @@ pub fn routes(desired: &Desired, ledger: &Ledger) -> Routes {
     routes
 }
 
-/// The generations whose connections must not be cut, whether or not they take new ones.
+/// The generations to which connections must not be cut, whether or not they take new ones. One that is being stopped is none: its
+/// clients are told before it is gone.
 fn live(ledger: &Ledger) -> Vec<Cid> {
     let generations = ledger.enclaves.values().flat_map(|enclave| enclave.generations.values());
-    generations.filter(|record| !matches!(record.phase, Phase::Ended { .. })).map(|record| record.cid).collect()
+    let over = |record: &&GenerationRecord| matches!(record.phase, Phase::Stopping { .. } | Phase::Ended { .. });
+    generations.filter(|record| !over(record)).map(|record| record.cid).collect()
 }
 
 /// The newest generation that is ready.

@@ -29,7 +29,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering::Relaxed};
 use std::time::SystemTime;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// All of HTTPS but its socket: it outlives a change of address.
 #[derive(Debug)]
@@ -132,8 +132,8 @@ impl Https {
     async fn serve_connection(self: Arc<Self>, client: TcpStream, source: SocketAddr, admitted: Admitted) {
         let closing = self.shared.closing.child_token();
         let begun = tokio::select! {
-            // Cancel-safe: a token stays cancelled. No request can be in flight yet.
-            () = closing.cancelled() => return,
+            // Cancel-safe: a token stays cancelled, and nothing is lost with a timer. No request can have been read yet.
+            () = async { closing.cancelled().await; sleep(self.shared.limits.first_request).await } => return,
             // Dropped only where the connection is given up. On the heap: what it needs is not kept for as long as the
             // connection lives.
             begun = Box::pin(self.begin(client)) => begun,
@@ -222,11 +222,13 @@ impl Service for HttpsPort {
     }
 
     fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {
-        tcp::adopt(self.listen, socket).inspect(|listener| self.https.note_port(listener))
+        tcp::adopt(self.listen, socket, self.https.shared.limits.peer_silence)
+            .inspect(|listener| self.https.note_port(listener))
     }
 
     async fn open(&self) -> Result<TcpListener, OpenError> {
-        Ok(tcp::listen(self.listen).inspect(|listener| self.https.note_port(listener))?)
+        Ok(tcp::listen(self.listen, self.https.shared.limits.peer_silence)
+            .inspect(|listener| self.https.note_port(listener))?)
     }
 
     fn serve(self: &Arc<Self>, (client, address): (TcpStream, SocketAddr)) {

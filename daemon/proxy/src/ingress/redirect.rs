@@ -124,11 +124,11 @@ impl Service for RedirectPort {
     }
 
     fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {
-        tcp::adopt(self.listen, socket)
+        tcp::adopt(self.listen, socket, self.https.shared.limits.peer_silence)
     }
 
     async fn open(&self) -> Result<TcpListener, ListenError> {
-        tcp::listen(self.listen)
+        tcp::listen(self.listen, self.https.shared.limits.peer_silence)
     }
 
     fn serve(self: &Arc<Self>, (client, address): (TcpStream, SocketAddr)) {

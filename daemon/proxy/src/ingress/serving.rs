@@ -18,6 +18,7 @@ use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio::time::sleep;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -61,8 +62,12 @@ impl Https {
         let limits = &self.shared.limits;
         let in_flight = InFlight::new();
         let requests = in_flight.clone();
+        // Has a permit once anything was asked.
+        let asked = Arc::new(Notify::new());
+        let asks = asked.clone();
         let service = service_fn(move |request| {
             let (connection, guard) = (connection.clone(), requests.begin());
+            asks.notify_one();
             async move {
                 let response = forward(&connection, request).await;
                 let tracked = if http2 { Tracked::watched } else { Tracked::plain };
@@ -86,7 +91,7 @@ impl Https {
             let idle = || in_flight.none_for(limits.request_head);
             tokio::select! {
                 // Dropped only where the other has ended, which it does not.
-                () = self.until_closing(served, |served| served.graceful_shutdown(), idle, replaced) => {}
+                () = self.until_closing(served, |served| served.graceful_shutdown(), idle, replaced, &asked) => {}
                 // Cancel-safe, as it says.
                 () = in_flight.end_stalled(limits.client_stall) => {}
             }
@@ -99,18 +104,21 @@ impl Https {
                 .max_buf_size(HTTP1_BUFFER)
                 .serve_connection(stream, service)
                 .with_upgrades();
-            self.until_closing(served, |served| served.graceful_shutdown(), std::future::pending::<()>, replaced).await;
+            let idle = std::future::pending::<()>;
+            self.until_closing(served, |served| served.graceful_shutdown(), idle, replaced, &asked).await;
         }
     }
 
     /// Serves a connection to its end; once the proxy is closing, it is idle, or what its client was let in by counts no more,
-    /// only requests in flight.
+    /// only requests in flight. When the proxy is closing, the first request of all may be on its way: `asked` has a permit once it has
+    /// come.
     async fn until_closing<C, I>(
         &self,
         served: C,
         close: impl FnOnce(Pin<&mut C>),
         idle: impl Fn() -> I,
         replaced: Option<CancellationToken>,
+        asked: &Notify,
     ) where
         C: Future<Output = hyper::Result<()>>,
         I: Future<Output = ()>,
@@ -128,17 +136,29 @@ impl Https {
                 tracing::debug!(%error, "an HTTPS connection broke off");
             }
         };
-        tokio::select! {
+        let awaits_first = tokio::select! {
             // Cancel-safe: it is pinned outside and polled on below.
             result = served.as_mut() => return done(result),
             // Cancel-safe: a token stays cancelled.
             () = cut.cancelled() => return,
             // Cancel-safe: a token stays cancelled.
-            () = closing.cancelled() => {}
+            () = closing.cancelled() => true,
             // Cancel-safe: a token stays cancelled.
-            () = replaced => {}
+            () = replaced => false,
             // Cancel-safe: nothing is lost with it.
-            () = idle() => {}
+            () = idle() => false,
+        };
+        if awaits_first {
+            tokio::select! {
+                // Cancel-safe: it is pinned outside and polled on below.
+                result = served.as_mut() => return done(result),
+                // Cancel-safe: a token stays cancelled.
+                () = cut.cancelled() => return,
+                // Cancel-safe: nobody else takes the permit.
+                () = asked.notified() => {}
+                // Cancel-safe: nothing is lost with a timer.
+                () = sleep(self.shared.limits.first_request) => {}
+            }
         }
         close(served.as_mut());
         tokio::select! {

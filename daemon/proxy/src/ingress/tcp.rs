@@ -157,11 +157,11 @@ impl Service for TcpPort {
     }
 
     fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {
-        tcp::adopt(self.listen, socket)
+        tcp::adopt(self.listen, socket, self.shared.limits.peer_silence)
     }
 
     async fn open(&self) -> Result<TcpListener, ListenError> {
-        tcp::listen(self.listen)
+        tcp::listen(self.listen, self.shared.limits.peer_silence)
     }
 
     fn serve(self: &Arc<Self>, (client, source): (TcpStream, SocketAddr)) {

@@ -1,6 +1,6 @@
 //! Raw TCP ports.
 
-use crate::support::{Enclave, Host, soon, tcp_address, tcp_route, traffic};
+use crate::support::{Enclave, Host, Upstream, cid, egress, soon, tcp_address, tcp_route, traffic};
 use enclaved_core::routes::{Direction, Routes};
 use std::io::ErrorKind;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -65,4 +65,33 @@ async fn a_new_target_takes_new_connections_and_the_old_keeps_its_own_until_it_i
     host.publish(&routes).await;
     let error = soon("the cut", client.read_u8()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn an_enclave_that_is_to_end_has_its_clients_reset_and_keeps_what_it_connected_to_and_may_come_back() {
+    let host = Host::new().await;
+    let (_enclave, upstream) = (Enclave::echoing(&host.vsock(), 16), Upstream::echoing().await);
+    let tcp = vec![tcp_route("127.0.0.1:0", Some(16))];
+    let mut routes = Routes { tcp, egress: vec![egress(16, 8000, upstream.address)], ..host.routes() };
+    let address = tcp_address(&host.publish(&routes).await);
+    let (mut client, mut outward) =
+        (TcpStream::connect(address).await.unwrap(), host.connect_from(16, 8000).await.unwrap());
+    client.write_all(b"1").await.unwrap();
+    outward.write_all(b"1").await.unwrap();
+    assert_eq!(soon("the echo", client.read_u8()).await.unwrap(), b'1');
+
+    routes.tcp[0].target = None;
+    host.publish(&routes).await;
+    let error = soon("the cut", client.read_u8()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    host.until("it is counted", |report| traffic(report, Direction::Tcp).failed.get("cut") == Some(&1)).await;
+    assert_eq!(soon("the echo", outward.read_u8()).await.unwrap(), b'1');
+
+    routes.tcp[0].target = Some(cid(16));
+    host.publish(&routes).await;
+    let mut client = TcpStream::connect(address).await.unwrap();
+    client.write_all(b"2").await.unwrap();
+    outward.write_all(b"3").await.unwrap();
+    assert_eq!(soon("the echo", client.read_u8()).await.unwrap(), b'2');
+    assert_eq!(soon("the echo", outward.read_u8()).await.unwrap(), b'3');
 }

@@ -2,6 +2,8 @@
 //! refused.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on has failed; helpers are tests, too")]
 
+mod https;
+
 use enclaved_core::id::Cid;
 use enclaved_core::routes::{
     EgressLimits, EgressRoute, LinkReply, LinkRequest, ProxyReport, ROUTES_FORMAT, Routes, TcpRoute, TcpRules,
@@ -59,7 +61,10 @@ impl Host {
                 connections.spawn(async move {
                     let (mut stream, mut line) = (BufReader::new(stream), String::new());
                     if stream.read_line(&mut line).await.is_ok() && stream.write_all(b"OK 1\n").await.is_ok() {
-                        echo(stream).await;
+                        match line.strip_prefix("CONNECT ").map(str::trim_end) {
+                            Some(https::PORT) => https::serve(stream).await,
+                            _ => echo(stream).await,
+                        }
                     }
                 });
             }
