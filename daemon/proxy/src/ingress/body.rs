@@ -3,6 +3,7 @@
 use super::headers;
 use super::upstream::Lease;
 use crate::counters::{Failure, Open, Traffic};
+use crate::egress::seats::Seat;
 use crate::shared::Shared;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -205,12 +206,12 @@ pub(crate) struct Stream {
     /// The connection it comes over, to be given back when all of it has been read.
     lease: Option<Lease>,
     /// The request is in flight until its response has been handed over.
-    _open: Open,
+    _in_flight: (Open, Seat),
 }
 
 impl Download {
-    pub(crate) fn stream(inner: Incoming, traffic: Arc<Traffic>, lease: Lease, open: Open) -> Self {
-        Self::Stream(Box::new(Stream { inner, ended: false, traffic, lease: Some(lease), _open: open }))
+    pub(crate) fn stream(inner: Incoming, traffic: Arc<Traffic>, lease: Lease, in_flight: (Open, Seat)) -> Self {
+        Self::Stream(Box::new(Stream { inner, ended: false, traffic, lease: Some(lease), _in_flight: in_flight }))
     }
 
     /// Ends it: its client takes no more of it.

@@ -238,6 +238,9 @@ async fn send(
     if traffic.open_now() > https.shared.limits.requests_per_enclave {
         return Err(unavailable("the enclave has too many requests in flight", Failure::Limit));
     }
+    let Some(place) = https.admit_request(&connection.admitted, connection.trusted) else {
+        return Err(unavailable("too many requests from this address are in flight", Failure::SourceLimit));
+    };
 
     let http2 = upstream == UpstreamHttp::H2c;
     let upgrade =
@@ -285,7 +288,7 @@ async fn send(
         return Ok(response.map(|_| Download::Text(None)));
     }
     headers::to_client(response.headers_mut(), None);
-    Ok(response.map(|body| Download::stream(body, traffic.clone(), lease, open)))
+    Ok(response.map(|body| Download::stream(body, traffic.clone(), lease, (open, place))))
 }
 
 /// The target with its authority, as HTTP/2 has it.

@@ -162,8 +162,7 @@ impl Https {
             }
             return None;
         };
-        let limit = rules.max_connections_per_source.unwrap_or(limits.https_source_connections);
-        let limit = if rules.trusts(source) { None } else { Some(limit) };
+        let limit = if rules.trusts(source) { None } else { Some(self.source_limit(&rules)) };
         let Some(counted) = self.sources.count(source, limit) else {
             self.shared.counters.refused.count(Refused::HttpsSourceLimit);
             if let Some(left_out) = self.limit_reached.pass() {
@@ -173,6 +172,16 @@ impl Https {
             return None;
         };
         Some(Arc::new((seat, counted)))
+    }
+
+    /// Counts a request that goes to an enclave, unless its source has too many in flight: as many as connections, over each of which it
+    /// might have one. HTTP/2 has hundreds over a few, and would let one source have all the places of an enclave.
+    pub(crate) fn admit_request(&self, admitted: &Admitted, trusted: bool) -> Option<Seat> {
+        admitted.1.request((!trusted).then(|| self.source_limit(&self.rules.get())))
+    }
+
+    fn source_limit(&self, rules: &HttpsRules) -> u32 {
+        rules.max_connections_per_source.unwrap_or(self.shared.limits.https_source_connections)
     }
 }
 

@@ -51,6 +51,9 @@ const STREAMS: u32 = 100;
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW;
 
+/// Most that is read ahead of an answer over HTTP/1.1, or of a request's body to be written. (hyper's own bound is 400 KiB.)
+const HTTP1_BUFFER: usize = 32 << 10;
+
 /// A port of an enclave, and what it speaks.
 type Key = (Cid, u32, UpstreamHttp);
 
@@ -267,7 +270,9 @@ impl Upstreams {
         if speaks == UpstreamHttp::H2c {
             return self.connect_http2(live, key, TokioIo::new(stream), head_bytes).await;
         }
-        let handshake = http1::Builder::new().max_header_size(head_bytes).handshake(TokioIo::new(stream));
+        let mut builder = http1::Builder::new();
+        builder.max_header_size(head_bytes).max_buf_size(HTTP1_BUFFER.max(head_bytes));
+        let handshake = builder.handshake(TokioIo::new(stream));
         let (sender, connection) = handshake.await.map_err(SendError::Http)?;
         let cut = live.cut.child_token();
         self.shared.spawn(async move {
