@@ -5,14 +5,14 @@ use crate::frames::{
     DATA, END_HEADERS, End, HEADERS, LARGEST_WINDOW, Method, Reads, UNKNOWN, WHOLE, flood, frame, head, preface,
 };
 use crate::proxy::run;
+use enclaved_core::routes::ProxyReport;
 use std::iter::once;
 use std::net::Ipv4Addr;
 
 /// What one request may cost while its answer is not taken: see ARCHITECTURE.
 const ANSWER_KIB: f64 = 192.0;
-/// What all clients' uploads may cost that enclaves do not take: 16 KiB for each connection of the limit, 8192, and what each of these
-/// few may have beyond that.
-const AHEAD_MIB: f64 = 128.0 + 16.0;
+/// What one connection may cost whose uploads are not taken, with the largest window there is, 1 MiB.
+const UPLOADS_MIB: f64 = 12.0;
 
 fn source(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(127, 0, 1, number)
@@ -41,31 +41,50 @@ fn answers_that_nobody_reads_cost_no_more_than_a_few_buffers_each() {
 }
 
 #[test]
-fn uploads_that_no_enclave_takes_share_one_budget_however_they_are_cut_into_frames() {
-    // Small frames of a body, each among so much that is none that it keeps a buffer of its own: for a mebibyte of window, some
-    // sixty that nobody takes.
-    let upload = |stream: u32| once(frame(HEADERS, END_HEADERS, stream, &head(Method::Post, "/hold")));
-    let wide = || [frame(UNKNOWN, 0, 0, &vec![0; std::env::var("WIDE").map_or(16_000, |w| w.parse().unwrap())]), Vec::new()].concat();
+fn uploads_that_no_enclave_takes_cost_a_few_times_their_window_however_they_are_cut_into_frames() {
+    // Small frames of a body, each among so much that is none that it keeps a buffer of its own.
+    let between = frame(UNKNOWN, 0, 0, &[0; 12_000]);
     run(async |proxy| {
         proxy.serves().await;
         let before = proxy.memory_mib();
         let mut held = Vec::new();
-        for number in 0..8 {
+        for number in 0..4 {
             let tls = proxy.tls(b"h2", source(number + 1)).await;
-            let pieces = (0..3000_u32).map(|round| {
+            // Four requests with 256 KiB of window each.
+            let pieces = (0..3400_u32).map(|round| {
                 let stream = 1 + 2 * (round % 4);
-                let begun = if round < 4 { upload(stream).next().unwrap() } else { Vec::new() };
-                [begun, frame(DATA, 0, stream, &[b'd'; 300]), wide()].concat()
+                let begun = frame(HEADERS, END_HEADERS, stream, &head(Method::Post, "/hold"));
+                let begun = if round < 4 { begun } else { Vec::new() };
+                [begun, frame(DATA, 0, stream, &[b'd'; 300]), between.clone()].concat()
             });
             let (end, flooded) = flood(tls, Reads::All, once(preface(65_535, 65_535)).chain(pieces)).await;
-            eprintln!("{number}: {end:?} after {} KiB, {:.1} MiB", flooded.sent >> 10, proxy.memory_mib() - before);
+            assert_eq!(end, End::Taken);
             held.push(flooded);
         }
         proxy.serves().await;
-        let grown = proxy.memory_mib() - before;
-        assert!(grown <= AHEAD_MIB, "{grown:.1} MiB more");
+        let each = (proxy.memory_mib() - before) / 4.0;
+        eprintln!("{each:.1} MiB each");
+        assert!(each <= UPLOADS_MIB, "{each:.1} MiB each");
         drop(held);
         proxy.until("all are over", |report| report.https_connections == 0).await;
         proxy.rests().await;
+    });
+}
+
+#[test]
+fn one_source_has_no_more_requests_in_flight_than_it_may_have_connections_and_others_are_served() {
+    run(async |proxy| {
+        // Nine connections with 128 requests each, which no enclave answers: one connection more than there are places for.
+        let mut held = Vec::new();
+        for _ in 0..9 {
+            let tls = proxy.tls(b"h2", source(1)).await;
+            let asking = (1..).step_by(2).take(128);
+            let asking = asking.map(|stream| frame(HEADERS, WHOLE, stream, &head(Method::Get, "/hold")));
+            held.push(flood(tls, Reads::All, once(preface(65_535, 65_535)).chain(asking)).await);
+        }
+        let failed = |report: &ProxyReport| report.traffic.iter().filter_map(|it| it.failed.get("source_limit")).sum::<u64>();
+        proxy.until("those of the last are refused", |report| failed(report) == 128).await;
+        assert_eq!(proxy.report().traffic.iter().map(|traffic| traffic.open).sum::<u64>(), 1024);
+        proxy.serves().await;
     });
 }

@@ -3,7 +3,7 @@
 use crate::proxy::{DOMAIN, Tls, within};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 pub(crate) const DATA: u8 = 0;
 pub(crate) const HEADERS: u8 = 1;
@@ -25,7 +25,7 @@ pub(crate) const WHOLE: u8 = END_STREAM | END_HEADERS;
 pub(crate) const LARGEST_WINDOW: u32 = (1 << 31) - 1;
 const FIRST_WINDOW: u32 = (1 << 16) - 1;
 
-/// How long a client that is not read from waits until it calls that backpressure.
+/// How long a client that is not read from waits until it calls that backpressure, and all until they call it the end.
 const STALLED: Duration = Duration::from_secs(1);
 
 pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -87,6 +87,8 @@ pub(crate) async fn flood(tls: Tls, reads: Reads, pieces: impl Iterator<Item = V
                 Err(_) => return End::Stalled,
             }
         }
+        // What it makes of the last of them may take a moment.
+        sleep(STALLED).await;
         End::Taken
     };
     let reading = async {

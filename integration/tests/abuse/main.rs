@@ -9,3 +9,8 @@ mod floods;
 mod frames;
 mod held;
 mod proxy;
+
+#[test]
+fn connections_that_are_held_in_every_way_cost_no_more_than_they_may() {
+    proxy::run(async |proxy| held::hold_of_each_kind(proxy, 100).await);
+}

@@ -15,7 +15,7 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use std::convert::Infallible;
 use std::future::Future;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -36,6 +36,13 @@ pub(crate) type Tls = TlsStream<TcpStream>;
 /// The proxy, serving.
 pub(crate) struct Proxy {
     sites: HttpsSites,
+    pub(crate) clients: Clients,
+}
+
+/// Who connects to it.
+#[derive(Clone)]
+pub(crate) struct Clients {
+    https: SocketAddr,
     config: ClientConfig,
 }
 
@@ -55,24 +62,12 @@ impl Proxy {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
         let config = builder.with_root_certificates(roots).with_no_client_auth();
-        Self { sites, config }
-    }
-
-    /// A connection whose handshake has not begun, from that address of this machine.
-    pub(crate) async fn tcp(&self, source: Ipv4Addr) -> TcpStream {
-        let socket = TcpSocket::new_v4().unwrap();
-        // What a client does not read fills the proxy's side sooner.
-        socket.set_recv_buffer_size(16 << 10).unwrap();
-        socket.bind((source, 0).into()).unwrap();
-        within("a TCP connection", socket.connect(self.sites.https)).await.unwrap()
+        let https = sites.https;
+        Self { sites, clients: Clients { https, config } }
     }
 
     pub(crate) async fn tls(&self, protocol: &[u8], source: Ipv4Addr) -> Tls {
-        let mut config = self.config.clone();
-        config.alpn_protocols = vec![protocol.to_vec()];
-        let name = ServerName::try_from(DOMAIN).unwrap();
-        let connecting = TlsConnector::from(Arc::new(config)).connect(name, self.tcp(source).await);
-        within("a TLS handshake", connecting).await.unwrap()
+        self.clients.tls(protocol, source).await
     }
 
     /// That a client with nothing to do with the others is answered on a new connection. How long it took.
@@ -125,6 +120,25 @@ impl Proxy {
             assert!(began.elapsed() < DEADLINE, "not so after {DEADLINE:?}: {what}: {report:?}");
             sleep(Duration::from_millis(20)).await;
         }
+    }
+}
+
+impl Clients {
+    /// A connection whose handshake has not begun, from that address of this machine.
+    pub(crate) async fn tcp(&self, source: Ipv4Addr) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        // What a client does not read fills the proxy's side sooner.
+        socket.set_recv_buffer_size(16 << 10).unwrap();
+        socket.bind((source, 0).into()).unwrap();
+        within("a TCP connection", socket.connect(self.https)).await.unwrap()
+    }
+
+    pub(crate) async fn tls(&self, protocol: &[u8], source: Ipv4Addr) -> Tls {
+        let mut config = self.config.clone();
+        config.alpn_protocols = vec![protocol.to_vec()];
+        let name = ServerName::try_from(DOMAIN).unwrap();
+        let connecting = TlsConnector::from(Arc::new(config)).connect(name, self.tcp(source).await);
+        within("a TLS handshake", connecting).await.unwrap()
     }
 }
 

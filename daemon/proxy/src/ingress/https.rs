@@ -139,9 +139,12 @@ impl Https {
             begun = Box::pin(self.begin(client)) => begun,
         };
         match begun {
-            Ok(Begun::Here(stream, checked)) => self.serve_http(*stream, source.ip(), (checked, admitted)).await,
+            // Each on the heap, too: a task has room for the largest of all that it may come to.
+            Ok(Begun::Here(stream, checked)) => {
+                Box::pin(self.serve_http(*stream, source.ip(), (checked, admitted))).await;
+            }
             Ok(Begun::There { client, said, backend, passthrough }) => {
-                self.pass_through(client, said, source, &backend, passthrough).await;
+                Box::pin(self.pass_through(client, said, source, &backend, passthrough)).await;
             }
             // Scanners and clients without trust in the certificate: counted, and no line in the log.
             Err(cause) => {

@@ -15,7 +15,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::future::Future;
 use std::net::IpAddr;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio::time::sleep;
@@ -74,7 +74,8 @@ impl Https {
         let service = service_fn(move |request| {
             let (connection, guard) = (connection.clone(), requests.begin());
             async move {
-                let response = forward(&connection, request).await;
+                // On the heap: hyper has room for what this future needs for as long as the connection lives.
+                let response = Box::pin(forward(&connection, request)).await;
                 let guard = guard.answered();
                 let tracked = if http2 { Tracked::watched } else { Tracked::plain };
                 Ok::<_, Infallible>(response.map(|body| tracked(body, guard)))
@@ -94,6 +95,7 @@ impl Https {
                 .max_send_buf_size(HTTP2_SEND_BUFFER)
                 .keep_alive_interval(limits.client_stall)
                 .serve_connection(stream, service);
+            let served = Box::pin(served);
             // HTTP/2 has no timeout of its own for the next request.
             let idle = || in_flight.none_for(limits.request_head);
             tokio::select! {
@@ -113,6 +115,7 @@ impl Https {
                 .max_buf_size(HTTP1_BUFFER.max(limits.request_head_bytes))
                 .serve_connection(stream, service)
                 .with_upgrades();
+            let served = Box::pin(served);
             self.until_closing(served, |served| served.graceful_shutdown(), std::future::pending::<()>, replaced).await;
         }
     }
@@ -121,7 +124,8 @@ impl Https {
     /// only requests in flight.
     async fn until_closing<C, I>(
         &self,
-        served: C,
+        // On the heap: it would be kept more than once here.
+        mut served: Pin<Box<C>>,
         close: impl FnOnce(Pin<&mut C>),
         idle: impl Fn() -> I,
         replaced: Option<CancellationToken>,
@@ -136,14 +140,13 @@ impl Https {
                 None => std::future::pending().await,
             }
         };
-        let mut served = pin!(served);
         let done = |result: hyper::Result<()>| {
             if let Err(error) = result {
                 tracing::debug!(%error, "an HTTPS connection broke off");
             }
         };
         tokio::select! {
-            // Cancel-safe: it is pinned outside and polled on below.
+            // Cancel-safe: it is polled on below.
             result = served.as_mut() => return done(result),
             // Cancel-safe: a token stays cancelled.
             () = cut.cancelled() => return,

@@ -16,5 +16,6 @@ mod names;
 mod routes;
 mod rules;
 mod sharing;
+mod slow;
 mod support;
 mod tcp;
