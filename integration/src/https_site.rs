@@ -3,11 +3,11 @@
 //!
 //! Here is what stands around the clients; what they ask, and what they must be answered, is in the tests.
 
-use crate::bench::contender::{Processes, free_port};
+use crate::bench::contender::{Processes, ask, free_port};
 use crate::processes::Owned;
 use anyhow::{Context as _, bail, ensure};
 use enclaved_core::id::Cid;
-use enclaved_core::routes::{ListenerKey, ROUTES_FORMAT, Routes, UpstreamHttp};
+use enclaved_core::routes::{LinkRequest, ListenerKey, ProxyReport, ROUTES_FORMAT, Routes, UpstreamHttp};
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -68,12 +68,27 @@ impl HttpsSites {
     /// # Errors
     /// When the proxy is not built or does not serve; with what it printed.
     pub fn start(sites: &[Site], runtime: Runtime) -> anyhow::Result<Self> {
+        Self::start_before(sites, runtime, bridge)
+    }
+
+    /// The same before an enclave of the caller's own, which gets the socket that hybrid vsock has for it.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_before<F>(
+        sites: &[Site],
+        runtime: Runtime,
+        enclave: impl FnOnce(UnixListener) -> F,
+    ) -> anyhow::Result<Self>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
         let folder = tempfile::tempdir().context("making a folder")?;
         let vsock = folder.path().join("vsock");
         fs::create_dir(&vsock)?;
-        let enclave = vsock.join(format!("{}.sock", Cid::FIRST));
-        let listener = runtime.block_on(async { UnixListener::bind(enclave) })?;
-        runtime.spawn(bridge(listener));
+        let socket = vsock.join(format!("{}.sock", Cid::FIRST));
+        let listener = runtime.block_on(async { UnixListener::bind(socket) })?;
+        runtime.spawn(enclave(listener));
         let sites: Vec<_> = sites
             .iter()
             .map(|site| {
@@ -117,10 +132,50 @@ impl HttpsSites {
         format!("https://{domain}:{}", self.https.port())
     }
 
+    /// What the proxy's process takes of the machine's memory, in MiB.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn memory_mib(&self) -> anyhow::Result<f64> {
+        self.proxy.pss_mib()
+    }
+
+    /// What it has cost so far, in seconds of a processor.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn cpu_s(&self) -> anyhow::Result<f64> {
+        self.proxy.cpu_s()
+    }
+
+    /// What it reports of itself.
+    ///
+    /// # Errors
+    /// When its link does not answer.
+    pub fn report(&self) -> anyhow::Result<ProxyReport> {
+        ask(&self.folder.path().join("link"), &LinkRequest::Report)
+    }
+
     /// What the proxy printed.
     pub fn said(&self) -> String {
         self.proxy.said()
     }
+}
+
+/// Takes what comes first on a connection to an enclave, `CONNECT <port>`, and lets it begin.
+///
+/// # Errors
+/// When that is not what comes.
+pub async fn accept_hybrid(stream: &mut UnixStream) -> anyhow::Result<u32> {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        ensure!(line.len() as u64 <= MAX_CONNECT, "no CONNECT");
+        line.push(stream.read_u8().await?);
+    }
+    let line = String::from_utf8(line)?;
+    let port = line.strip_prefix("CONNECT ").context("no CONNECT")?.trim_end().parse()?;
+    stream.write_all(b"OK 1\n").await?;
+    Ok(port)
 }
 
 /// Carries connections from the enclave's vsock ports to the loopback ports of the same numbers.

@@ -100,6 +100,8 @@ reasons! {
         HttpsSourceLimit = "https_source_limit",
         /// A request that HTTP does not allow.
         BadRequest = "bad_request",
+        /// An HTTP/2 connection that took back most of its requests.
+        TakenBack = "taken_back",
     }
 }
 

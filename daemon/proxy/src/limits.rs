@@ -139,3 +139,16 @@ impl Default for Limits {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What README says of them, where they are promised: change both.
+    #[test]
+    fn slow_clients_of_https_are_waited_for_as_long_as_operators_are_told() {
+        let Limits { handshake, request_head, request_body, client_stall, answer, .. } = Limits::default();
+        let seconds = [handshake, request_head, request_body, client_stall, answer].map(|limit| limit.as_secs());
+        assert_eq!(seconds, [10, 30, 60, 120, 300]);
+    }
+}

@@ -112,7 +112,7 @@ impl Processes {
             ensure!(began.elapsed() < DEADLINE, "the proxy has no link: {}", processes.said());
             std::thread::sleep(Duration::from_millis(10));
         }
-        let report = publish(&link, routes)?;
+        let report = ask(&link, &LinkRequest::Publish { routes })?;
         Ok((processes, report))
     }
 
@@ -185,15 +185,16 @@ fn spawn(command: &[OsString], pin: bool, log: &Path) -> anyhow::Result<Owned> {
     Ok(Owned(command.spawn().with_context(|| format!("starting {}", program.display()))?))
 }
 
-fn publish(link: &Path, routes: Routes) -> anyhow::Result<ProxyReport> {
+/// Asks a proxy for something over its link.
+pub(crate) fn ask(link: &Path, request: &LinkRequest) -> anyhow::Result<ProxyReport> {
     let mut stream = UnixStream::connect(link).context("connecting to the proxy's link")?;
-    let mut line = serde_json::to_vec(&LinkRequest::Publish { routes })?;
+    let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
     stream.write_all(&line)?;
     let mut answer = String::new();
     BufReader::new(stream).read_line(&mut answer)?;
     match serde_json::from_str(&answer)? {
         LinkReply::Report(report) => Ok(report),
-        LinkReply::Refused { reason } => bail!("the proxy refused the routes: {reason}"),
+        LinkReply::Refused { reason } => bail!("the proxy refused it: {reason}"),
     }
 }

@@ -4,6 +4,7 @@ use super::headers;
 use super::upstream::Lease;
 use crate::access_log::{Ended, Entry};
 use crate::counters::{Failure, Open, Traffic};
+use crate::egress::seats::Seat;
 use crate::shared::Shared;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -214,6 +215,7 @@ pub(crate) struct Stream {
     lease: Option<Lease>,
     /// The request is in flight until its response has been handed over.
     open: Open,
+    _seat: Seat,
 }
 
 impl Download {
@@ -222,8 +224,8 @@ impl Download {
         Self { from: From::Text(text), entry: Entry::default() }
     }
 
-    pub(crate) fn stream(inner: Incoming, traffic: Arc<Traffic>, lease: Lease, open: Open) -> Self {
-        let stream = Stream { inner, ended: false, traffic, lease: Some(lease), open };
+    pub(crate) fn stream(inner: Incoming, traffic: Arc<Traffic>, lease: Lease, (open, seat): (Open, Seat)) -> Self {
+        let stream = Stream { inner, ended: false, traffic, lease: Some(lease), open, _seat: seat };
         Self { from: From::Stream(Box::new(stream)), entry: Entry::default() }
     }
 

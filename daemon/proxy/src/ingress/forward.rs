@@ -263,6 +263,9 @@ async fn send(
     if traffic.open_now() > https.shared.limits.requests_per_enclave {
         return Err(unavailable("the enclave has too many requests in flight", Failure::Limit));
     }
+    let Some(place) = https.admit_request(&connection.admitted, connection.trusted) else {
+        return Err(unavailable("too many requests from this address are in flight", Failure::SourceLimit));
+    };
 
     let http2 = upstream == UpstreamHttp::H2c;
     let upgrade =
@@ -315,7 +318,7 @@ async fn send(
     }
     headers::to_client(response.headers_mut(), None);
     entry.answered(response.status());
-    Ok(response.map(|body| Download::stream(body, traffic.clone(), lease, open)))
+    Ok(response.map(|body| Download::stream(body, traffic.clone(), lease, (open, place))))
 }
 
 /// The target with its authority, as HTTP/2 has it.

@@ -139,9 +139,12 @@ impl Https {
             begun = Box::pin(self.begin(client)) => begun,
         };
         match begun {
-            Ok(Begun::Here(stream, checked)) => self.serve_http(*stream, source, (checked, admitted)).await,
+            // Each on the heap, too: a task has room for the largest of all that it may come to.
+            Ok(Begun::Here(stream, checked)) => {
+                Box::pin(self.serve_http(*stream, source, (checked, admitted))).await;
+            }
             Ok(Begun::There { client, said, backend, passthrough }) => {
-                self.pass_through(client, said, source, &backend, passthrough).await;
+                Box::pin(self.pass_through(client, said, source, &backend, passthrough)).await;
             }
             // Scanners and clients without trust in the certificate: counted, and no line in the log.
             Err(cause) => {
@@ -162,8 +165,7 @@ impl Https {
             }
             return None;
         };
-        let limit = rules.max_connections_per_source.unwrap_or(limits.https_source_connections);
-        let limit = if rules.trusts(source) { None } else { Some(limit) };
+        let limit = if rules.trusts(source) { None } else { Some(self.source_limit(&rules)) };
         let Some(counted) = self.sources.count(source, limit) else {
             self.shared.counters.refused.count(Refused::HttpsSourceLimit);
             if let Some(left_out) = self.limit_reached.pass() {
@@ -173,6 +175,16 @@ impl Https {
             return None;
         };
         Some(Arc::new((seat, counted)))
+    }
+
+    /// Counts a request that goes to an enclave, unless its source has too many in flight: as many as connections, over each of which it
+    /// might have one. HTTP/2 has hundreds over a few, and would let one source have all the places of an enclave.
+    pub(crate) fn admit_request(&self, admitted: &Admitted, trusted: bool) -> Option<Seat> {
+        admitted.1.request((!trusted).then(|| self.source_limit(&self.rules.get())))
+    }
+
+    fn source_limit(&self, rules: &HttpsRules) -> u32 {
+        rules.max_connections_per_source.unwrap_or(self.shared.limits.https_source_connections)
     }
 }
 

@@ -11,9 +11,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 /// Most of an answer that is handed over at once: whoever takes that much in time is slow, and not gone.
 const PIECE: usize = 16 << 10;
+
+/// Requests that a client may take back while their enclaves have them, however few others it makes: a page that is left takes back all
+/// that it had asked for. With more, a connection ends that takes back more than it lets be answered: each costs its enclave a
+/// connection, and its sender a few bytes.
+const TAKEN_BACK: u64 = 500;
 
 /// The requests of one connection that are in flight.
 #[derive(Debug, Clone)]
@@ -26,6 +32,11 @@ struct Flights {
     /// Answers whose taking is watched.
     answers: BTreeMap<u64, Arc<Mutex<Option<Held>>>>,
     next: u64,
+    /// Requests so far, and those of them that were taken back before there was an answer.
+    begun: u64,
+    taken_back: u64,
+    /// Cancelled when that is too many.
+    too_many_taken_back: CancellationToken,
 }
 
 /// An answer on its way.
@@ -45,19 +56,36 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl InFlight {
     pub(super) fn new() -> Self {
-        let flights = Flights { count: 0, last: Instant::now(), answers: BTreeMap::new(), next: 0 };
+        let flights = Flights {
+            count: 0,
+            last: Instant::now(),
+            answers: BTreeMap::new(),
+            next: 0,
+            begun: 0,
+            taken_back: 0,
+            too_many_taken_back: CancellationToken::new(),
+        };
         Self(Arc::new(Mutex::new(flights)))
     }
 
     pub(super) fn begin(&self) -> Guard {
-        self.change(|count| count + 1);
-        Guard(self.clone())
+        let mut flights = self.change(|count| count + 1);
+        flights.begun += 1;
+        drop(flights);
+        Guard { of: self.clone(), answered: false }
     }
 
-    fn change(&self, change: impl FnOnce(usize) -> usize) {
+    /// Returns when the client has taken back too many requests. Cancel-safe.
+    pub(super) async fn too_many_taken_back(&self) {
+        let token = lock(&self.0).too_many_taken_back.clone();
+        token.cancelled().await;
+    }
+
+    fn change(&self, change: impl FnOnce(usize) -> usize) -> MutexGuard<'_, Flights> {
         let mut flights = lock(&self.0);
         flights.count = change(flights.count);
         flights.last = Instant::now();
+        flights
     }
 
     /// Returns when there has been none for so long. Cancel-safe.
@@ -103,11 +131,26 @@ impl InFlight {
 
 /// A request in flight, until this is dropped.
 #[derive(Debug)]
-pub(super) struct Guard(InFlight);
+pub(super) struct Guard {
+    of: InFlight,
+    answered: bool,
+}
+
+impl Guard {
+    /// There is an answer.
+    pub(super) fn answered(mut self) -> Self {
+        self.answered = true;
+        self
+    }
+}
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.0.change(|count| count.saturating_sub(1));
+        let mut flights = self.of.change(|count| count.saturating_sub(1));
+        flights.taken_back += u64::from(!self.answered);
+        if flights.taken_back > TAKEN_BACK && flights.taken_back > flights.begun / 2 {
+            flights.too_many_taken_back.cancel();
+        }
     }
 }
 
@@ -142,7 +185,7 @@ impl Tracked {
 
     /// One that [`InFlight::end_stalled`] ends.
     pub(super) fn watched(body: Download, guard: Guard) -> Self {
-        let of = guard.0.clone();
+        let of = guard.of.clone();
         let held = Held { body, rest: None, since: Some(Instant::now()), _guard: guard };
         let held = Arc::new(Mutex::new(Some(held)));
         let mut flights = lock(&of.0);

@@ -7,6 +7,7 @@ use super::forward::{Connection, forward};
 use super::https::{Admitted, Https};
 use super::in_flight::{InFlight, Tracked};
 use super::tls;
+use crate::counters::Refused;
 use crate::shared::Shared;
 use http::HeaderValue;
 use hyper::server::conn::{http1, http2};
@@ -15,7 +16,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -25,17 +26,29 @@ use tokio_util::sync::CancellationToken;
 
 /// Most headers of one request.
 const REQUEST_HEADERS: usize = 100;
-/// HTTP/1.1: most that is read ahead of a request's body. (hyper's own bound is 400 KiB for each connection.)
-const HTTP1_BUFFER: usize = 64 << 10;
+/// HTTP/1.1: most that is read ahead of a request's body, or waits to be sent of an answer, unless headers may be longer. (hyper's own
+/// bound is 400 KiB for each connection.)
+const HTTP1_BUFFER: usize = 32 << 10;
 /// HTTP/2: most that a client may send ahead, for one request and for all of a connection.
 const HTTP2_STREAM_WINDOW: u32 = 256 << 10;
 const HTTP2_CONNECTION_WINDOW: u32 = 1 << 20;
+/// What the windows of as many connections as are open come to: with more of them, the next has smaller ones.
+const HTTP2_WINDOWS: u32 = 64 << 20;
+/// But none smaller than that of every new connection (RFC 9113, 6.9.2), which is what nginx and haproxy give at all times.
+const HTTP2_SMALLEST_WINDOW: u32 = (64 << 10) - 1;
 /// HTTP/2: requests that the client took back before they were looked at; with more the connection ends (CVE-2023-44487).
 const HTTP2_TAKEN_BACK: usize = 20;
 /// HTTP/2: requests that were ended for the client's breach of the protocol; with more the connection ends.
-const HTTP2_BREACHES: usize = 1024;
-/// HTTP/2: most of a response that waits to be sent.
-const HTTP2_SEND_BUFFER: usize = 256 << 10;
+const HTTP2_BREACHES: usize = 128;
+/// HTTP/2: most of a response that waits to be sent. What is on its way the kernel holds; this only has to keep it busy.
+const HTTP2_SEND_BUFFER: usize = 32 << 10;
+
+/// The windows of a new connection, for one request and for all, when so many are open.
+fn windows(open: u64) -> (u32, u32) {
+    let share = u32::try_from(u64::from(HTTP2_WINDOWS) / open.max(1)).unwrap_or(u32::MAX);
+    let connection = share.clamp(HTTP2_SMALLEST_WINDOW, HTTP2_CONNECTION_WINDOW);
+    (connection.min(HTTP2_STREAM_WINDOW), connection)
+}
 
 impl Https {
     /// Serves a connection to its end.
@@ -69,24 +82,28 @@ impl Https {
             let (connection, guard) = (connection.clone(), requests.begin());
             asks.notify_one();
             async move {
-                let response = forward(&connection, request).await;
+                // On the heap: hyper has room for what this future needs for as long as the connection lives.
+                let response = Box::pin(forward(&connection, request)).await;
+                let guard = guard.answered();
                 let tracked = if http2 { Tracked::watched } else { Tracked::plain };
                 Ok::<_, Infallible>(response.map(|body| tracked(body, guard)))
             }
         });
         let stream = TokioIo::new(stream);
         if http2 {
+            let (stream_window, connection_window) = windows(self.open_connections());
             let served = http2::Builder::new(Spawner(self.shared.clone()))
                 .timer(TokioTimer::new())
                 .max_concurrent_streams(limits.http2_streams)
                 .max_header_list_size(u32::try_from(limits.request_head_bytes).unwrap_or(u32::MAX))
                 .max_pending_accept_reset_streams(HTTP2_TAKEN_BACK)
                 .max_local_error_reset_streams(HTTP2_BREACHES)
-                .initial_stream_window_size(HTTP2_STREAM_WINDOW)
-                .initial_connection_window_size(HTTP2_CONNECTION_WINDOW)
+                .initial_stream_window_size(stream_window)
+                .initial_connection_window_size(connection_window)
                 .max_send_buf_size(HTTP2_SEND_BUFFER)
                 .keep_alive_interval(limits.client_stall)
                 .serve_connection(stream, service);
+            let served = Box::pin(served);
             // HTTP/2 has no timeout of its own for the next request.
             let idle = || in_flight.none_for(limits.request_head);
             tokio::select! {
@@ -94,6 +111,8 @@ impl Https {
                 () = self.until_closing(served, |served| served.graceful_shutdown(), idle, replaced, &asked) => {}
                 // Cancel-safe, as it says.
                 () = in_flight.end_stalled(limits.client_stall) => {}
+                // Cancel-safe, as it says.
+                () = in_flight.too_many_taken_back() => self.shared.counters.refused.count(Refused::TakenBack),
             }
         } else {
             let served = http1::Builder::new()
@@ -101,9 +120,10 @@ impl Https {
                 .header_read_timeout(limits.request_head)
                 .max_header_size(limits.request_head_bytes)
                 .max_headers(REQUEST_HEADERS)
-                .max_buf_size(HTTP1_BUFFER)
+                .max_buf_size(HTTP1_BUFFER.max(limits.request_head_bytes))
                 .serve_connection(stream, service)
                 .with_upgrades();
+            let served = Box::pin(served);
             let idle = std::future::pending::<()>;
             self.until_closing(served, |served| served.graceful_shutdown(), idle, replaced, &asked).await;
         }
@@ -114,7 +134,8 @@ impl Https {
     /// come.
     async fn until_closing<C, I>(
         &self,
-        served: C,
+        // On the heap: it would be kept more than once here.
+        mut served: Pin<Box<C>>,
         close: impl FnOnce(Pin<&mut C>),
         idle: impl Fn() -> I,
         replaced: Option<CancellationToken>,
@@ -130,14 +151,13 @@ impl Https {
                 None => std::future::pending().await,
             }
         };
-        let mut served = pin!(served);
         let done = |result: hyper::Result<()>| {
             if let Err(error) = result {
                 tracing::debug!(%error, "an HTTPS connection broke off");
             }
         };
         let awaits_first = tokio::select! {
-            // Cancel-safe: it is pinned outside and polled on below.
+            // Cancel-safe: it is polled on below.
             result = served.as_mut() => return done(result),
             // Cancel-safe: a token stays cancelled.
             () = cut.cancelled() => return,
@@ -180,5 +200,21 @@ pub(crate) struct Spawner(pub(crate) Arc<Shared>);
 impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Spawner {
     fn execute(&self, task: F) {
         self.0.spawn(task);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_shrink_as_connections_become_many_and_all_of_them_come_to_less_than_a_gibibyte() {
+        assert_eq!(windows(1), (256 << 10, 1 << 20));
+        assert_eq!(windows(64), (256 << 10, 1 << 20));
+        assert_eq!(windows(256), (256 << 10, 256 << 10));
+        assert_eq!(windows(8192), (HTTP2_SMALLEST_WINDOW, HTTP2_SMALLEST_WINDOW));
+        let limit = u64::from(crate::Limits::default().https_connections);
+        let all: u64 = (1..=limit).map(|open| u64::from(windows(open).1)).sum();
+        assert!(all < 700 << 20, "{} MiB", all >> 20);
     }
 }

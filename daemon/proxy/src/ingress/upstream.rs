@@ -42,6 +42,9 @@ pub(crate) enum SendError {
     Cut,
 }
 
+/// Most that is read ahead of an answer over HTTP/1.1, or of a request's body to be written. (hyper's own bound is 400 KiB.)
+const HTTP1_BUFFER: usize = 32 << 10;
+
 /// A port of an enclave, and what it speaks.
 type Key = (Cid, u32, UpstreamHttp);
 
@@ -279,7 +282,9 @@ impl Upstreams {
             return Ok(Sender::Http2 { shared, _seat: seat });
         }
         let head_bytes = self.shared.limits.request_head_bytes;
-        let handshake = http1::Builder::new().max_header_size(head_bytes).handshake(stream);
+        let mut builder = http1::Builder::new();
+        builder.max_header_size(head_bytes).max_buf_size(HTTP1_BUFFER.max(head_bytes));
+        let handshake = builder.handshake(stream);
         let (sender, connection) = handshake.await.map_err(SendError::Http)?;
         let cut = live.cut.child_token();
         self.shared.spawn(async move {

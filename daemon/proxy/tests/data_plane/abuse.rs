@@ -1,4 +1,5 @@
-//! What hostile HTTP/2 clients do: frames written by hand. The connection ends, and others are served on.
+//! What hostile HTTP/2 clients do: frames written by hand. The connection ends, and others are served on. More of them, and what they
+//! cost the process, in `integration/tests/abuse`.
 
 use crate::support::{Enclave, Host, https_address, soon};
 use std::net::SocketAddr;
@@ -20,11 +21,16 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
-async fn connect(host: &Host, address: SocketAddr) -> TlsStream<TcpStream> {
+pub(crate) async fn connect(host: &Host, address: SocketAddr) -> TlsStream<TcpStream> {
     let mut tls = host.tls(address, "a.test", b"h2").await.unwrap();
     let settings = frame(4, 0, 0, &[]);
     tls.write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &settings[..]].concat()).await.unwrap();
     tls
+}
+
+/// A request on that stream.
+pub(crate) fn request(stream: u32) -> Vec<u8> {
+    frame(HEADERS, END_STREAM | END_HEADERS, stream, REQUEST)
 }
 
 /// Sends these frames until the proxy has had enough; how many it was sent before it ended the connection.
@@ -63,8 +69,7 @@ async fn floods_of_resets_and_of_headers_without_an_end_end_their_connection_alo
     let resets = |round: u32| {
         let one = |number: u32| {
             let stream = 1 + 2 * (round * 100 + number);
-            let ask = frame(HEADERS, END_STREAM | END_HEADERS, stream, REQUEST);
-            [ask, frame(RST_STREAM, 0, stream, &8_u32.to_be_bytes())].concat()
+            [request(stream), frame(RST_STREAM, 0, stream, &8_u32.to_be_bytes())].concat()
         };
         (0..100).flat_map(one).collect()
     };

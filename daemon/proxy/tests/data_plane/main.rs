@@ -20,6 +20,7 @@ mod pool;
 mod routes;
 mod rules;
 mod sharing;
+mod slow;
 mod support;
 mod tcp;
 mod vanished;
