@@ -27,7 +27,8 @@ fn answers_that_nobody_reads_cost_no_more_than_a_few_buffers_each() {
             proxy.serves().await;
             let before = proxy.memory_mib();
             let tls = proxy.tls(b"h2", source(1)).await;
-            let asking = (1..).step_by(2).take(count).map(|stream| frame(HEADERS, WHOLE, stream, &head(Method::Get, "/big")));
+            let asking =
+                (1..).step_by(2).take(count).map(|stream| frame(HEADERS, WHOLE, stream, &head(Method::Get, "/big")));
             let (end, _held) = flood(tls, Reads::Nothing, once(preface(window, LARGEST_WINDOW)).chain(asking)).await;
             assert_eq!(end, End::Taken);
             proxy.until("all are in flight", |report| report.traffic.iter().any(|traffic| traffic.open >= 128)).await;
@@ -82,7 +83,8 @@ fn one_source_has_no_more_requests_in_flight_than_it_may_have_connections_and_ot
             let asking = asking.map(|stream| frame(HEADERS, WHOLE, stream, &head(Method::Get, "/hold")));
             held.push(flood(tls, Reads::All, once(preface(65_535, 65_535)).chain(asking)).await);
         }
-        let failed = |report: &ProxyReport| report.traffic.iter().filter_map(|it| it.failed.get("source_limit")).sum::<u64>();
+        let failed =
+            |report: &ProxyReport| report.traffic.iter().filter_map(|it| it.failed.get("source_limit")).sum::<u64>();
         proxy.until("those of the last are refused", |report| failed(report) == 128).await;
         assert_eq!(proxy.report().traffic.iter().map(|traffic| traffic.open).sum::<u64>(), 1024);
         proxy.serves().await;

@@ -2,8 +2,8 @@
 //! meanwhile, and when it is over the proxy rests.
 
 use crate::frames::{
-    CONTINUATION, DATA, End, END_HEADERS, END_STREAM, GOAWAY, HEADERS, LARGEST_WINDOW, Method, PING, PRIORITY, RST_STREAM,
-    Reads, SETTINGS, UNKNOWN, WHOLE, WINDOW_UPDATE, flood, frame, head, next_frame, preface,
+    CONTINUATION, DATA, END_HEADERS, END_STREAM, End, GOAWAY, HEADERS, LARGEST_WINDOW, Method, PING, PRIORITY,
+    RST_STREAM, Reads, SETTINGS, UNKNOWN, WHOLE, WINDOW_UPDATE, flood, frame, head, next_frame, preface,
 };
 use crate::proxy::{DOMAIN, run};
 use std::iter::once;
@@ -35,7 +35,9 @@ fn streams() -> impl Iterator<Item = u32> {
 
 /// A request of so many on one connection, of which each is followed by what makes it end.
 fn requests(path: &'static str, count: usize, then: impl Fn(u32) -> Vec<u8>) -> impl Iterator<Item = Vec<u8>> {
-    streams().take(count).map(move |stream| [frame(HEADERS, WHOLE, stream, &head(Method::Get, path)), then(stream)].concat())
+    streams()
+        .take(count)
+        .map(move |stream| [frame(HEADERS, WHOLE, stream, &head(Method::Get, path)), then(stream)].concat())
 }
 
 struct Flood {
@@ -62,20 +64,35 @@ fn floods_of_frames_end_or_are_not_read_on_and_cost_neither_memory_nor_others_th
         flood_of("PRIORITY", Reads::All, ANY, Box::new(again(&frame(PRIORITY, 0, 1, &[0, 0, 0, 0, 16])))),
         flood_of("frames of no known kind", Reads::All, ANY, Box::new(again(&frame(UNKNOWN, 0, 0, &[0; 4000])))),
         flood_of("empty DATA", Reads::All, &[End::Ended], Box::new(upload().chain(again(&frame(DATA, 0, 1, b""))))),
-        flood_of("DATA of one byte", Reads::All, &[End::Ended], Box::new(upload().chain(again(&frame(DATA, 0, 1, b"x"))))),
+        flood_of(
+            "DATA of one byte",
+            Reads::All,
+            &[End::Ended],
+            Box::new(upload().chain(again(&frame(DATA, 0, 1, b"x")))),
+        ),
         flood_of("DATA of padding", Reads::All, ANY, {
             let padded = frame(DATA, 8, 1, &[&[255][..], &[0; 255]].concat());
             Box::new(upload().chain(again(&padded)))
         }),
         flood_of("headers without an end", Reads::All, &[End::Ended], {
             let begun = once(frame(HEADERS, END_STREAM, 1, &head(Method::Get, "/")));
-            Box::new(begun.chain(again(&frame(CONTINUATION, 0, 1, &[&b"\x00\x01x\x7f\xa1\x1e"[..], &[b'y'; 4000]].concat()))))
+            Box::new(begun.chain(again(&frame(
+                CONTINUATION,
+                0,
+                1,
+                &[&b"\x00\x01x\x7f\xa1\x1e"[..], &[b'y'; 4000]].concat(),
+            ))))
         }),
         flood_of("empty CONTINUATION", Reads::All, &[End::Ended], {
             let begun = once(frame(HEADERS, END_STREAM, 1, &head(Method::Get, "/")));
             Box::new(begun.chain(again(&frame(CONTINUATION, 0, 1, b""))))
         }),
-        flood_of("windows that grow by nothing", Reads::All, &[End::Ended], Box::new(again(&frame(WINDOW_UPDATE, 0, 0, &[0; 4])))),
+        flood_of(
+            "windows that grow by nothing",
+            Reads::All,
+            &[End::Ended],
+            Box::new(again(&frame(WINDOW_UPDATE, 0, 0, &[0; 4]))),
+        ),
         flood_of("windows that grow too large", Reads::All, &[End::Ended], {
             Box::new(again(&frame(WINDOW_UPDATE, 0, 0, &LARGEST_WINDOW.to_be_bytes())))
         }),

@@ -81,7 +81,12 @@ pub(crate) async fn flood(tls: Tls, reads: Reads, pieces: impl Iterator<Item = V
     let mut sent = 0;
     let writing = async {
         for piece in pieces {
-            match timeout(STALLED, async { writer.write_all(&piece).await?; writer.flush().await }).await {
+            match timeout(STALLED, async {
+                writer.write_all(&piece).await?;
+                writer.flush().await
+            })
+            .await
+            {
                 Ok(Ok(())) => sent += piece.len(),
                 Ok(Err(_)) => return End::Ended,
                 Err(_) => return End::Stalled,

@@ -2,7 +2,12 @@
 //! process is the real one, with the limits of a real host; its memory and processor time are what the kernel says. How long slow
 //! clients are waited for is tested within `enclaved-proxy`, with shorter limits.
 
-#![expect(clippy::unwrap_used, clippy::panic, clippy::expect_used, reason = "a test that cannot go on has failed; helpers are tests, too")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::expect_used,
+    reason = "a test that cannot go on has failed; helpers are tests, too"
+)]
 
 mod ahead;
 mod floods;

@@ -1,6 +1,11 @@
 //! Five thousand connections, held in every way there is: what each costs at most, and all of them.
 
-#![expect(clippy::unwrap_used, clippy::panic, clippy::expect_used, reason = "a test that cannot go on has failed; helpers are tests, too")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::expect_used,
+    reason = "a test that cannot go on has failed; helpers are tests, too"
+)]
 #![allow(dead_code, reason = "the floods need more of these helpers")]
 
 mod frames;

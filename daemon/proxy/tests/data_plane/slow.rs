@@ -135,7 +135,9 @@ async fn an_upload_may_be_as_slow_as_it_likes_while_it_goes_on() {
     let _enclave = Enclave::http(&host.vsock(), 16, take);
     let address = https_address(&host.publish(&host.site(&["a.test"], Some(16))).await);
     let mut slow = host.tls(address, "a.test", b"http/1.1").await.unwrap();
-    slow.write_all(b"POST / HTTP/1.1\r\nhost: a.test\r\ncontent-length: 10\r\nconnection: close\r\n\r\n").await.unwrap();
+    slow.write_all(b"POST / HTTP/1.1\r\nhost: a.test\r\ncontent-length: 10\r\nconnection: close\r\n\r\n")
+        .await
+        .unwrap();
     let began = Instant::now();
     for _ in 0..10 {
         sleep(SHORT / 2).await;
