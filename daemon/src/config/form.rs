@@ -136,7 +136,8 @@ pub(super) struct HostIngressForm {
     /// Connections at a time, of all domains; more are closed at once. Left out: 8192.
     #[schemars(range(min = 1, max = 65536))]
     pub max_connections: Option<u32>,
-    /// Connections of one IPv4 address, or of one IPv6 network of 64 bits, at a time; more are closed at once. Left out: 1024.
+    /// Connections of one IPv4 address, or of one IPv6 network of 64 bits, at a time, and requests in flight over all of them; more are
+    /// closed at once, or answered 503. Left out: 1024.
     #[schemars(range(min = 1, max = 65536))]
     pub max_connections_per_source: Option<u32>,
     /// Where each request, and each raw connection, from clients is logged, as a line of JSON: the absolute path of a file, which

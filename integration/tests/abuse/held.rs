@@ -4,6 +4,7 @@
 use crate::frames::{DATA, END_HEADERS, HEADERS, Method, WHOLE, frame, head, preface};
 use crate::proxy::{Clients, DOMAIN, Proxy, Tls, within};
 use std::net::Ipv4Addr;
+use std::time::Instant;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -22,11 +23,11 @@ enum Holds {
     HalfHeaders,
     /// It reads nothing of a large answer.
     Answer,
-    /// The same over HTTP/2, of eight.
+    /// The same over HTTP/2, of two.
     AnswersHttp2,
     /// Its upload is not taken, and goes on and on.
     Upload,
-    /// The same over HTTP/2, of four.
+    /// The same over HTTP/2, of two.
     UploadsHttp2,
 }
 
@@ -49,9 +50,9 @@ impl Holds {
             Self::IdleHttp2 => 56.0,
             Self::HalfHeaders => 40.0 + 64.0,
             Self::Answer => 40.0 + 216.0,
-            Self::AnswersHttp2 => 56.0 + 8.0 * 192.0,
+            Self::AnswersHttp2 => 56.0 + 2.0 * 192.0,
             Self::Upload => 40.0 + 216.0,
-            Self::UploadsHttp2 => 56.0 + 4.0 * 192.0,
+            Self::UploadsHttp2 => 56.0 + 2.0 * 192.0,
         }
     }
 }
@@ -106,7 +107,7 @@ async fn hold(proxy: Clients, how: Holds, source: Ipv4Addr) -> Held {
         Holds::Answer => tls.write_all(asking("GET /big", "\r\n").as_bytes()).await.unwrap(),
         Holds::Upload => {
             tls.write_all(asking("POST /hold", "content-length: 100000000\r\n\r\n").as_bytes()).await.unwrap();
-            push(&mut tls, std::iter::repeat_n(vec![b'u'; 16 << 10], 64)).await;
+            push(&mut tls, std::iter::repeat_n(vec![b'u'; 16 << 10], 24)).await;
         }
         Holds::IdleHttp2 => {
             tls.write_all(&preface(65_535, 65_535)).await.unwrap();
@@ -114,17 +115,17 @@ async fn hold(proxy: Clients, how: Holds, source: Ipv4Addr) -> Held {
             within("an answer", tls.read(&mut [0; 1024])).await.unwrap();
         }
         Holds::AnswersHttp2 => {
-            tls.write_all(&preface(1 << 20, 8 << 20)).await.unwrap();
-            let asking = streams().take(8).map(|stream| frame(HEADERS, WHOLE, stream, &head(Method::Get, "/big")));
+            tls.write_all(&preface(1 << 20, 2 << 20)).await.unwrap();
+            let asking = streams().take(2).map(|stream| frame(HEADERS, WHOLE, stream, &head(Method::Get, "/big")));
             push(&mut tls, asking).await;
         }
         Holds::UploadsHttp2 => {
             tls.write_all(&preface(65_535, 65_535)).await.unwrap();
             let begin =
-                streams().take(4).map(|stream| frame(HEADERS, END_HEADERS, stream, &head(Method::Post, "/hold")));
+                streams().take(2).map(|stream| frame(HEADERS, END_HEADERS, stream, &head(Method::Post, "/hold")));
             push(&mut tls, begin).await;
             // No more than the smallest window, which the proxy may have given to this one.
-            let pieces = streams().take(4).map(|stream| frame(DATA, 0, stream, &[b'u'; 16_000]));
+            let pieces = streams().take(2).map(|stream| frame(DATA, 0, stream, &[b'u'; 16_000]));
             push(&mut tls, pieces).await;
         }
     }
@@ -138,6 +139,7 @@ pub(crate) async fn hold_of_each_kind(proxy: &Proxy, count: u32) {
     let first = proxy.memory_mib();
     let (mut held, mut most, mut before) = (Vec::new(), 0.0, first);
     for (number, how) in (0..).zip(Holds::ALL) {
+        let began = Instant::now();
         let mut holding = JoinSet::new();
         for client in 0..count {
             // Few enough for one source.
@@ -153,7 +155,7 @@ pub(crate) async fn hold_of_each_kind(proxy: &Proxy, count: u32) {
         proxy.serves().await;
         let now = proxy.memory_mib();
         let each = (now - before) * 1024.0 / f64::from(count);
-        eprintln!("{how:?}: {each:.1} KiB each, of {:.0} at most", how.most_kib());
+        eprintln!("{how:?}: {each:.1} KiB each, of {:.0} at most ({:.0?})", how.most_kib(), began.elapsed());
         assert!(each <= how.most_kib(), "{how:?}: {each:.1} KiB each, {:.1} MiB in all", now - first);
         most += how.most_kib() * f64::from(count) / 1024.0;
         before = now;
