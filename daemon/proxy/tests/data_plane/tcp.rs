@@ -50,7 +50,7 @@ async fn a_new_target_takes_new_connections_and_the_old_keeps_its_own_until_it_i
     client.write_all(b"1").await.unwrap();
     assert_eq!(soon("the echo", client.read_u8()).await.unwrap(), b'1');
 
-    let old = routes.tcp[0].target.replace(crate::support::cid(17)).unwrap();
+    let old = routes.tcp[0].target.replace(cid(17)).unwrap();
     routes.live = vec![old];
     let report = host.publish(&routes).await;
     assert_eq!(tcp_address(&report), address, "the listener was touched");

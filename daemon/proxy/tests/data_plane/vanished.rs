@@ -157,7 +157,7 @@ async fn inside() {
     let (mut called, _) = tokio::task::spawn_blocking(move || upstream.accept().unwrap()).await.unwrap();
     assert_eq!(called.read(&mut [0; 1]).unwrap(), 1);
     // As idle as the others, and there.
-    let mut neighbour = client(b'i');
+    let neighbour = client(b'i');
 
     far_away.vanish();
     let since = Instant::now();
