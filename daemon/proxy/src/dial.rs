@@ -10,7 +10,7 @@ use crate::counters::{Failure, Latency};
 use crate::host_addresses::{HostAddresses, Unknown};
 use crate::limits::Limits;
 use crate::resolver::{Name, NameError, Resolver};
-use crate::tcp;
+use crate::tcp::{self, Stalled};
 use enclaved_core::egress_policy::{self, OwnRange, Refusal};
 use enclaved_core::routes::EgressRoute;
 use std::future::{Future, poll_fn};
@@ -115,7 +115,7 @@ impl Upstream {
         }
         let (stream, address) = connected?;
         self.prefer_v4.store(address.is_ipv4(), Relaxed);
-        tcp::prepare(&stream, limits.peer_silence);
+        tcp::prepare(&stream, limits.peer_silence, Stalled::Gone);
         Ok(stream)
     }
 

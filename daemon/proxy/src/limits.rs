@@ -26,8 +26,8 @@ pub struct Limits {
     /// A relayed connection without a byte in either direction ends after this. Long: database pools keep connections for
     /// hours, and a dead peer is found by its silence within minutes ([`Self::peer_silence`]).
     pub relay_idle: Duration,
-    /// A TCP peer is gone that gives no sign of life for this long: it answers no keepalive probe, or neither acknowledges nor
-    /// takes what waits for it. Two seconds at least. Below the 350 s after which AWS's NAT gateways and load balancers forget a
+    /// A TCP peer is gone that gives no sign of life for this long: it answers no keepalive probe; or, unless it is a client that
+    /// may pause ([`Stalled`](crate::tcp::Stalled)), it neither acknowledges nor takes what waits for it. Two seconds at least. Below the 350 s after which AWS's NAT gateways and load balancers forget a
     /// silent connection, which the probes keep from being silent.
     pub peer_silence: Duration,
     /// A relayed connection that is closed in one direction ends when the other has been silent for this long.

@@ -19,6 +19,17 @@ const KEEPALIVE_PROBES: u32 = 4;
 /// The kernel counts it in seconds, and takes no less.
 const SHORTEST: Duration = Duration::from_secs(1);
 
+/// What a peer is that is there, and takes not a byte of what waits for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stalled {
+    /// As silent as one that is gone: the kernel cannot tell them apart, and finds both in the same time. For whoever waits for
+    /// the peer, as an enclave does for its database after the other one took over.
+    Gone,
+    /// A client that pauses, for as long as it likes. One that vanishes while bytes are on their way to it is found by the kernel,
+    /// after a quarter of an hour (`tcp_retries2`).
+    Paused,
+}
+
 /// Why a TCP port could not be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("could not listen on {address}")]
@@ -29,22 +40,27 @@ pub(crate) struct ListenError {
 }
 
 /// Its connections may be silent for so long.
-pub(crate) fn listen(address: SocketAddr, silence: Duration) -> Result<TcpListener, ListenError> {
+pub(crate) fn listen(address: SocketAddr, silence: Duration, stalled: Stalled) -> Result<TcpListener, ListenError> {
     let open = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
         // Connections of a predecessor that linger in TIME_WAIT do not keep the port from its successor.
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
-        prepare(&socket, silence);
+        prepare(&socket, silence, stalled);
         socket.listen(BACKLOG)
     };
     open().map_err(|source| ListenError { address, source })
 }
 
 /// Takes a socket that listens on that address already.
-pub(crate) fn adopt(address: SocketAddr, socket: OwnedFd, silence: Duration) -> Result<TcpListener, Unusable> {
+pub(crate) fn adopt(
+    address: SocketAddr,
+    socket: OwnedFd,
+    silence: Duration,
+    stalled: Stalled,
+) -> Result<TcpListener, Unusable> {
     Expected::Tcp(address).check(&socket)?;
-    prepare(&socket, silence);
+    prepare(&socket, silence, stalled);
     let socket = std::net::TcpListener::from(socket);
     socket.set_nonblocking(true).and_then(|()| TcpListener::from_std(socket)).map_err(Unusable::Io)
 }
@@ -77,19 +93,30 @@ impl Socket for TcpListener {
 /// option is used without.
 ///
 /// While bytes are on their way the kernel sends no keepalive probes, but those bytes again, for a quarter of an hour
-/// (`tcp_retries2`): TCP_USER_TIMEOUT ends that, too. It counts a peer as silent that acknowledges and has no room for a single
-/// byte all the while.
-pub(crate) fn prepare(socket: &impl AsFd, silence: Duration) {
+/// (`tcp_retries2`); TCP_USER_TIMEOUT ends that earlier, and a stall of a peer that is there with it.
+pub(crate) fn prepare(socket: &impl AsFd, silence: Duration, stalled: Stalled) {
     let set = || -> rustix::io::Result<()> {
         sockopt::set_tcp_nodelay(socket, true)?;
         sockopt::set_socket_keepalive(socket, true)?;
         sockopt::set_tcp_keepidle(socket, (silence / 2).max(SHORTEST))?;
         sockopt::set_tcp_keepintvl(socket, (silence / 2 / KEEPALIVE_PROBES).max(SHORTEST))?;
         sockopt::set_tcp_keepcnt(socket, KEEPALIVE_PROBES)?;
-        sockopt::set_tcp_user_timeout(socket, u32::try_from(silence.as_millis()).unwrap_or(u32::MAX))
+        match stalled {
+            Stalled::Gone => {
+                sockopt::set_tcp_user_timeout(socket, u32::try_from(silence.as_millis()).unwrap_or(u32::MAX))
+            }
+            Stalled::Paused => sockopt::set_tcp_user_timeout(socket, 0),
+        }
     };
     if let Err(error) = set() {
         tracing::debug!(%error, "could not set the options of a TCP socket");
+    }
+}
+
+/// Lets the peer of a connection pause, whatever its socket was prepared for.
+pub(crate) fn may_pause(connection: &TcpStream) {
+    if let Err(error) = sockopt::set_tcp_user_timeout(connection, 0) {
+        tracing::debug!(%error, "could not let the peer of a TCP connection pause");
     }
 }
 
@@ -141,14 +168,17 @@ mod tests {
     #[tokio::test]
     async fn accepted_connections_have_the_options_of_the_socket_that_listens() {
         let silence = crate::limits::Limits::default().peer_silence;
-        let listener = listen("127.0.0.1:0".parse().unwrap(), silence).unwrap();
-        let (_client, accepted) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
-        let (connection, _) = accepted.unwrap();
-        assert!(connection.nodelay().unwrap() && sockopt::socket_keepalive(&connection).unwrap());
-        // Two minutes, as operators are told.
-        assert_eq!(sockopt::tcp_keepidle(&connection).unwrap(), Duration::from_secs(60));
-        assert_eq!(sockopt::tcp_keepintvl(&connection).unwrap(), Duration::from_secs(15));
-        assert_eq!(sockopt::tcp_keepcnt(&connection).unwrap(), 4);
-        assert_eq!(sockopt::tcp_user_timeout(&connection).unwrap(), 120_000);
+        for (stalled, milliseconds) in [(Stalled::Gone, 120_000), (Stalled::Paused, 0)] {
+            let listener = listen("127.0.0.1:0".parse().unwrap(), silence, stalled).unwrap();
+            let address = listener.local_addr().unwrap();
+            let (_client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+            let (connection, _) = accepted.unwrap();
+            assert!(connection.nodelay().unwrap() && sockopt::socket_keepalive(&connection).unwrap());
+            // Two minutes, as operators are told.
+            assert_eq!(sockopt::tcp_keepidle(&connection).unwrap(), Duration::from_secs(60));
+            assert_eq!(sockopt::tcp_keepintvl(&connection).unwrap(), Duration::from_secs(15));
+            assert_eq!(sockopt::tcp_keepcnt(&connection).unwrap(), 4);
+            assert_eq!(sockopt::tcp_user_timeout(&connection).unwrap(), milliseconds);
+        }
     }
 }

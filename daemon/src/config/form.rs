@@ -371,7 +371,7 @@ pub(super) struct EgressForm {
     /// How long each address of `hostname` may take to accept a connection; 100ms to 2m. Left out: 10s.
     pub connect_timeout: Option<DurationText>,
     /// A connection on which no byte went either way for so long is closed; 1s to 30days. Left out: 24h, and 10m where one side has
-    /// closed its direction. (A TCP peer that is gone, or takes not a byte of what waits for it, is found within two minutes, however
+    /// closed its direction. (An upstream that is gone, or takes not a byte of what waits for it, is found within two minutes, however
     /// long this is.)
     pub idle_timeout: Option<DurationText>,
     /// A connection that is so old is closed, whatever it carries; 1s to 365days. Left out: connections may become as old as they

@@ -15,7 +15,7 @@ use crate::inherited::Unusable;
 use crate::listening::Service;
 use crate::manager::ingress_name;
 use crate::shared::Shared;
-use crate::tcp;
+use crate::tcp::{self, Stalled};
 use crate::throttle::Throttle;
 use bytes::Bytes;
 use enclaved_core::routes::HttpsRules;
@@ -234,12 +234,12 @@ impl Service for HttpsPort {
     }
 
     fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {
-        tcp::adopt(self.listen, socket, self.https.shared.limits.peer_silence)
+        tcp::adopt(self.listen, socket, self.https.shared.limits.peer_silence, Stalled::Gone)
             .inspect(|listener| self.https.note_port(listener))
     }
 
     async fn open(&self) -> Result<TcpListener, OpenError> {
-        Ok(tcp::listen(self.listen, self.https.shared.limits.peer_silence)
+        Ok(tcp::listen(self.listen, self.https.shared.limits.peer_silence, Stalled::Gone)
             .inspect(|listener| self.https.note_port(listener))?)
     }
 

@@ -7,6 +7,7 @@ use super::sites::Backend;
 use super::tcp::{Way, connect_and_relay};
 use crate::access_log::{Entry, Protocol};
 use crate::counters::{Failure, Meter, Open};
+use crate::tcp::may_pause;
 use enclaved_core::routes::{Passthrough, ProxyProtocol};
 use rustls::AlertDescription;
 use std::net::SocketAddr;
@@ -30,6 +31,8 @@ impl Https {
             say(&mut client, &fatal(AlertDescription::InternalError)).await;
             return self.not_passed(backend, &mut entry, Failure::NoTarget, Some("no generation of it is ready"));
         };
+        // It is a relay from here on, of whose pauses nothing is known.
+        may_pause(&client);
         let length = said.len() as u64;
         let before = match (proxy_protocol, client.local_addr()) {
             (None, _) => said,

@@ -7,7 +7,7 @@ use crate::counters::{Reason, Refused};
 use crate::inherited::Unusable;
 use crate::listening::Service;
 use crate::manager::ingress_name;
-use crate::tcp::{self, ListenError};
+use crate::tcp::{self, ListenError, Stalled};
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderValue, LOCATION};
 use http::{Request, Response, StatusCode};
@@ -124,11 +124,11 @@ impl Service for RedirectPort {
     }
 
     fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {
-        tcp::adopt(self.listen, socket, self.https.shared.limits.peer_silence)
+        tcp::adopt(self.listen, socket, self.https.shared.limits.peer_silence, Stalled::Gone)
     }
 
     async fn open(&self) -> Result<TcpListener, ListenError> {
-        tcp::listen(self.listen, self.https.shared.limits.peer_silence)
+        tcp::listen(self.listen, self.https.shared.limits.peer_silence, Stalled::Gone)
     }
 
     fn serve(self: &Arc<Self>, (client, address): (TcpStream, SocketAddr)) {

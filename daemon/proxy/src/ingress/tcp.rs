@@ -12,7 +12,7 @@ use crate::listening::Service;
 use crate::manager::ingress_name;
 use crate::relay::{Broken, relay};
 use crate::shared::Shared;
-use crate::tcp::{self, ListenError, ResetOnDrop};
+use crate::tcp::{self, ListenError, ResetOnDrop, Stalled};
 use crate::throttle::Changes;
 use crate::vsock::{CONNECT_TIMEOUT, ConnectError, Transport};
 use enclaved_core::routes::{ProxyProtocol, TcpRules};
@@ -157,11 +157,11 @@ impl Service for TcpPort {
     }
 
     fn adopt(&self, socket: OwnedFd, _: &str) -> Result<TcpListener, Unusable> {
-        tcp::adopt(self.listen, socket, self.shared.limits.peer_silence)
+        tcp::adopt(self.listen, socket, self.shared.limits.peer_silence, Stalled::Paused)
     }
 
     async fn open(&self) -> Result<TcpListener, ListenError> {
-        tcp::listen(self.listen, self.shared.limits.peer_silence)
+        tcp::listen(self.listen, self.shared.limits.peer_silence, Stalled::Paused)
     }
 
     fn serve(self: &Arc<Self>, (client, source): (TcpStream, SocketAddr)) {

@@ -9,10 +9,11 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 /// Set in the namespace.
 const INSIDE: &str = "ENCLAVED_TEST_IN_ITS_OWN_NETWORK";
@@ -112,13 +113,11 @@ fn run(command: &[&str]) {
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// What an enclave has to do with a connection that begins with this.
-async fn serve(mut stream: UnixStream, vanished: std::sync::Arc<tokio::sync::Notify>) -> u8 {
-    let kind = stream.read_u8().await.unwrap();
-    stream.write_all(&[kind]).await.unwrap();
+/// Says what it is, and does with its connection what that means, until it is told that the other side is gone.
+async fn play(kind: u8, mut stream: UnixStream, vanished: Arc<Notify>) {
     match kind {
-        b'i' => {}
-        b's' => {
+        IDLE => {}
+        A_LITTLE => {
             vanished.notified().await;
             stream.write_all(b"to nobody").await.unwrap();
         }
@@ -127,18 +126,26 @@ async fn serve(mut stream: UnixStream, vanished: std::sync::Arc<tokio::sync::Not
     }
     // In which way it is told is the kernel's affair: a Unix socket is never reset for it.
     drop(stream.read(&mut [0; 1]).await);
-    kind
 }
+
+const IDLE: u8 = b'i';
+const A_LITTLE: u8 = b'l';
+const FLOOD: u8 = b'f';
 
 async fn inside() {
     let far_away = FarAway::new();
     let host = Host::with_limits(|limits| limits.peer_silence = SILENCE).await;
     let (told, mut ends) = mpsc::unbounded_channel();
-    let vanished = std::sync::Arc::new(tokio::sync::Notify::new());
-    let notified = vanished.clone();
-    let _enclave = Enclave::raw(&host.vsock(), 16, move |_, stream| {
-        let (told, vanished) = (told.clone(), notified.clone());
-        async move { told.send(serve(stream, vanished).await).unwrap() }
+    let vanished = Arc::new(Notify::new());
+    let (enclaves, notified) = (told.clone(), vanished.clone());
+    let _enclave = Enclave::raw(&host.vsock(), 16, move |_, mut stream| {
+        let (told, vanished) = (enclaves.clone(), notified.clone());
+        async move {
+            let kind = stream.read_u8().await.unwrap();
+            stream.write_all(&[kind]).await.unwrap();
+            play(kind, stream, vanished).await;
+            told.send(("client", kind)).unwrap();
+        }
     });
     let upstream = far_away.act(|| TcpListener::bind((FAR, 0)).unwrap());
     let egress = vec![egress(16, 8000, upstream.local_addr().unwrap())];
@@ -150,33 +157,52 @@ async fn inside() {
         assert_eq!(client.read(&mut [0; 1]).unwrap(), 1);
         client
     };
-    // Idle, about to be sent a little, and being sent without an end.
-    let clients = far_away.act(|| [b'i', b's', b'f'].map(&client));
-    let mut outward = host.connect_from(16, 8000).await.unwrap();
-    outward.write_all(b"x").await.unwrap();
-    let (mut called, _) = tokio::task::spawn_blocking(move || upstream.accept().unwrap()).await.unwrap();
-    assert_eq!(called.read(&mut [0; 1]).unwrap(), 1);
-    // As idle as the others, and there.
-    let neighbour = client(b'i');
+    let far_client = far_away.act(|| client(IDLE));
+    // Those are there, as idle as the other, or not reading.
+    let (idle, mut paused) = (client(IDLE), client(FLOOD));
+    let mut called = Vec::new();
+    for kind in [IDLE, A_LITTLE, FLOOD] {
+        let mut outward = host.connect_from(16, 8000).await.unwrap();
+        outward.write_all(&[kind]).await.unwrap();
+        let upstream = upstream.try_clone().unwrap();
+        let (mut connection, _) = tokio::task::spawn_blocking(move || upstream.accept().unwrap()).await.unwrap();
+        assert_eq!(connection.read(&mut [0; 1]).unwrap(), 1);
+        called.push(connection);
+        let (told, vanished) = (told.clone(), vanished.clone());
+        tokio::spawn(async move {
+            play(kind, outward, vanished).await;
+            told.send(("upstream", kind)).unwrap();
+        });
+    }
 
     far_away.vanish();
     let since = Instant::now();
     vanished.notify_one();
-    for _ in 0..3 {
-        let kind = soon("an enclave is told", ends.recv()).await.unwrap();
+    let mut found = Vec::new();
+    for _ in 0..4 {
+        let who = soon("an enclave is told", ends.recv()).await.unwrap();
         let after = since.elapsed();
-        println!("{}: found after {after:?}", kind as char);
-        assert!(after > SILENCE / 2 && after < SILENCE * 5 / 2, "{} after {after:?}", kind as char);
+        println!("{who:?}: found after {after:?}");
+        assert!(after > SILENCE / 2 && after < SILENCE * 5 / 2, "{who:?} after {after:?}");
+        found.push(who);
     }
-    assert_eq!(soon("the enclave that called is told", outward.read(&mut [0; 1])).await.unwrap(), 0);
-    assert!(since.elapsed() < SILENCE * 5 / 2, "{:?}", since.elapsed());
-    let over = |report: &_| traffic(report, Direction::Tcp).open == 1 && traffic(report, Direction::Egress).open == 0;
-    let report = host.until("only the one that is there is open", over).await;
-    assert_eq!(traffic(&report, Direction::Tcp).failed["reset"], 3);
-    assert_eq!(traffic(&report, Direction::Egress).failed["reset"], 1);
-    // It has outlived its probes, too.
-    neighbour.set_read_timeout(Some(DEADLINE)).unwrap();
-    neighbour.shutdown(std::net::Shutdown::Write).unwrap();
-    soon("the end of the neighbour's", ends.recv()).await.unwrap();
-    drop((clients, called));
+    found.sort_unstable();
+    assert_eq!(found, [("client", IDLE), ("upstream", FLOOD), ("upstream", IDLE), ("upstream", A_LITTLE)]);
+    let over = |report: &_| traffic(report, Direction::Tcp).open == 2 && traffic(report, Direction::Egress).open == 0;
+    let report = host.until("only those that are there are open", over).await;
+    assert_eq!(traffic(&report, Direction::Tcp).failed["reset"], 1);
+    assert_eq!(traffic(&report, Direction::Egress).failed["reset"], 3);
+    // These have outlived their probes, and the one its pause: more comes than any buffer holds.
+    let rest = (SILENCE * 3 / 2).saturating_sub(since.elapsed());
+    tokio::time::sleep(rest).await;
+    paused.set_read_timeout(Some(DEADLINE)).unwrap();
+    let mut piece = vec![0; 1 << 20];
+    for _ in 0..32 {
+        paused.read_exact(&mut piece).unwrap();
+    }
+    for still_there in [idle, paused] {
+        still_there.shutdown(std::net::Shutdown::Both).unwrap();
+        soon("the end of one that is there", ends.recv()).await.unwrap();
+    }
+    drop((far_client, called));
 }
