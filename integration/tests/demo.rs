@@ -27,6 +27,7 @@ const STAGES: [&str; 12] = [
     "launched",
     "ready",
     "request",
+    "access log",
     "control plane",
     "metrics",
 ];
