@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 /// Nothing here takes longer, on the slowest of machines.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-const STAGES: [&str; 12] = [
+const STAGES: [&str; 13] = [
     "host",
     "image",
     "started",
