@@ -49,6 +49,12 @@ struct State {
     writers: Vec<oneshot::Receiver<()>>,
 }
 
+impl State {
+    fn forget_ended(&mut self) {
+        self.writers.retain_mut(|writer| matches!(writer.try_recv(), Err(TryRecvError::Empty)));
+    }
+}
+
 impl AccessLogs {
     pub(crate) fn new(counters: Arc<Counters>) -> Self {
         Self {
@@ -76,7 +82,12 @@ impl AccessLogs {
     pub(crate) fn look(&self) {
         let Some(queue) = &*self.queue.get() else { return };
         if queue.is_closed() {
-            self.renew(&mut self.state());
+            let mut state = self.state();
+            state.forget_ended();
+            // Otherwise nothing has changed, and that was told.
+            if state.writers.len() < WRITERS {
+                self.renew(&mut state);
+            }
         } else {
             queue.look();
         }
@@ -98,7 +109,7 @@ impl AccessLogs {
     }
 
     fn renew(&self, state: &mut State) {
-        state.writers.retain_mut(|writer| matches!(writer.try_recv(), Err(TryRecvError::Empty)));
+        state.forget_ended();
         let new = state.to.as_ref().map(|to| {
             let queue = Arc::new(Queue::new(self.dropped.clone(), self.counters.clone(), self.slow));
             match self.start(&queue, to, state.writers.len()) {

@@ -33,11 +33,18 @@ pub(super) async fn reserve<I: InventorySource, S: StockService>(
     service: &S,
     report: &mut Report,
 ) {
-    let mut run = Run { places, inventory, service, until: Instant::now() + WHOLE, still_at_work: false, report };
+    let mut run =
+        Run { places, inventory, service, until: Instant::now() + WHOLE, still_at_work: false, wrote: None, report };
     match run.reserve(reserve).await {
         Ok(did) => run.report.did = did,
         Err(failure) => run.report.failure = Some(failure),
     }
+}
+
+/// The pool that was there, as it can be asked for again. `None`: there was none.
+fn former(before: &PoolNow) -> Option<Reservation> {
+    let cpus = CpuRequest::Pool(before.cpus.clone());
+    (!before.cpus.is_empty()).then_some(Reservation { cpus, memory_mib: before.memory })
 }
 
 /// Why the pool is not what was asked for.
@@ -59,6 +66,8 @@ struct Run<'a, I, S> {
     until: Instant,
     /// The stock service was restarted, and is not over.
     still_at_work: bool,
+    /// What the stock service's file names, if it was written here.
+    wrote: Option<Reservation>,
     report: &'a mut Report,
 }
 
@@ -95,6 +104,7 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
             Some(least) if before.has(&least) => (None, Some(least)),
             other => (other, None),
         };
+        let file = file::former(&self.places.allocator_file)?;
         let shortage = match self.try_all(&wish, less, &capacity, &seen).await {
             Ok(had) => {
                 self.give_back(&left).await;
@@ -106,16 +116,30 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
             return Err(shortage.failure);
         }
         let kept = self.keep_former(&before, &seen, &capacity).await;
-        if let (Err(_), Some(least), false) = (&kept, fallback, self.still_at_work)
-            && self.try_to_have(&least, &capacity).await?
-        {
-            self.give_back(&left).await;
-            self.report.failure = self.report.failure.take().or(Some(shortage.failure));
-            return Ok(Did::Reserved(least));
+        // Only where it was tried, and what is there was looked at: what could not be tried the service's next run may have.
+        let short = kept.is_err() && !self.still_at_work && self.report.after.is_some();
+        if let Some(least) = fallback.filter(|_| short) {
+            match self.try_to_have(&least, &capacity).await {
+                Ok(true) => {
+                    self.give_back(&left).await;
+                    self.report.failure = self.report.failure.take().or(Some(shortage.failure));
+                    return Ok(Did::Reserved(least));
+                }
+                Ok(false) => {}
+                Err(failure) => tracing::warn!("the least that is needed, {least}, can't be had either: {failure}"),
+            }
         }
-        if shortage.of_memory {
-            // So that the next boot, which is the remedy, reserves all of it.
-            self.write(&wish)?;
+        // What the next boot, or the service's next run, reserves. A service that still runs has read its own.
+        if !self.still_at_work {
+            match (former(&before), shortage.of_memory) {
+                // With another wish, or the same, the stock service would give back the pages that the kernel's command line reserves.
+                // What is wanted is asked for again in the next boot.
+                (None, _) if before.memory.0 > 0 => self.put_back(file.as_deref())?,
+                // The boot is the remedy.
+                (_, true) => self.write(&wish)?,
+                (Some(former), false) => self.write(&former)?,
+                (None, false) => {}
+            }
         }
         match kept {
             Ok(Some(former)) => {
@@ -161,13 +185,12 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
         seen: &Inventory,
         capacity: &Capacity,
     ) -> Result<Option<Reservation>, Failure> {
-        if before.cpus.is_empty() {
+        let Some(former) = former(before) else {
             if before.memory.0 > 0 {
                 self.reserve_pages_again(seen).await?;
             }
             return Ok(None);
-        }
-        let former = Reservation { cpus: CpuRequest::Pool(before.cpus.clone()), memory_mib: before.memory };
+        };
         // Also where it is there still: the file must not name what can't be had.
         self.write(&former)?;
         let there = self.report.after.as_ref() == Some(&pool(before)) || self.try_to_have(&former, capacity).await?;
@@ -193,7 +216,7 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
             // Neither more free memory nor another file helps where it does not run.
             (Err(JobError::NotRun(_)), Some(failure)) => {
                 if self.report.restarts == 0
-                    && let Err(failure) = file::put_back(&self.places.allocator_file, file.as_deref())
+                    && let Err(failure) = self.put_back(file.as_deref())
                 {
                     // It is asked for again, or written with the next change.
                     tracing::warn!("the allocator's file names what was not reserved: {failure}");
@@ -299,7 +322,14 @@ impl<I: InventorySource, S: StockService> Run<'_, I, S> {
     fn write(&mut self, reservation: &Reservation) -> Result<(), Failure> {
         let backup = file::write(&self.places.allocator_file, reservation)?;
         self.report.backup = self.report.backup.take().or(backup);
+        self.wrote = Some(reservation.clone());
         Ok(())
+    }
+
+    /// The file as it was. What somebody else has written meanwhile stays.
+    fn put_back(&self, former: Option<&[u8]>) -> Result<(), Failure> {
+        let Some(wrote) = &self.wrote else { return Ok(()) };
+        file::put_back(&self.places.allocator_file, wrote, former)
     }
 
     /// In numbers: what was asked for, and what is there.

@@ -45,9 +45,12 @@ pub(super) fn former(path: &Path) -> Result<Option<Vec<u8>>, Failure> {
     atomic_file::read(path, allocator_file::MAX_FILE).map_err(|error| Failure::from_error(&error))
 }
 
-/// Puts back what was there, or that nothing was.
-pub(super) fn put_back(path: &Path, former: Option<&[u8]>) -> Result<(), Failure> {
-    let put = match former {
+/// Puts back what was there, or that nothing was, in the place of what was written here.
+pub(super) fn put_back(path: &Path, wrote: &Reservation, before: Option<&[u8]>) -> Result<(), Failure> {
+    if former(path)?.as_deref() != Some(allocator_file::write(wrote).as_bytes()) {
+        return Ok(());
+    }
+    let put = match before {
         Some(bytes) => atomic_file::write_with_mode(path, bytes, 0o644),
         None => match fs::remove_file(path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(FileError::io("remove", path)(error)),
@@ -96,4 +99,26 @@ pub(super) fn only_ours(folder: &Path) -> Result<(), Failure> {
         "{} must be a folder in which only its owner, who runs this, can write",
         folder.display()
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use enclaved_core::allocator_file::CpuRequest;
+    use enclaved_core::id::MemoryMib;
+
+    #[test]
+    fn what_somebody_else_has_written_meanwhile_is_not_replaced_by_what_was_there_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("allocator.yaml");
+        let wrote = Reservation { cpus: CpuRequest::Count(2), memory_mib: MemoryMib(1024) };
+        for before in [None, Some(&b"---\nmemory_mib: 512\ncpu_count: 2\n"[..])] {
+            write(&path, &wrote).unwrap();
+            put_back(&path, &wrote, before).unwrap();
+            assert_eq!(former(&path).unwrap().as_deref(), before);
+            fs::write(&path, "---\nmemory_mib: 2048\ncpu_count: 4\n").unwrap();
+            put_back(&path, &wrote, before).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), "---\nmemory_mib: 2048\ncpu_count: 4\n");
+        }
+    }
 }

@@ -152,8 +152,8 @@ fn about_the_pool(inventory: &Inventory, mode: AllocatorMode, verdict: &Verdict,
         None => format!("no enclave that fits is configured; {all} "),
     };
     advice.push(match mode {
-        AllocatorMode::Manage if to.least.is_none() => {
-            format!("no enclave that fits is configured; with the first one enclaved has {} reserved{why}", to.wish)
+        AllocatorMode::Manage if to.least.is_none() && verdict.refused.is_empty() => {
+            format!("no enclave is configured; with the first one enclaved has {} reserved{why}", to.wish)
         }
         AllocatorMode::Manage => format!("{what}is {}, and enclaved has it reserved{why}", to.wish),
         AllocatorMode::Verify | AllocatorMode::External => format!(

@@ -86,7 +86,7 @@ fn load(path: &Path) -> Outcome<LoadedLedger> {
     };
     let aside = put_aside(path).map_err(|error| Failure::from_error(&error))?;
     let message = format!(
-        "the ledger {} can't be used ({unusable}); it was put aside as {}, and what runs is taken over by its traces",
+        "the ledger {} can't be used ({unusable}); it was put aside as {}, and what runs is taken over by its traces, where they can be read",
         path.display(),
         aside.display()
     );

@@ -115,6 +115,13 @@ impl Link {
             LinkError::Malformed(_) => {
                 failure.with_remedy("control process and proxy are of different versions: restart the older one")
             }
+            // As serde says it of what a later version knows.
+            LinkError::Refused(reason) if reason.contains("unknown field") || reason.contains("unknown variant") => {
+                failure.with_remedy(
+                    "the proxy is of an earlier version than the control process: `systemctl restart enclaved-proxy`, \
+                     or end it where it has no unit",
+                )
+            }
             _ => failure,
         }
     }
@@ -436,6 +443,16 @@ mod tests {
             drop(proxy);
             std::fs::remove_file(folder.path().join("proxy.sock")).unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn an_earlier_proxy_that_does_not_know_a_setting_is_told_with_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let unknown =
+            "not a request: unknown field `access_log`, expected one of `format`, `vsock` at line 1 column 80";
+        let _proxy = answering(folder.path(), line(&LinkReply::Refused { reason: unknown.to_owned() }));
+        let failure = link(&folder).publish(&routes()).await.unwrap_err();
+        assert!(failure.remedy.unwrap().contains("systemctl restart enclaved-proxy"));
     }
 
     #[tokio::test]

@@ -92,7 +92,8 @@ impl Planner<'_> {
                 }
                 None => self.wait(
                     name,
-                    format!("{key} was launched, but what it is cannot be read any more; it is left alone"),
+                    format!("{key} was launched, but what it is cannot be read any more; it is left alone, and nothing else is \
+                         handed to the proxy until it is ended (`systemctl stop enclave@{key}`)"),
                 ),
             }
         }

@@ -308,7 +308,11 @@ impl Planner<'_> {
     /// pool as it is goes on.
     pub(super) fn waits_for_the_pool(&mut self, name: &EnclaveName, planned: Timestamp) -> bool {
         if self.pool_changes {
-            self.wait(name, "the host's enclave pool is being changed first");
+            self.wait(
+                name,
+                "the host's enclave pool is being changed first, by nitro-enclaves-allocator.service or \
+                 enclaved-allocator.service (`systemctl status` of these, `systemctl list-jobs`)",
+            );
             return true;
         }
         // With the first launch the time is over in which all of the pool can be set aside: a look that failed is not to cost that.

@@ -199,8 +199,9 @@ impl Entry {
         self.with(|facts| {
             let (uri, headers) = (request.uri(), request.headers());
             let host = uri.authority().map(|authority| authority.as_str().as_bytes());
+            let host = host.or_else(|| headers.get(HOST).map(HeaderValue::as_bytes));
             facts.asked = Some(Asked {
-                host: host.or_else(|| headers.get(HOST).map(HeaderValue::as_bytes)).map(|host| text(host, HOST_NAME)),
+                host: host.map(|host| text(without_user(host), HOST_NAME)),
                 method: text(request.method().as_str().as_bytes(), METHOD),
                 path: text(uri.path().as_bytes(), PATH),
                 version: match request.version() {
@@ -306,6 +307,13 @@ impl Entry {
         }
     }
 
+    /// So many of these bytes were not written after all.
+    pub(crate) fn not_written(&self, bytes: u64) {
+        if let Some(facts) = &self.0 {
+            facts.bytes_out.fetch_sub(bytes, Relaxed);
+        }
+    }
+
     /// Whether its answer has no body by its method.
     pub(crate) fn is_head_only(&self) -> bool {
         self.0.as_ref().and_then(|facts| facts.asked.as_ref()).is_some_and(|asked| asked.head_only)
@@ -383,6 +391,11 @@ impl Drop for Facts {
 /// With the precision of microseconds.
 fn seconds(took: Duration) -> f64 {
     Duration::from_micros(u64::try_from(took.as_micros()).unwrap_or(u64::MAX)).as_secs_f64()
+}
+
+/// A name and a password may stand before the host. Such a request is refused, and its line says so without them.
+fn without_user(host: &[u8]) -> &[u8] {
+    host.rsplit(|byte| *byte == b'@').next().unwrap_or_default()
 }
 
 /// What a client said, as text of bounded length. A terminal does as control characters say, so there are none.

@@ -215,7 +215,8 @@ pub(crate) struct Stream {
     lease: Option<Lease>,
     /// The request is in flight until its response has been handed over.
     open: Open,
-    _seat: Seat,
+    /// Its place among those of its source.
+    seat: Option<Seat>,
 }
 
 impl Download {
@@ -225,7 +226,7 @@ impl Download {
     }
 
     pub(crate) fn stream(inner: Incoming, traffic: Arc<Traffic>, lease: Lease, (open, seat): (Open, Seat)) -> Self {
-        let stream = Stream { inner, ended: false, traffic, lease: Some(lease), open, _seat: seat };
+        let stream = Stream { inner, ended: false, traffic, lease: Some(lease), open, seat: Some(seat) };
         Self { from: From::Stream(Box::new(stream)), entry: Entry::default() }
     }
 
@@ -235,12 +236,18 @@ impl Download {
         self
     }
 
-    /// Ends it: its client takes no more of it.
-    pub(crate) fn not_taken(mut self) {
-        if let From::Stream(stream) = &self.from {
-            stream.traffic.fail(Failure::Idle);
-            self.entry.not_taken();
-        }
+    /// Its client takes no more of it, which ends it. What it takes still is its source's place.
+    pub(crate) fn not_taken(&mut self) -> Option<Seat> {
+        let From::Stream(stream) = &mut self.from else { return None };
+        stream.traffic.fail(Failure::Idle);
+        self.entry.not_taken();
+        stream.seat.take()
+    }
+
+    /// Its client has gone, or wants it no more; so many bytes that were read of it were not even handed over.
+    pub(crate) fn left_by_its_client(&mut self, bytes: u64) {
+        self.entry.not_written(bytes);
+        self.entry.ends(Ended::Client);
     }
 }
 

@@ -183,7 +183,8 @@ impl Https {
         admitted.1.request((!trusted).then(|| self.source_limit(&self.rules.get())))
     }
 
-    fn source_limit(&self, rules: &HttpsRules) -> u32 {
+    /// Connections of one source, and its requests in flight.
+    pub(crate) fn source_limit(&self, rules: &HttpsRules) -> u32 {
         rules.max_connections_per_source.unwrap_or(self.shared.limits.https_source_connections)
     }
 }

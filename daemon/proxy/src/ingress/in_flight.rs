@@ -3,6 +3,7 @@
 //! (`client`); and what it does not take holds a place among its enclave's requests.
 
 use super::body::Download;
+use crate::egress::seats::Seat;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use std::collections::BTreeMap;
@@ -30,13 +31,21 @@ struct Flights {
     count: usize,
     last: Instant,
     /// Answers whose taking is watched.
-    answers: BTreeMap<u64, Arc<Mutex<Option<Held>>>>,
+    answers: BTreeMap<u64, Arc<Mutex<Answer>>>,
     next: u64,
     /// Requests so far, and those of them that were taken back before there was an answer.
     begun: u64,
     taken_back: u64,
     /// Cancelled when that is too many.
     too_many_taken_back: CancellationToken,
+}
+
+/// An answer, as long as its stream is there.
+#[derive(Debug)]
+enum Answer {
+    OnItsWay(Held),
+    /// Not taken. Its enclave is rid of it; its client is not, as what was handed over before waits for it in memory.
+    Ended(#[expect(dead_code, reason = "a place is held by being there")] Option<Seat>),
 }
 
 /// An answer on its way.
@@ -75,10 +84,9 @@ impl InFlight {
         Guard { of: self.clone(), answered: false }
     }
 
-    /// Returns when the client has taken back too many requests. Cancel-safe.
-    pub(super) async fn too_many_taken_back(&self) {
-        let token = lock(&self.0).too_many_taken_back.clone();
-        token.cancelled().await;
+    /// Cancelled when the client has taken back too many requests.
+    pub(super) fn too_many_taken_back(&self) -> CancellationToken {
+        lock(&self.0).too_many_taken_back.clone()
     }
 
     fn change(&self, change: impl FnOnce(usize) -> usize) -> MutexGuard<'_, Flights> {
@@ -111,18 +119,17 @@ impl InFlight {
             let now = Instant::now();
             let mut due = now + limit;
             for answer in answers {
-                let mut held = lock(&answer);
-                let Some(since) = held.as_ref().and_then(|held| held.since) else { continue };
-                if since + limit > now {
-                    due = due.min(since + limit);
+                let mut answer = lock(&answer);
+                let Answer::OnItsWay(Held { body, since: Some(since), .. }) = &mut *answer else { continue };
+                if *since + limit > now {
+                    due = due.min(*since + limit);
                     continue;
                 }
-                let ended = held.take();
+                let seat = body.not_taken();
+                let ended = std::mem::replace(&mut *answer, Answer::Ended(seat));
                 // It ends its request, which is counted under another lock.
-                drop(held);
-                if let Some(ended) = ended {
-                    ended.body.not_taken();
-                }
+                drop(answer);
+                drop(ended);
             }
             sleep_until(due).await;
         }
@@ -175,7 +182,7 @@ pub(super) enum Tracked {
 pub(super) struct Watched {
     number: u64,
     of: InFlight,
-    held: Arc<Mutex<Option<Held>>>,
+    answer: Arc<Mutex<Answer>>,
 }
 
 impl Tracked {
@@ -187,19 +194,22 @@ impl Tracked {
     pub(super) fn watched(body: Download, guard: Guard) -> Self {
         let of = guard.of.clone();
         let held = Held { body, rest: None, since: Some(Instant::now()), _guard: guard };
-        let held = Arc::new(Mutex::new(Some(held)));
+        let answer = Arc::new(Mutex::new(Answer::OnItsWay(held)));
         let mut flights = lock(&of.0);
         let number = flights.next;
         flights.next += 1;
-        flights.answers.insert(number, held.clone());
+        flights.answers.insert(number, answer.clone());
         drop(flights);
-        Self::Watched(Watched { number, of, held })
+        Self::Watched(Watched { number, of, answer })
     }
 }
 
 impl Drop for Watched {
     fn drop(&mut self) {
         let forgotten = lock(&self.of.0).answers.remove(&self.number);
+        if let Answer::OnItsWay(Held { body, rest: Some(rest), .. }) = &mut *lock(&self.answer) {
+            body.left_by_its_client(rest.len() as u64);
+        }
         // Under no lock: the request's end is counted under the same.
         drop(forgotten);
     }
@@ -236,9 +246,9 @@ impl Body for Tracked {
             Self::Plain { body, .. } => {
                 Pin::new(body).poll_frame(cx).map(|frame| frame.map(|frame| frame.map_err(AnswerError::Enclave)))
             }
-            Self::Watched(watched) => match lock(&watched.held).as_mut() {
-                Some(held) => held.poll(cx),
-                None => Poll::Ready(Some(Err(AnswerError::NotTaken))),
+            Self::Watched(watched) => match &mut *lock(&watched.answer) {
+                Answer::OnItsWay(held) => held.poll(cx),
+                Answer::Ended(_) => Poll::Ready(Some(Err(AnswerError::NotTaken))),
             },
         }
     }
@@ -246,19 +256,20 @@ impl Body for Tracked {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Plain { body, .. } => body.is_end_stream(),
-            Self::Watched(watched) => {
-                lock(&watched.held).as_ref().is_some_and(|held| held.rest.is_none() && held.body.is_end_stream())
-            }
+            Self::Watched(watched) => match &*lock(&watched.answer) {
+                Answer::OnItsWay(held) => held.rest.is_none() && held.body.is_end_stream(),
+                Answer::Ended(_) => false,
+            },
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Plain { body, .. } => body.size_hint(),
-            Self::Watched(watched) => match lock(&watched.held).as_ref() {
-                Some(Held { body, rest: None, .. }) => body.size_hint(),
+            Self::Watched(watched) => match &*lock(&watched.answer) {
+                Answer::OnItsWay(Held { body, rest: None, .. }) => body.size_hint(),
                 // Asked for before the first frame alone.
-                Some(_) | None => SizeHint::default(),
+                Answer::OnItsWay(_) | Answer::Ended(_) => SizeHint::default(),
             },
         }
     }

@@ -38,8 +38,9 @@ const HTTP2_WINDOWS: u32 = 64 << 20;
 const HTTP2_SMALLEST_WINDOW: u32 = (64 << 10) - 1;
 /// HTTP/2: requests that the client took back before they were looked at; with more the connection ends (CVE-2023-44487).
 const HTTP2_TAKEN_BACK: usize = 20;
-/// HTTP/2: requests that were ended for the client's breach of the protocol; with more the connection ends.
-const HTTP2_BREACHES: usize = 128;
+/// HTTP/2: streams that were ended by this side, for the client's breach of the protocol or because what came was for a stream that is
+/// over, as with uploads that are answered early; with more the connection ends.
+const HTTP2_ENDED_HERE: usize = 1024;
 /// HTTP/2: most of a response that waits to be sent. What is on its way the kernel holds; this only has to keep it busy.
 const HTTP2_SEND_BUFFER: usize = 32 << 10;
 
@@ -72,7 +73,7 @@ impl Https {
             tls: session.protocol_version().and_then(tls::version_name),
             admitted,
         });
-        let limits = &self.shared.limits;
+        let (limits, trusted) = (&self.shared.limits, connection.trusted);
         let in_flight = InFlight::new();
         let requests = in_flight.clone();
         // Has a permit once anything was asked.
@@ -92,27 +93,38 @@ impl Https {
         let stream = TokioIo::new(stream);
         if http2 {
             let (stream_window, connection_window) = windows(self.open_connections());
+            // What would be refused anyway is not offered.
+            let own = if trusted { u32::MAX } else { self.source_limit(&self.rules.get()) };
+            let taken_back = in_flight.too_many_taken_back();
             let served = http2::Builder::new(Spawner(self.shared.clone()))
                 .timer(TokioTimer::new())
-                .max_concurrent_streams(limits.http2_streams)
+                .max_concurrent_streams(limits.http2_streams.min(own))
                 .max_header_list_size(u32::try_from(limits.request_head_bytes).unwrap_or(u32::MAX))
                 .max_pending_accept_reset_streams(HTTP2_TAKEN_BACK)
-                .max_local_error_reset_streams(HTTP2_BREACHES)
+                .max_local_error_reset_streams(HTTP2_ENDED_HERE)
                 .initial_stream_window_size(stream_window)
                 .initial_connection_window_size(connection_window)
                 .max_send_buf_size(HTTP2_SEND_BUFFER)
                 .keep_alive_interval(limits.client_stall)
                 .serve_connection(stream, service);
             let served = Box::pin(served);
-            // HTTP/2 has no timeout of its own for the next request.
-            let idle = || in_flight.none_for(limits.request_head);
+            // A proxy whose clients are many gives up many of their requests, if an enclave stalls.
+            let idle = || async {
+                tokio::select! {
+                    // HTTP/2 has no timeout of its own for the next request. Cancel-safe, as it says.
+                    () = in_flight.none_for(limits.request_head) => {}
+                    // Cancel-safe: a token stays cancelled.
+                    () = taken_back.cancelled(), if !trusted => {}
+                }
+            };
             tokio::select! {
                 // Dropped only where the other has ended, which it does not.
                 () = self.until_closing(served, |served| served.graceful_shutdown(), idle, replaced, &asked) => {}
                 // Cancel-safe, as it says.
                 () = in_flight.end_stalled(limits.client_stall) => {}
-                // Cancel-safe, as it says.
-                () = in_flight.too_many_taken_back() => self.shared.counters.refused.count(Refused::TakenBack),
+            }
+            if taken_back.is_cancelled() && !trusted {
+                self.shared.counters.refused.count(Refused::TakenBack);
             }
         } else {
             let served = http1::Builder::new()

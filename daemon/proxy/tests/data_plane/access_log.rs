@@ -86,7 +86,16 @@ async fn a_request_has_one_line_that_says_whose_it_was_and_how_it_went_and_none_
         // The next request goes over the same connection.
         host.until("it is kept", |report| traffic(report, Direction::Https).upstream.idle == 1).await;
     }
-    let lines = log.lines(2).await;
+    // Nor where a name and a password may stand, though they must not.
+    for head in ["GET https://a:secret@a.test/ HTTP/1.1\r\nhost: a.test", "GET / HTTP/1.1\r\nhost: a:secret@a.test"] {
+        let mut tls = host.tls(address, "a.test", b"http/1.1").await.unwrap();
+        tls.write_all(format!("{head}\r\nconnection: close\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        soon("an answer", tls.read_to_string(&mut answer)).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
+    }
+    let lines = log.lines(4).await;
+    assert!(lines[2..].iter().all(|line| line["host"] == "a.test" && line["status"] == 400), "{lines:?}");
     for (number, (line, id)) in lines.iter().zip(&ids).enumerate() {
         let said = of(line, ["protocol", "client", "host", "enclave", "cid", "vsock_port", "method", "tls", "status"]);
         assert_eq!(said, json!(["https", "127.0.0.1", "a.test", "app", 16, 8080, "POST", "1.3", 200]));

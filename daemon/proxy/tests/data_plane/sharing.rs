@@ -161,7 +161,9 @@ async fn a_request_for_which_an_enclave_has_no_room_on_one_connection_goes_over_
 async fn an_answer_that_a_client_does_not_take_is_over_in_time_though_its_connection_lives() {
     let host = Host::with_limits(|limits| limits.client_stall = Duration::from_millis(500)).await;
     let (_enclave, _) = h2c_enclave(&host, 1000, |_| async { Ok(Response::new(body(vec![b'x'; 600 << 10]))) });
-    let address = https_address(&host.publish(&h2c_site(&host)).await);
+    let mut routes = h2c_site(&host);
+    routes.https.as_mut().unwrap().rules.max_connections_per_source = Some(3);
+    let address = https_address(&host.publish(&routes).await);
     let tls = host.tls(address, "a.test", b"h2").await.unwrap();
     let mut builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
     let handshake = builder.initial_stream_window_size(0).handshake::<_, Body>(TokioIo::new(tls));
@@ -179,7 +181,12 @@ async fn an_answer_that_a_client_does_not_take_is_over_in_time_though_its_connec
     })
     .await;
     assert!(!deaf.is_closed(), "the connection is not at fault");
+    // But their source's places: what was handed over before is in memory until their streams end.
+    let mut other = host.http2(address, "a.test").await;
+    assert_eq!(other.get_text("/").await.0, 503);
+    drop((unread, deaf, tasks));
+    host.until("the connection is gone", |report| report.https_connections == 1).await;
     // One that reads gets all of it, however many pieces that takes.
-    let (status, text) = host.http2(address, "a.test").await.get_text("/").await;
+    let (status, text) = other.get_text("/").await;
     assert_eq!((status, text.len()), (200, 600 << 10));
 }

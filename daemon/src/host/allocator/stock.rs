@@ -17,8 +17,8 @@ use tokio::time::{Instant, timeout};
 const PATIENCE: Duration = Duration::from_secs(2);
 /// What it said holds for so long.
 const AGE: Duration = Duration::from_secs(1);
-/// So long it is waited for its first answer: at boot the service may be at work, and systemd busy. Not for ever: a bus that is away
-/// is no reason to launch nothing.
+/// So long it is waited for its first answer, or the next one after the service was at work: at boot systemd is busy. Not for ever: a
+/// bus that is away is no reason to launch nothing.
 const FIRST: Duration = Duration::from_secs(30);
 
 /// The stock allocator's unit.
@@ -46,8 +46,8 @@ impl Stock {
         Self { since: Instant::now(), said: Mutex::default() }
     }
 
-    /// Whether it is at work. Where systemd does not answer any more it is not: what is launched beside it fails, and is launched
-    /// again.
+    /// Whether it is at work. Where systemd does not answer any more it is as it was when that was last known, and at rest after a
+    /// while: what is launched beside it fails, and is launched again.
     ///
     /// # Errors
     /// Systemd has not answered yet.
@@ -71,6 +71,11 @@ impl Stock {
             return Err(Failure { message, ..failure });
         }
         tracing::debug!("{message}");
+        if let Some((at, true)) = known
+            && at.elapsed() < FIRST
+        {
+            return Ok(true);
+        }
         self.note(false);
         Ok(false)
     }
@@ -152,6 +157,8 @@ mod tests {
         let (stock, unit) = (Stock::new(), Unit(Mutex::new(Ok(true))));
         assert_eq!(stock.is_at_work(&unit).await, Ok(true));
         unit.says(away());
+        assert_eq!(stock.is_at_work(&unit).await, Ok(true), "it was just now");
+        advance(FIRST).await;
         assert_eq!(stock.is_at_work(&unit).await, Ok(false));
         unit.says(Ok(true));
         advance(AGE).await;
