@@ -1,6 +1,6 @@
 //! The host's enclave pool in the simulation: when the allocator is asked, and what waits for it.
 
-use super::{PATIENCE, name, runtime, world};
+use super::scenario::{PATIENCE, name, runtime, world};
 use enclaved::host::Effect;
 use enclaved_core::desired::{Desired, PoolPolicy, UpdatePolicy};
 use enclaved_integration::sim::{Fault, Harness, desired, image};
