@@ -17,7 +17,7 @@ use crate::current::Current;
 use enclaved_core::routes::AccessLog;
 use queue::{Closed, Queue};
 use sink::Sink;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Acquire, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::oneshot::{self, error::TryRecvError};
@@ -161,7 +161,7 @@ impl AccessLogs {
 
     /// Lines that were lost.
     pub(crate) fn dropped(&self) -> u64 {
-        self.dropped.load(Relaxed)
+        self.dropped.load(Acquire)
     }
 
     /// Why lines are lost at present, if they are.

@@ -25,6 +25,7 @@ mod plane;
 mod relay;
 mod resolver;
 mod saver;
+mod seats;
 mod shared;
 mod store;
 mod tcp;

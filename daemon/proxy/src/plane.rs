@@ -7,7 +7,6 @@
 use crate::certificates::Origin;
 use crate::counters::{Live, TrafficKey};
 use crate::egress::hosts::Hosts;
-use crate::egress::seats::Seats;
 use crate::egress::{EgressPort, Endpoint, Grant, Offer};
 use crate::error_text::chain;
 use crate::ingress::https::{Https, HttpsPort};
@@ -16,6 +15,7 @@ use crate::ingress::sites::{self, Demand, Sites};
 use crate::ingress::tcp::{self, TcpPort};
 use crate::listening::Listening;
 use crate::saver::Saver;
+use crate::seats::Seats;
 use crate::shared::Shared;
 use crate::store::Store;
 use crate::throttle::Throttle;

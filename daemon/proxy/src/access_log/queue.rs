@@ -4,7 +4,7 @@
 use super::sink::Sink;
 use crate::counters::Counters;
 use crate::throttle::Changes;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -97,11 +97,10 @@ impl Queue {
             lock(&self.state).writing = Some(Instant::now());
             let written = sink.write(&batch);
             lock(&self.state).writing = None;
-            let trouble = written.err().map(|failed| {
-                self.dropped.fetch_add(failed.lost, Relaxed);
-                failed.error
-            });
-            self.went(trouble);
+            match written {
+                Ok(()) => self.went(None, 0),
+                Err(failed) => self.went(Some(failed.error), failed.lost),
+            }
         }
     }
 
@@ -114,7 +113,7 @@ impl Queue {
     /// Nobody writes any: it takes none.
     pub(super) fn give_up(&self, trouble: String) {
         self.close();
-        self.went(Some(trouble));
+        self.went(Some(trouble), 0);
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -138,9 +137,11 @@ impl Queue {
         (writing.elapsed() > slow).then(|| format!("what it is written to has taken nothing for {slow:?}"))
     }
 
-    fn went(&self, trouble: Option<String>) {
-        self.tell(trouble.as_deref());
+    fn went(&self, trouble: Option<String>, lost: u64) {
+        // In this order: whoever sees that lines are lost can see why.
         let before = std::mem::replace(&mut lock(&self.state).trouble, trouble.clone());
+        self.dropped.fetch_add(lost, Release);
+        self.tell(trouble.as_deref());
         if before != trouble {
             self.counters.changed();
         }

@@ -1,7 +1,7 @@
 //! The list of an enclave's endpoints, for the enclave itself: whoever connects gets the document and the end.
 
-use super::seats::Seats;
 use crate::counters::{Failure, Open, Traffic};
+use crate::seats::Seats;
 use crate::shared::Shared;
 use crate::vsock::Stream;
 use std::io;

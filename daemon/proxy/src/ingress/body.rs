@@ -4,7 +4,7 @@ use super::headers;
 use super::upstream::Lease;
 use crate::access_log::{Ended, Entry};
 use crate::counters::{Failure, Open, Traffic};
-use crate::egress::seats::Seat;
+use crate::seats::Seat;
 use crate::shared::Shared;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};

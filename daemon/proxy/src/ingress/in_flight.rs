@@ -3,7 +3,7 @@
 //! (`client`); and what it does not take holds a place among its enclave's requests.
 
 use super::body::Download;
-use crate::egress::seats::Seat;
+use crate::seats::Seat;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use std::collections::BTreeMap;

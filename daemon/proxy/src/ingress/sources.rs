@@ -1,7 +1,7 @@
 //! How many connections each source has, and how many requests in flight over all of them: one IPv4 address, or one IPv6 network of
 //! 64 bits, which is what one customer of a provider has at least. Only sources that have connections take memory.
 
-use crate::egress::seats::{Seat, Seats};
+use crate::seats::{Seat, Seats};
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

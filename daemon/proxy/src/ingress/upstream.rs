@@ -7,7 +7,7 @@ use super::body::{Answering, ClientFault, Progress, Upload};
 use super::tcp::connect_failure;
 use crate::counters::{Failure, Live, Traffic, Upstream};
 use crate::current::Current;
-use crate::egress::seats::Seat;
+use crate::seats::Seat;
 use crate::shared::Shared;
 use crate::vsock::{ConnectError, Transport};
 use enclaved_core::id::{Cid, EnclaveName};

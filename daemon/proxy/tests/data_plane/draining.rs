@@ -1,6 +1,7 @@
 //! What clients of HTTPS see of a proxy that ends: what is under way is finished, what is idle is closed at once, and what comes
 //! too late is not begun. Frames of HTTP/2 are read and written by hand.
 
+use crate::abuse::{END_HEADERS, END_STREAM, HEADERS, REQUEST, frame};
 use crate::support::{DEADLINE, Enclave, Host, body, https_address, soon, traffic};
 use enclaved_core::routes::Direction;
 use http::Response;
@@ -18,15 +19,10 @@ use tokio_rustls::client::TlsStream;
 const AT_ONCE: Duration = Duration::from_secs(3);
 
 const DATA: u8 = 0;
-const HEADERS: u8 = 1;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const GOAWAY: u8 = 7;
 const ACK: u8 = 1;
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
-/// `:method: GET`, `:scheme: https`, `:path: /`, and `:authority: a.test` without the table or Huffman's code.
-const REQUEST: &[u8] = b"\x82\x87\x84\x01\x06a.test";
 const OK: u8 = 0x88;
 
 /// A host that drains for long, and an enclave that answers when it is told to.
@@ -139,11 +135,6 @@ impl Frames {
             }
         }
     }
-}
-
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
 #[tokio::test]

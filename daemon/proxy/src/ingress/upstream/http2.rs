@@ -4,7 +4,7 @@ use super::super::body::Upload;
 use super::super::serving::Spawner;
 use super::lock;
 use crate::counters::{Live, Upstream};
-use crate::egress::seats::{Seat, Seats};
+use crate::seats::{Seat, Seats};
 use crate::shared::Shared;
 use crate::vsock::Stream;
 use http::{Request, Response};

@@ -1,10 +1,10 @@
-//! How many connections one offer to one enclave has: what its limit is held against. Reports count otherwise: for an enclave's
-//! name, over all its generations.
+//! How many there are of what has a limit: connections of one offer to one enclave, of HTTPS, requests of one source or over one shared
+//! connection. Reports count otherwise: for an enclave's name, over all its generations.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// The connections of one offer. A clone counts the same ones.
+/// What one limit counts. A clone counts the same.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Seats(Arc<AtomicU64>);
 
